@@ -1,0 +1,1 @@
+"""Data, fine-tuning, attacks, records, reports and the command line."""

@@ -1,0 +1,1 @@
+"""One file for each host that robust_spectral plugs into."""

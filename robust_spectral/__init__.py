@@ -1,0 +1,26 @@
+"""Spectral norms of implicitly linear layers: measured, bounded and clipped; Lipschitz bounds and certified radii of networks.
+
+Importing this package imports torch and nothing heavier. Hosts live in `robust_spectral.plugins`, the evaluations and the
+command line in `robust_spectral.evaluations`.
+"""
+
+from .affine import linear_operator as linear_operator
+from .certify import certified_radius as certified_radius
+from .clipping import ClipResult as ClipResult
+from .clipping import clip_ as clip_
+from .fastclip import FastClip as FastClip
+from .layers import LinearLayer as LinearLayer
+from .layers import linear_layers as linear_layers
+from .layers import spectral_norms as spectral_norms
+from .lipschitz import LipschitzBound as LipschitzBound
+from .lipschitz import lipschitz_bound as lipschitz_bound
+from .lipschitz import lipschitz_estimate as lipschitz_estimate
+from .norms import NormInterval as NormInterval
+from .norms import spectral_norm as spectral_norm
+from .operators import LinearOperator as LinearOperator
+from .spectrum import Lanczos as Lanczos
+from .spectrum import PowerQR as PowerQR
+from .spectrum import SingularTriplets as SingularTriplets
+from .spectrum import top_singular as top_singular
+
+__version__ = "0.1.0"

@@ -1,0 +1,307 @@
+"""From a module to its operator: ``x -> module(x) - module(0)`` in eval mode, and the adjoint.
+
+Any affine module is taken through its own forward pass and the vector-Jacobian product, so that every padding mode, stride
+and weight computed in forward is covered by one piece of code. The plain layers of ``torch.nn`` take a direct path without
+autograd and without the second forward for the offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .operators import Kernel, LinearOperator, Shape, compose
+
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+_FROZEN_BATCHNORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}  # of torchvision and timm, which are no _BatchNorm
+
+
+def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
+    """The linear part ``x -> module(x) - module(0)`` of an affine module in eval mode.
+
+    The operator follows later changes of the weights (its ``kernel`` does not; ``to`` renews it).
+    The module's training mode, gradients, buffers and the global random state are left as they are.
+
+    Args:
+        module: Any affine module; an ``nn.Sequential`` of affine modules is composed.
+        in_shape: Shape of one input, without the batch axis.
+        dtype: Type to compute in; default the type of the weights, half precision being raised to float32.
+
+    Raises:
+        ValueError: ``in_shape`` is empty or does not fit the module, or the weights are not finite or have no values.
+        NotImplementedError: the module is not affine; the message names the part that is to blame.
+    """
+    shape = tuple(int(n) for n in in_shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"linear_operator(in_shape={tuple(in_shape)}): give the shape of one input, without the batch axis")
+    _check_weights(module)
+    builder = _BUILDERS.get(type(module), _module_operator)
+    return builder(module, shape, dtype or _default_dtype(module))
+
+
+def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
+    """The affine part of a batch normalisation in eval mode: each channel times gamma / sqrt(running_var + eps).
+
+    Takes every kind of batch normalisation that keeps running statistics, those of timm that end in an activation
+    included (the activation is not part of the operator).
+
+    Raises:
+        NotImplementedError: the module keeps no running statistics, so it is not affine in eval mode.
+    """
+    shape = tuple(in_shape)
+    kind = dtype or _default_dtype(batchnorm)
+
+    def times_scale(X: Tensor) -> Tensor:
+        return X * batchnorm_scale(batchnorm).to(kind).reshape(-1, *[1] * (len(shape) - 1))
+
+    return LinearOperator(
+        shape, shape, kind, _device(batchnorm), times_scale, times_scale,
+        build=lambda other: batchnorm_operator(batchnorm, shape, other),
+        groups=shape[0], label=type(batchnorm).__name__,
+    )  # fmt: skip
+
+
+def batchnorm_scale(batchnorm: nn.Module) -> Tensor:
+    """The factor of each channel in eval mode, gamma / sqrt(running_var + eps), shape (channels,), float64."""
+    variance: Any = getattr(batchnorm, "running_var", None)
+    if not isinstance(variance, Tensor):
+        raise NotImplementedError(
+            f"linear_operator: {type(batchnorm).__name__} keeps no running statistics "
+            "(track_running_stats=False), so it is not affine in eval mode"
+        )
+    eps: Any = batchnorm.eps
+    weight: Any = getattr(batchnorm, "weight", None)
+    inverse_std = (variance.detach().double() + eps).rsqrt()
+    return inverse_std if weight is None else inverse_std * weight.detach().double()
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether the module is a batch normalisation, trainable or frozen, with or without an activation behind it."""
+    return isinstance(module, _BatchNorm) or type(module).__name__ in _FROZEN_BATCHNORMS
+
+
+def convolution_then_batchnorm(
+    convolution: nn.Module, batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None
+) -> LinearOperator:
+    """A convolution or dense layer followed by the affine part of a batch normalisation in eval mode."""
+    first = linear_operator(convolution, in_shape, dtype)
+    composite = compose(first, batchnorm_operator(batchnorm, first.out_shape, first.dtype))
+    build = lambda other: convolution_then_batchnorm(convolution, batchnorm, in_shape, other)  # noqa: E731
+    if first.kernel is None or isinstance(convolution, _ConvTransposeNd):
+        return replace(composite, build=build)
+    weight = first.kernel.weight
+    scaled = weight * batchnorm_scale(batchnorm).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
+    return replace(composite, build=build, kernel=Kernel(scaled, first.kernel.groups))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode and give every submodule its own mode back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
+    """Any affine module, through its own forward pass and the vector-Jacobian product."""
+    device = _device(module)
+
+    def call(X: Tensor) -> Tensor:
+        state = {
+            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        }
+        with evaluating(module), torch.autocast(device.type, enabled=False):
+            output: Tensor = torch.func.functional_call(module, state, (X,))
+        return output
+
+    def forward(X: Tensor) -> Tensor:
+        output = call(torch.cat([X, X.new_zeros(1, *in_shape)]))
+        return output[:-1] - output[-1:]
+
+    def adjoint(Y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            X = Y.new_zeros(len(Y), *in_shape, requires_grad=True)
+            output = call(X)
+            return torch.autograd.grad(output, X, Y)[0] if output.requires_grad else torch.zeros_like(X)
+
+    out_shape = _probe_affine(module, call, in_shape, dtype, device)
+    return LinearOperator(
+        in_shape, out_shape, dtype, device, forward, adjoint,
+        build=lambda other: _module_operator(module, in_shape, other), groups=_groups(module), label=type(module).__name__,
+    )  # fmt: skip
+
+
+def _probe_affine(
+    module: nn.Module, call: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Shape:
+    """Check f(x + y) + f(0) = f(x) + f(y) at random points; returns the output's shape."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, *in_shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    try:
+        with torch.no_grad():
+            fx, fy, fxy, f0 = call(torch.stack([x, y, x + y, torch.zeros_like(x)]))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {type(module).__name__} does not take it: {error}") from error
+    size = fx.abs() + fy.abs() + fxy.abs() + f0.abs()
+    gap = (fxy + f0 - fx - fy).abs()
+    if not bool((gap <= 1e3 * torch.finfo(dtype).eps * size.max()).all()):
+        raise NotImplementedError(
+            f"linear_operator: {_blame(module)} is not affine; x -> module(x) - module(0) must be linear in eval mode"
+        )
+    return tuple(fx.shape)
+
+
+def _blame(module: nn.Module) -> str:
+    """Name the innermost parts of a module that are not known to be affine."""
+    if isinstance(module, nn.Sequential):
+        guilty = [f"{type(part).__name__} (at '{name}')" for name, part in module.named_children() if not _known(part)]
+        return ", ".join(guilty) or "Sequential"
+    return type(module).__name__
+
+
+def _known(module: nn.Module) -> bool:
+    return type(module) in _BUILDERS or isinstance(module, _AFFINE)
+
+
+def _dense_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
+    weight = _weight(module)
+    if in_shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {module} takes {weight.shape[1]} features on the last axis")
+
+    def live() -> Tensor:
+        return _weight(module).to(dtype)
+
+    return LinearOperator(
+        in_shape, (*in_shape[:-1], weight.shape[0]), dtype, weight.device,
+        forward=lambda X: F.linear(X, live()),
+        adjoint=lambda Y: F.linear(Y, live().T),
+        build=lambda other: _dense_operator(module, in_shape, other), label="Linear",
+    )  # fmt: skip
+
+
+def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
+    """Forward and transposed convolution without autograd where padding is by zeros and symmetric."""
+    assert isinstance(module, _ConvNd)
+    padding = _symmetric_padding(module)
+    kernel = Kernel(_weight(module).to(dtype), module.groups) if module.padding_mode in ("zeros", "circular") else None
+    if padding is None or module.padding_mode != "zeros":
+        return replace(_module_operator(module, in_shape, dtype), kernel=kernel)
+    if len(in_shape) != len(padding) + 1 or in_shape[0] != module.in_channels:
+        raise ValueError(
+            f"linear_operator(in_shape={in_shape}): {module} takes ({module.in_channels}, {len(padding)} spatial axes)"
+        )
+    convolve, dims = _CONVOLVE[len(padding) - 1], len(padding)
+
+    def forward(X: Tensor) -> Tensor:
+        weight = _weight(module).to(dtype)
+        return convolve(X, weight, None, module.stride, padding, module.dilation, module.groups)
+
+    def adjoint(Y: Tensor) -> Tensor:
+        X = Y.new_empty(1).expand(len(Y), *in_shape)  # only its shape is read
+        weight = _weight(module).to(dtype)
+        return torch.ops.aten.convolution_backward(
+            Y, X, weight, None, module.stride, padding, module.dilation, False, [0] * dims, module.groups, [True, False, False]
+        )[0]
+
+    return LinearOperator(
+        in_shape, _out_shape(forward, in_shape, dtype, module), dtype, _device(module), forward, adjoint,
+        build=lambda other: _convolution_operator(module, in_shape, other),
+        groups=module.groups, kernel=kernel, label=type(module).__name__,
+    )  # fmt: skip
+
+
+def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, module: nn.Module) -> Shape:
+    try:
+        with torch.no_grad():
+            return tuple(forward(torch.zeros(1, *in_shape, dtype=dtype, device=_device(module))).shape[1:])
+    except RuntimeError as error:
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {module} does not take it: {error}") from error
+
+
+def _symmetric_padding(module: _ConvNd) -> Shape | None:
+    """The zeros added at both ends of each spatial axis; None where the two ends differ ('same' with an even window)."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if module.padding == "valid":
+        return (0,) * len(reach)
+    return tuple(r // 2 for r in reach) if all(r % 2 == 0 for r in reach) else None
+
+
+def _batchnorm_module(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
+    return batchnorm_operator(module, in_shape, dtype)
+
+
+def _sequential_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
+    """Parts composed in order; a batch normalisation scales the kernel of the convolution before it."""
+    assert isinstance(module, nn.Sequential)
+    parts = list(module)
+    if not parts:
+        return _module_operator(nn.Identity(), in_shape, dtype)
+    if len(parts) == 2 and isinstance(parts[0], nn.Linear | _ConvNd) and type(parts[1]) in _BATCHNORMS:
+        return convolution_then_batchnorm(parts[0], parts[1], in_shape, dtype)
+    operator = linear_operator(parts[0], in_shape, dtype)
+    for part in parts[1:]:
+        operator = compose(operator, linear_operator(part, operator.out_shape, dtype))
+    return operator
+
+
+def _groups(module: nn.Module) -> int:
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    tensor: Tensor = weight.detach()
+    return tensor
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+
+
+def _default_dtype(module: nn.Module) -> torch.dtype:
+    found = [t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
+    dtype = found[0] if found else torch.get_default_dtype()
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        where = f"linear_operator: '{name}' of {type(module).__name__}"
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{where} is not initialised yet; run one forward pass of the lazy module first")
+        if tensor.is_meta:
+            raise ValueError(f"{where} is on the meta device and has no values; load the weights first")
+        if tensor.is_complex():
+            raise NotImplementedError(f"{where} is complex; only real layers are covered")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where} holds NaN or infinite values")
+
+
+_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_AFFINE = (
+    nn.Linear, _ConvNd, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle,
+)  # fmt: skip
+_BUILDERS: dict[type[nn.Module], Callable[[nn.Module, Shape, torch.dtype], LinearOperator]] = {
+    nn.Linear: _dense_operator,
+    nn.Conv1d: _convolution_operator,
+    nn.Conv2d: _convolution_operator,
+    nn.Conv3d: _convolution_operator,
+    nn.Sequential: _sequential_operator,
+    **dict.fromkeys(_BATCHNORMS, _batchnorm_module),
+}

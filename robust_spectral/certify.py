@@ -1,0 +1,49 @@
+"""What a Lipschitz bound promises for one image: a radius inside which no perturbation changes the predicted class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .lipschitz import LipschitzBound
+
+
+def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> Tensor:
+    """L2 radius around each input inside which the predicted class provably stays the true one.
+
+    With L a bound of the network's Lipschitz constant from L2 to L2, every difference of two logits is √2 L-Lipschitz, so
+    the radius is ``margin / (√2 L)`` with the margin between the true class and the best other one. The result is rounded
+    down. It is a statement about the network in real arithmetic, at the logits as given.
+
+    Args:
+        logits: Scores before any softmax, (batch, classes).
+        labels: True classes, (batch,).
+        bound: A `LipschitzBound`; an estimate is refused.
+
+    Returns:
+        Tensor: (batch,) float64 radii in the unit of the network's input; 0 where the prediction is wrong or tied, a logit
+        is not finite, or nothing is proved of the network.
+
+    Raises:
+        TypeError: ``bound`` is not a proved bound.
+        ValueError: the shapes do not fit.
+
+    Source: Tsuzuku, Sato and Sugiyama (2018), Lipschitz-Margin Training, Proposition 1.
+    """
+    if not isinstance(bound, LipschitzBound):
+        raise TypeError(f"certified_radius(bound={bound!r}): takes the result of lipschitz_bound; an estimate proves nothing")
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"certified_radius: logits must be (batch, classes) and labels (batch,), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    scores = logits.detach().double()
+    true = scores.gather(1, labels[:, None].long())
+    others = scores.scatter(1, labels[:, None].long(), -math.inf)
+    margin = (true - others.amax(1, keepdim=True))[:, 0]
+    sound = torch.isfinite(scores).all(1) & (margin > 0) & math.isfinite(bound.value)
+    radius = margin / (math.sqrt(2) * bound.value) if bound.value > 0 else torch.full_like(margin, math.inf)
+    rounded = torch.nextafter(radius * (1 - 1e-14), torch.zeros_like(radius))
+    return torch.where(sound, rounded, 0.0)

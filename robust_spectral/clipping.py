@@ -1,0 +1,227 @@
+"""Spectral-norm clipping without a step size: the smallest change of a weight that lowers its top singular values.
+
+For weights W in which the operator A is linear, with top triplets (σ_i, u_i, v_i) and G_i = ∂⟨u_i, A v_i⟩/∂W, the update
+W - Σ a_i G_i with the a >= 0 that solves Σ_j ⟨G_i, G_j⟩ a_j = σ_i - c brings every ⟨u_i, A v_i⟩ above c to c, and is the
+smallest change of W that does. For a dense layer it is the exact clip of those singular values. Elsewhere other directions
+take over, so it is repeated from warm vectors. Groups of a grouped convolution are clipped separately, all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .affine import batchnorm_scale, is_batchnorm
+from .layers import LinearLayer
+from .norms import NormInterval, spectral_norm
+from .operators import LinearOperator, Shape
+from .spectrum import Lanczos, from_groups, power_step, random_block, to_groups, top_singular
+
+TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """What a clip did: the norm before and after, ‖ΔW‖/‖W‖, and the number of updates (0: the weights were left alone)."""
+
+    before: NormInterval
+    after: NormInterval
+    distortion: float
+    steps: int
+
+
+def clip_(
+    module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, failure_probability: float = 1e-9, vectors: int = 8
+) -> ClipResult:
+    """Clip the spectral norm of a layer to ``max_norm``, in place and as near to its weights as the update gets.
+
+    Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``; what the updates leave above it is closed by a rescale.
+    A layer already below is not touched, and a norm is never raised.
+
+    Args:
+        module: A dense or convolutional layer, or ``nn.Sequential(layer, batch normalisation)``, whose first part moves.
+        in_shape: Shape of one input, without the batch axis.
+        max_norm: The spectral norm allowed.
+        failure_probability: Of the interval ``after``.
+        vectors: How many singular directions are clipped together.
+
+    Raises:
+        ValueError: ``max_norm`` is not positive, or the weights are not finite.
+        NotImplementedError: the module has no plain weight that its norm is proportional to.
+    """
+    check_max_norm("clip_", max_norm)
+    tracked = TrackedLayer.of(_as_layer(module, tuple(in_shape)), vectors=vectors, composite=True, seed=0)
+    return tracked.clip_until_proved_(max_norm, failure_probability)
+
+
+@dataclass(eq=False)
+class TrackedLayer:
+    """A layer with the singular directions that are followed in it."""
+
+    layer: LinearLayer
+    vectors: Tensor  # (groups, k, in / groups), orthonormal rows
+    composite: bool | None  # None until settled
+    operator: LinearOperator
+    estimate: float = field(default=math.nan)
+    initial: float = field(default=math.nan)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that a clip moves."""
+        weight: Any = self.layer.module.weight
+        return weight
+
+    @classmethod
+    def of(cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int) -> TrackedLayer:
+        """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
+        _check_clippable(layer)
+        operator = layer.operator(composite=bool(composite))
+        size = math.prod(layer.in_shape) // operator.groups
+        rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
+        return cls(layer, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
+
+    @property
+    def kind(self) -> str:
+        """The layer's kind, "+bn" only where the composite is what is clipped."""
+        return self.layer.kind if self.composite else self.layer.kind.removesuffix("+bn")
+
+    def resolve(self, composite: bool) -> None:
+        """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
+        self.composite = composite and self.layer.batchnorm is not None
+        self.operator = self.layer.operator(composite=self.composite)
+
+    def restore(self, entry: dict[str, Any]) -> None:
+        """Go on from the entry of a clipper's state dict."""
+        if entry["composite"] is not None:
+            self.resolve(entry["composite"])
+        self.vectors = entry["vectors"].to(self.vectors)
+        self.estimate, self.initial = entry["estimate"], entry["initial"]
+
+    def power_step(self) -> Tensor:
+        """One block power step from the warm vectors; the largest value found, as a tensor without a sync."""
+        if self.vectors.device != self.weight.device:
+            self.resolve(bool(self.composite))
+            self.vectors = self.vectors.to(self.operator.device)
+        self.ritz, image = power_step(self.operator, self.vectors)
+        self.vectors = torch.linalg.qr(image.mT)[0].mT
+        return self.ritz.values.max()
+
+    @torch.no_grad()
+    def clip_directions_(self, max_norm: float) -> None:
+        """Bring every followed direction above ``max_norm`` to it, by the smallest change of the weight that does."""
+        weight = self.weight
+        excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
+        G = self._weight_gradients()  # (g, k, weight / g)
+        a = _smallest_change(G @ G.mT, excess)[..., None]
+        change = (a * G).sum(1).reshape(weight.shape)
+        weight.sub_(change.to(weight.dtype))
+
+    def clip_until_proved_(self, max_norm: float, failure_probability: float, max_rounds: int = 300) -> ClipResult:
+        """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale."""
+        self.resolve(bool(self.composite))
+        limit = (1 + TOLERANCE) * max_norm
+        before = spectral_norm(self.operator, failure_probability)
+        if before.lower <= max_norm and before.upper > limit:  # undecided: look closer before touching anything
+            before = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
+        if before.upper <= limit:
+            return ClipResult(before, before, 0.0, 0)
+        weight = self.weight
+        original = weight.detach().clone()
+        rounds = 0
+        while rounds < max_rounds:
+            if float(self.power_step()) <= max_norm * (1 + TOLERANCE / 4) and not self._look_again(max_norm):
+                break
+            rounds += 1
+            self.clip_directions_(max_norm)
+        after = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+        while after.upper > limit:
+            rounds += 1
+            with torch.no_grad():
+                weight.mul_(max_norm * (1 + 0.9 * TOLERANCE) / after.upper)
+            after = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+        moved = float((weight.detach() - original).norm() / original.norm())
+        return ClipResult(before, after, moved, rounds)
+
+    def _look_again(self, max_norm: float) -> bool:
+        """Search for directions above the target with a Krylov run, and follow them if there are any."""
+        groups, k, _ = self.vectors.shape
+        warm = from_groups(self.vectors, self.layer.in_shape)
+        found = top_singular(self.operator, k, Lanczos(rtol=1e-2, max_steps=32), right=warm if groups == 1 else None, seed=1)
+        if float(found.values[0]) <= max_norm * (1 + TOLERANCE / 2):
+            return False
+        if groups == 1:
+            self.vectors = torch.linalg.qr(found.right.reshape(1, k, -1).mT)[0].mT
+        else:  # the vectors found are zero outside their group; put the strongest of each group first
+            strongest = to_groups(found.right, groups)
+            self.vectors = torch.linalg.qr(torch.cat([strongest, self.vectors], 1)[:, :k].mT)[0].mT
+        self.ritz, _ = power_step(self.operator, self.vectors)
+        return True
+
+    def _weight_gradients(self) -> Tensor:
+        """G_i = ∂⟨u_i, A v_i⟩/∂W of each followed direction: (g, k, weight / g)."""
+        module: Any = self.layer.module
+        weight = module.weight.detach().to(self.ritz.right.dtype).requires_grad_()
+        state = {name: p.detach().to(weight.dtype) for name, p in module.named_parameters()} | {"weight": weight}
+        scale: Tensor | None = None
+        if self.composite and self.layer.batchnorm is not None:
+            scale = batchnorm_scale(self.layer.batchnorm).to(weight.dtype)
+        X, U = from_groups(self.ritz.right, self.operator.in_shape), from_groups(self.ritz.left, self.operator.out_shape)
+        if scale is not None:
+            U = U * scale.reshape(-1, *[1] * (U.ndim - 2))
+        gradients = []
+        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            for x, u in zip(X.split(1), U.split(1), strict=True):
+                score = (torch.func.functional_call(module, state, (x,)) * u).sum()
+                gradients.append(torch.autograd.grad(score, weight)[0])
+        return to_groups(torch.stack(gradients), self.operator.groups)
+
+
+def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
+    """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
+
+    The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
+    lower them more than enough), so that nearly dependent directions cannot blow the change up.
+    """
+    active = excess > 0
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)
+    for _ in range(gram.shape[-1]):
+        pairs = active[:, :, None] & active[:, None, :]
+        a = torch.linalg.solve(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))
+        negative = a < 0
+        if not bool(negative.any()):
+            break
+        active = active & ~negative
+    return a
+
+
+def _as_layer(module: nn.Module, in_shape: Shape) -> LinearLayer:
+    if isinstance(module, nn.Sequential) and len(module) == 2 and is_batchnorm(module[1]):
+        return LinearLayer("0", module[0], in_shape, module[1], "1")
+    return LinearLayer(type(module).__name__, module, in_shape)
+
+
+def _check_clippable(layer: LinearLayer) -> None:
+    where = f"clipping '{layer.name}' ({type(layer.module).__name__})"
+    if parametrize.is_parametrized(layer.module, "weight"):
+        raise NotImplementedError(f"{where}: its weight is parametrised; remove the parametrisation first")
+    if not isinstance(getattr(layer.module, "weight", None), nn.Parameter):
+        raise NotImplementedError(f"{where}: it has no weight parameter of its own")
+    if _ignores_scale(layer.module):
+        raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
+
+
+def _ignores_scale(module: nn.Module) -> bool:
+    """Whether the layer transforms its weight in forward; by name of the class, as timm is not imported here."""
+    return "StdConv2d" in type(module).__name__
+
+
+def check_max_norm(call: str, max_norm: float) -> None:
+    """Raise ValueError unless ``max_norm`` is positive."""
+    if not max_norm > 0:
+        raise ValueError(f"{call}(max_norm={max_norm}): must be positive")

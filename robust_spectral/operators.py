@@ -1,0 +1,115 @@
+"""A linear map given by what it does to a batch, and its adjoint. No matrix is formed.
+
+An operator that acts separately on equal, contiguous slices of the channel axis says so in ``groups``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel of a convolution with zero or circular padding: what bounds of convolutions are made from.
+
+    ``weight`` has shape (out channels, in channels / groups, *window). Neither stride nor dilation nor the amount of
+    padding appears, because the bounds that use a kernel hold for all of them.
+    """
+
+    weight: Tensor
+    groups: int
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """A linear map between spaces of shape ``in_shape`` and ``out_shape``, given by its action on batches.
+
+    ``groups`` > 1 says that the map is block diagonal over that many equal, contiguous slices of the channel axis (the
+    first one) of both spaces. ``kernel`` is set where the map is a convolution or a channel-wise scaled one.
+    """
+
+    in_shape: Shape
+    out_shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    build: Callable[[torch.dtype], LinearOperator] | None = None
+    groups: int = 1
+    kernel: Kernel | None = None
+    label: str = "LinearOperator"
+
+    def matmat(self, X: Tensor) -> Tensor:
+        """Apply the operator to k inputs: (k, *in_shape) -> (k, *out_shape). Costs k applications."""
+        self._check("matmat", X, self.in_shape)
+        with torch.no_grad():
+            return self.forward(X)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Apply the adjoint to k outputs: (k, *out_shape) -> (k, *in_shape). Costs k applications."""
+        self._check("rmatmat", Y, self.out_shape)
+        with torch.no_grad():
+            return self.adjoint(Y)
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint operator."""
+        build = self.build
+        return replace(
+            self,
+            in_shape=self.out_shape,
+            out_shape=self.in_shape,
+            forward=self.adjoint,
+            adjoint=self.forward,
+            build=None if build is None else lambda dtype: build(dtype).H,
+        )
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """The same operator, built anew from the weights as they are now, computed in the floating-point type given.
+
+        Raises:
+            TypeError: the operator was made by hand, without a ``build`` function for other types.
+        """
+        if self.build is None and dtype == self.dtype:
+            return self
+        if self.build is None:
+            raise TypeError(f"{self!r}.to({dtype}): this operator was given without a `build` function for other types")
+        return self.build(dtype)
+
+    def to_dense(self) -> Tensor:
+        """The matrix, (out elements, in elements): costs one application per input element."""
+        n = prod(self.in_shape)
+        eye = torch.eye(n, dtype=self.dtype, device=self.device).reshape(n, *self.in_shape)
+        return torch.cat([self.matmat(chunk).flatten(1) for chunk in eye.split(1024)]).T
+
+    def _check(self, call: str, X: Tensor, shape: Shape) -> None:
+        if tuple(X.shape[1:]) != shape or X.dtype != self.dtype:
+            raise ValueError(
+                f"{self!r}.{call} takes a batch of shape (k, {', '.join(map(str, shape))}) and {self.dtype}, "
+                f"got {tuple(X.shape)} and {X.dtype}"
+            )
+
+    def __repr__(self) -> str:
+        return f"<{self.label}: {self.in_shape} -> {self.out_shape}, {self.dtype}>"
+
+
+def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
+    """The operator ``x -> second(first(x))``."""
+    if first.out_shape != second.in_shape:
+        raise ValueError(f"compose: {first!r} does not feed {second!r}")
+    build_first, build_second = first.build, second.build
+    return LinearOperator(
+        first.in_shape, second.out_shape, second.dtype, second.device,
+        forward=lambda X: second.forward(first.forward(X)),
+        adjoint=lambda Y: first.adjoint(second.adjoint(Y)),
+        build=(lambda dtype: compose(build_first(dtype), build_second(dtype))) if build_first and build_second else None,
+        groups=gcd(first.groups, second.groups),
+        label=f"{first.label} -> {second.label}",
+    )  # fmt: skip

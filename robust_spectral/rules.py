@@ -1,0 +1,187 @@
+"""The Lipschitz rules of torch's own modules and functions: for each, the bound of its value from those of its arguments.
+
+A rule gets the walk and a node, and returns the constant from the network's input to the node's value, or inf for no claim.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .affine import batchnorm_operator, convolution_then_batchnorm, linear_operator
+from .graph import Rule, Walk, rule, times
+
+
+@rule(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def affine_layer(walk: Walk, n: fx.Node) -> float:
+    """Norm of the layer's operator."""
+    module = walk.called(n)
+    assert module is not None
+    shape = walk.shape(n.args[0])
+    shape = shape[-1:] if isinstance(module, nn.Linear) else shape
+    norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
+    return times(walk.bound(n.args[0]), norm)
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batchnorm(walk: Walk, n: fx.Node) -> float:
+    """Largest |gamma| / sqrt(running_var + eps); behind a convolution or dense layer also the norm of the composite."""
+    module = walk.called(n)
+    assert module is not None
+    previous = n.args[0]
+    shape = walk.shape(previous)
+    alone = times(walk.bound(previous), walk.operator_norm((id(module), shape), lambda: batchnorm_operator(module, shape)))
+    layer = walk.called(previous)
+    if not isinstance(layer, nn.Linear | _ConvNd) or (isinstance(layer, nn.Linear) and len(shape) != 1):
+        return alone
+    assert isinstance(previous, fx.Node)
+    inner = walk.shape(previous.args[0])
+    norm = walk.operator_norm(
+        (id(layer), id(module), inner), lambda: convolution_then_batchnorm(layer, module, inner)
+    )  # fmt: skip
+    return min(alone, times(walk.bound(previous.args[0]), norm))
+
+
+@rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Upsample)
+def channelwise(walk: Walk, n: fx.Node) -> float:
+    """Norm of an operator that treats every channel alike, from one channel."""
+    module = walk.called(n)
+    assert module is not None
+    shape = (1, *walk.shape(n.args[0])[1:])
+    norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
+    return times(walk.bound(n.args[0]), norm)
+
+
+@rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+def max_pool(walk: Walk, n: fx.Node) -> float:
+    """sqrt of the number of windows an input element can lie in, ceil(window / stride) along each axis."""
+    module: Any = walk.called(n)
+    axes = len(walk.shape(n.args[0])) - 1
+    window, stride, dilation = (v if isinstance(v, tuple) else (v,) * axes
+                                for v in (module.kernel_size, module.stride, module.dilation))  # fmt: skip
+    overlap = [w if d > 1 else math.ceil(w / s) for w, s, d in zip(window, stride, dilation, strict=True)]
+    return times(walk.bound(n.args[0]), math.sqrt(math.prod(overlap)))
+
+
+@rule(operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_")
+def add(walk: Walk, n: fx.Node) -> float:
+    """Bounds of the branches add; a constant counts nothing."""
+    first, second = n.args[:2]
+    alpha = abs(float(n.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+    if _broadcast(walk, n):
+        return math.inf
+    return math.nextafter(walk.bound(first) + times(alpha, walk.bound(second)), math.inf)
+
+
+@rule(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, operator.itruediv, torch.div, "div", "div_")
+def scale(walk: Walk, n: fx.Node) -> float:
+    """A constant factor counts with its largest absolute value; a product of two functions of the input has no constant."""
+    first, second = n.args[:2]
+    divides = n.target in (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+    if divides or walk.bound(second) == 0:
+        function, constant = first, second
+    else:
+        function, constant = second, first
+    if walk.bound(constant) != 0 or _broadcast(walk, n):
+        return math.inf
+    sizes = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).detach().double().abs()
+    factor = float((1 / sizes if divides else sizes).max())
+    return times(walk.bound(function), factor) if math.isfinite(factor) else math.inf
+
+
+def _broadcast(walk: Walk, n: fx.Node) -> bool:
+    """Whether an argument that depends on the input is repeated along an axis, which would count its change several times."""
+    out = walk.env.get(n)
+    shapes = [walk.env[a].shape for a in n.args[:2] if isinstance(a, fx.Node) and walk.bound(a) > 0]
+    wanted = out.shape if out is not None else torch.broadcast_shapes(*[
+        walk.env[a].shape for a in n.args[:2] if isinstance(a, fx.Node) and isinstance(walk.env[a], Tensor)
+    ])  # fmt: skip
+    return any(shape != wanted for shape in shapes)
+
+
+@rule(torch.cat, torch.concat)
+def cat(walk: Walk, n: fx.Node) -> float:
+    """Root of the sum of the branches' squares; concatenation along the batch axis is no function of one input."""
+    parts: Any = n.args[0]
+    axis = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    if axis == 0:
+        return math.inf
+    return math.nextafter(math.hypot(*(walk.bound(part) for part in parts)), math.inf)
+
+
+@rule(torch.mean, "mean")
+def mean(walk: Walk, n: fx.Node) -> float:
+    """A mean over m elements has norm 1 / sqrt(m)."""
+    axes: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    full = walk.env[n.args[0]].shape  # type: ignore[index]
+    listed = [axes] if isinstance(axes, int) else list(axes) if axes is not None else []
+    if not listed or 0 in [a % len(full) for a in listed]:
+        return math.inf  # mixes the batch
+    return times(walk.bound(n.args[0]), 1 / math.sqrt(math.prod(full[a] for a in listed)))
+
+
+@rule(nn.PReLU)
+def prelu(walk: Walk, n: fx.Node) -> float:
+    """max(1, |slope|)."""
+    module: Any = walk.called(n)
+    return times(walk.bound(n.args[0]), max(1.0, float(module.weight.detach().abs().max())))
+
+
+@rule(nn.LeakyReLU)
+def leaky_relu(walk: Walk, n: fx.Node) -> float:
+    """max(1, |slope|)."""
+    module: Any = walk.called(n)
+    return times(walk.bound(n.args[0]), max(1.0, abs(module.negative_slope)))
+
+
+@rule(nn.ELU)
+def elu(walk: Walk, n: fx.Node) -> float:
+    """max(1, |alpha|)."""
+    module: Any = walk.called(n)
+    return times(walk.bound(n.args[0]), max(1.0, abs(module.alpha)))
+
+
+@rule(nn.GELU)
+def gelu(walk: Walk, n: fx.Node) -> float:
+    """Largest slope, at √2 for the exact form: Φ(√2) + √2 φ(√2) = 1.128904…; 1.128993… for the tanh form."""
+    return times(walk.bound(n.args[0]), 1.129)
+
+
+def _slope(constant: float) -> Rule:
+    def bound(walk: Walk, n: fx.Node) -> float:
+        return times(walk.bound(n.args[0]), constant)
+
+    return bound
+
+
+# Largest slopes, rounded up: SiLU 1.0998393…, Mish 1.0884…, SELU 1.0507 · 1.6733 = 1.7581…
+_SLOPES: dict[float, list[Any]] = {
+    1.0: [
+        nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
+        nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh, nn.Softplus, nn.Softsign,
+        F.relu, F.relu6, torch.relu, torch.tanh, "relu", "relu_", "tanh",
+        torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
+        "flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "float",
+    ],
+    0.25: [nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"],
+    1.09984: [nn.SiLU, F.silu],
+    1.0885: [nn.Mish, F.mish],
+    1.5: [nn.Hardswish, F.hardswish],
+    0.16667: [nn.Hardsigmoid, F.hardsigmoid],
+    1.7581: [nn.SELU, F.selu],
+}  # fmt: skip
+for _constant, _targets in _SLOPES.items():
+    rule(*_targets)(_slope(_constant))
+
+
+@rule(F.dropout)
+def functional_dropout(walk: Walk, n: fx.Node) -> float:
+    """The identity, as long as it is told that the model is not training."""
+    training = n.kwargs.get("training", n.args[2] if len(n.args) > 2 else True)
+    return math.inf if training else walk.bound(n.args[0])
