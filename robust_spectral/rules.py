@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .affine import batchnorm_operator, convolution_then_batchnorm, linear_operator
-from .graph import Rule, Walk, rule, times
+from .graph import Walk, rule, times
 
 
 @rule(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -126,41 +126,8 @@ def mean(walk: Walk, n: fx.Node) -> float:
     return times(walk.bound(n.args[0]), 1 / math.sqrt(math.prod(full[a] for a in listed)))
 
 
-@rule(nn.PReLU)
-def prelu(walk: Walk, n: fx.Node) -> float:
-    """max(1, |slope|)."""
-    module: Any = walk.called(n)
-    return times(walk.bound(n.args[0]), max(1.0, float(module.weight.detach().abs().max())))
-
-
-@rule(nn.LeakyReLU)
-def leaky_relu(walk: Walk, n: fx.Node) -> float:
-    """max(1, |slope|)."""
-    module: Any = walk.called(n)
-    return times(walk.bound(n.args[0]), max(1.0, abs(module.negative_slope)))
-
-
-@rule(nn.ELU)
-def elu(walk: Walk, n: fx.Node) -> float:
-    """max(1, |alpha|)."""
-    module: Any = walk.called(n)
-    return times(walk.bound(n.args[0]), max(1.0, abs(module.alpha)))
-
-
-@rule(nn.GELU)
-def gelu(walk: Walk, n: fx.Node) -> float:
-    """Largest slope, at √2 for the exact form: Φ(√2) + √2 φ(√2) = 1.128904…; 1.128993… for the tanh form."""
-    return times(walk.bound(n.args[0]), 1.129)
-
-
-def _slope(constant: float) -> Rule:
-    def bound(walk: Walk, n: fx.Node) -> float:
-        return times(walk.bound(n.args[0]), constant)
-
-    return bound
-
-
-# Largest slopes, rounded up: SiLU 1.0998393…, Mish 1.0884…, SELU 1.0507 · 1.6733 = 1.7581…
+# Largest slopes, rounded up. GELU at √2: Φ(√2) + √2 φ(√2) = 1.128904… (tanh form 1.128993…); SiLU 1.0998393…,
+# Mish 1.0884…, SELU 1.0507 · 1.6733 = 1.7581….
 _SLOPES: dict[float, list[Any]] = {
     1.0: [
         nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
@@ -171,13 +138,32 @@ _SLOPES: dict[float, list[Any]] = {
     ],
     0.25: [nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"],
     1.09984: [nn.SiLU, F.silu],
+    1.129: [nn.GELU, F.gelu],
     1.0885: [nn.Mish, F.mish],
     1.5: [nn.Hardswish, F.hardswish],
     0.16667: [nn.Hardsigmoid, F.hardsigmoid],
     1.7581: [nn.SELU, F.selu],
 }  # fmt: skip
-for _constant, _targets in _SLOPES.items():
-    rule(*_targets)(_slope(_constant))
+_SLOPE_OF = {target: constant for constant, targets in _SLOPES.items() for target in targets}
+
+
+def activation_slope(module: nn.Module) -> float:
+    """Largest slope of an elementwise module, rounded up; inf where it is not known."""
+    if isinstance(module, nn.PReLU):
+        return max(1.0, float(module.weight.detach().abs().max()))
+    if isinstance(module, nn.LeakyReLU):
+        return max(1.0, abs(module.negative_slope))
+    if isinstance(module, nn.ELU):
+        return max(1.0, abs(module.alpha))
+    return _SLOPE_OF.get(type(module), math.inf)
+
+
+@rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU)
+def elementwise(walk: Walk, n: fx.Node) -> float:
+    """Largest slope of a function applied to every element; 1 for those that only rearrange elements."""
+    module = walk.called(n)
+    slope = _SLOPE_OF[n.target] if module is None else activation_slope(module)
+    return times(walk.bound(n.args[0]), slope)
 
 
 @rule(F.dropout)

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+RS := $(BIN)/robust-spectral
+RUN := runs/demo
+PHOTOS := runs/demo-pretrained
+
+.PHONY: env lint types test demo demo-pretrained clean
+
+env: .venv/ready  ## the environment, with everything the checks and the demo need
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env  ## the package as it is installed
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p robust_spectral
+
+test: env lint types  ## the whole check
+	$(BIN)/pytest
+
+demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html
+	rm -rf $(RUN) $(RUN)-start
+	$(RS) finetune --model test_resnet --data mnist5k --epochs 6 --lr 2e-3 --max-norm inf --out $(RUN)-start
+	$(RS) finetune --model test_resnet --data mnist5k --epochs 16 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
+	  --freeze-bn --max-norm 1 --logit-scale 20 --spectral-warmup 0.6 --twin --out $(RUN)
+	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.25 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
+	  --samples 200 --autoattack-eps 0.5 --autoattack-samples 64
+	$(RS) report $(RUN)
+
+clean:
+	rm -rf .venv build runs *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m robust_spectral.evaluations`` is the command ``robust-spectral``."""
+
+from .cli import main
+
+main()

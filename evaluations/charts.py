@@ -1,0 +1,106 @@
+"""The pictures of a report, as SVG text. Lines differ in dash and marker as well as in colour."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0b6e99", "#c0392b", "#2e7d32", "#6a3d9a")
+STYLE = {
+    "font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "robust_spectral", "svg.fonttype": "path",
+}  # fmt: skip
+KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certified": ("--", "")}
+
+
+def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
+    """Accuracy against the size of the perturbation: clean, each attack and certified, for every model."""
+    figure, axes = _canvas(7.6, 4.2)
+    for colour, (name, figures) in zip(COLOURS, models.items(), strict=False):
+        clean = 100 * figures["accuracy"]["clean"]
+        axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
+        for attack in sorted({e["attack"] for e in figures["robust"] if e["norm"] == norm} - {"worst case"}):
+            _attack_line(axes, colour, name, attack, clean, _of(figures, attack, norm))
+        proved = sorted((e for e in figures["certified"] if e["norm"] == norm), key=lambda e: e["eps"])
+        if any(e["accuracy"] for e in proved):
+            axes.plot([0, *(e["eps"] for e in proved)], [clean, *(100 * e["accuracy"] for e in proved)], color=colour,
+                      ls=KINDS["certified"][0], lw=1.4, label=f"{name}: certified")  # fmt: skip
+    axes.set(xlabel=f"size of the perturbation, {'L2' if norm == 'l2' else 'L∞'}, pixels in [0, 1]", ylabel="accuracy, %",
+             ylim=(-2, 102))  # fmt: skip
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return _svg(figure)
+
+
+def _of(figures: dict[str, Any], attack: str, norm: str) -> list[dict[str, Any]]:
+    entries = [e for e in figures["robust"] if (e["attack"], e["norm"]) == (attack, norm)]
+    return sorted(entries, key=lambda e: e["eps"])
+
+
+def _attack_line(axes: Axes, colour: str, name: str, attack: str, clean: float, entries: list[dict[str, Any]]) -> None:
+    x, y = [e["eps"] for e in entries], [100 * e["accuracy"] for e in entries]
+    below = [100 * (e["accuracy"] - e["ci"][0]) for e in entries]
+    above = [100 * (e["ci"][1] - e["accuracy"]) for e in entries]
+    if len(x) > 1:  # a curve starts at the clean accuracy; a single point stands for itself
+        x, y, below, above = [0, *x], [clean, *y], [0, *below], [0, *above]
+    line, marker = KINDS.get(attack, ("-.", "s"))
+    axes.errorbar(
+        x, y, yerr=[below, above], color=colour, ls=line or "none", marker=marker, ms=8 if attack == "autoattack" else 5,
+        capsize=2, elinewidth=0.8, label=f"{name}: {attack}",
+    )  # fmt: skip
+
+
+def layer_norms(models: dict[str, dict[str, Any]]) -> str:
+    """Spectral norm of every layer before and after fine-tuning."""
+    first = next(iter(models.values()))["layers"]
+    figure, axes = _canvas(7.6, max(2.6, 0.19 * len(first) + 1.2))
+    rows = list(range(len(first)))
+    axes.plot([row["before"] for row in first], rows, ls="", marker="|", ms=10, mew=2, color="#555555", label="before")
+    for colour, marker, (name, figures) in zip(COLOURS, "os^D", models.items(), strict=False):
+        axes.plot(
+            [row["upper"] for row in figures["layers"]], rows, ls="", marker=marker, ms=5, color=colour, label=f"{name}: after"
+        )
+    targets = {row["target"] for figures in models.values() for row in figures["layers"] if row["target"]}
+    for target in sorted(targets):
+        axes.axvline(target, color="#555555", lw=0.8, ls="--")
+    axes.set(xlabel="spectral norm (proved upper end)", xscale="symlog" if _has_zero(models) else "log")
+    axes.set_yticks(rows, [f"{row['name']} ({row['kind']})" for row in first], fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return _svg(figure)
+
+
+def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
+    """Norm of every layer over the training steps, as the training saw it, and the largest one drawn heavier."""
+    figure, axes = _canvas(7.6, 3.2)
+    for colour, (name, rows) in zip(COLOURS, training.items(), strict=False):
+        if not rows:
+            continue
+        steps = [row["step"] for row in rows]
+        for layer in rows[0]["norms"]:
+            axes.plot(steps, [row["norms"][layer] for row in rows], color=colour, lw=0.5, alpha=0.45)
+        axes.plot(steps, [row["largest_norm"] for row in rows], color=colour, lw=2, label=f"{name}: largest layer")
+    axes.set(xlabel="training step", ylabel="spectral norm (estimate)", yscale="log")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return _svg(figure)
+
+
+def _has_zero(models: dict[str, dict[str, Any]]) -> bool:
+    return any(row["upper"] == 0 or row["before"] == 0 for figures in models.values() for row in figures["layers"])
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

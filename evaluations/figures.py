@@ -1,0 +1,131 @@
+"""From verdicts per sample to the figures of a report: a pure function, so that a report can always be made again."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from scipy.stats import binomtest
+
+Row = dict[str, Any]
+
+
+def figures(run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int) -> dict[str, Any]:
+    """The report.json of one model.
+
+    Args:
+        run: Its run.json.
+        rows: Its rows of samples.parquet.
+        lipschitz: bound, estimate, failure_probability and reason.
+        pixels: Values of one image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
+    """
+    clean = [row for row in rows if row["attack"] == "none"]
+    attacked = [row for row in rows if row["attack"] != "none"]
+    norms = sorted({row["norm"] for row in attacked}) or ["l2"]
+    sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
+    return {
+        "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
+        "accuracy": {"clean": _share([row["robust"] for row in clean])},
+        "robust": [*_per_attack(attacked), *(_worst(entry) for entry in sandwiches)],
+        "certified": [entry for norm in norms for entry in certified(clean, norm, attacked, pixels)],
+        "lipschitz": lipschitz,
+        "layers": run["layers"],
+        "sandwich": sandwiches,
+        "gates": [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels)],
+        "config": run["config"], "model_sha256": run["model_sha256"], "versions": run["versions"], "hardware": run["hardware"],
+        "training_seconds": run["seconds"],
+    }  # fmt: skip
+
+
+def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int) -> list[Row]:
+    """Certified accuracy on the attacked sizes and on a 1-2-5 grid that reaches down to where it is not zero."""
+    factor = math.sqrt(pixels) if norm == "linf" else 1.0
+    radii = sorted(row["certified_radius"] / factor for row in clean)
+    attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
+    grid = sorted(attacked_eps | set(_one_two_five(radii)))
+    return [
+        {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
+    ]  # fmt: skip
+
+
+def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixels: int) -> Row:
+    """Certified, worst case, each attack and clean accuracy at one size, on the images that all its attacks saw."""
+    verdicts: dict[str, dict[int, bool]] = defaultdict(dict)
+    for row in attacked:
+        if (row["norm"], row["eps"]) == (norm, eps):
+            verdicts[row["attack"]][row["sample"]] = row["robust"]
+    common = sorted(set.intersection(*(set(seen) for seen in verdicts.values())))
+    by_sample = {row["sample"]: row for row in clean}
+    needed = eps * (math.sqrt(pixels) if norm == "linf" else 1.0)
+    proved = [by_sample[i]["certified_radius"] >= needed for i in common]
+    worst = [all(seen[i] for seen in verdicts.values()) for i in common]
+    attacks = {name: _share([seen[i] for i in common]) for name, seen in verdicts.items()}
+    standing = [by_sample[i]["robust"] for i in common]
+    contained = all(stands or not certain for stands, certain in zip(worst, proved, strict=True))
+    ordered = [_share(proved), _share(worst), *sorted(attacks.values()), _share(standing)]
+    return {
+        "norm": norm, "eps": eps, "n": len(common), "certified": ordered[0], "worst": ordered[1], "attacks": attacks,
+        "clean": ordered[-1], "holds": contained and ordered == sorted(ordered),
+        "worst_ci": _with_interval(worst)["ci"],
+    }  # fmt: skip
+
+
+def _per_attack(attacked: list[Row]) -> list[Row]:
+    groups: dict[tuple[str, str, float], list[bool]] = defaultdict(list)
+    for row in attacked:
+        groups[row["attack"], row["norm"], row["eps"]].append(row["robust"])
+    return [
+        {"attack": attack, "norm": norm, "eps": eps, **_with_interval(seen), "n": len(seen)}
+        for (attack, norm, eps), seen in groups.items()
+    ]
+
+
+def _worst(entry: Row) -> Row:
+    return {"attack": "worst case", "norm": entry["norm"], "eps": entry["eps"], "accuracy": entry["worst"],
+            "ci": entry["worst_ci"], "n": entry["n"]}  # fmt: skip
+
+
+def _sandwich_gate(sandwiches: list[Row]) -> Row:
+    broken = [f"{s['norm']} {s['eps']:g}" for s in sandwiches if not s["holds"]]
+    detail = f"violated at {', '.join(broken)}" if broken else f"holds at all {len(sandwiches)} sizes"
+    return {"name": "certified <= worst case <= attacks <= clean", "status": "fail" if broken else "pass", "detail": detail}
+
+
+def _certificate_gate(attacked: list[Row], pixels: int) -> Row:
+    """No adversarial image lies inside the certified radius of its original."""
+    broken = sum(
+        row["predicted"] != row["label"] and row["certified_radius"] > 0
+        and row["distance"] * (math.sqrt(pixels) if row["norm"] == "linf" else 1.0) <= row["certified_radius"]
+        for row in attacked
+    )  # fmt: skip
+    status = "fail" if broken else "pass"
+    return {"name": "no attack inside a certified radius", "status": status, "detail": f"{broken} of {len(attacked)} attacks"}
+
+
+def _levels(attacked: list[Row]) -> list[tuple[str, float]]:
+    return sorted({(row["norm"], row["eps"]) for row in attacked})
+
+
+def _one_two_five(radii: list[float]) -> list[float]:
+    """Rounded sizes from below the lower quartile of the positive radii to just above the largest."""
+    positive = [radius for radius in radii if 0 < radius < math.inf]
+    if not positive:
+        return []
+    exponents = range(math.floor(math.log10(positive[len(positive) // 4])), math.ceil(math.log10(positive[-1])) + 1)
+    steps = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    below = [s for s in steps if s <= positive[len(positive) // 4]][-1:]
+    above = [s for s in steps if s > positive[-1]][:1]
+    return below + [s for s in steps if positive[len(positive) // 4] < s <= positive[-1]] + above
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def _with_interval(flags: list[bool]) -> Row:
+    """Accuracy with its 95 % Wilson interval."""
+    if not flags:
+        return {"accuracy": 0.0, "ci": [0.0, 1.0]}
+    interval = binomtest(sum(flags), len(flags)).proportion_ci(method="wilson")
+    return {"accuracy": _share(flags), "ci": [float(interval.low), float(interval.high)]}

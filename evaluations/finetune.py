@@ -1,0 +1,304 @@
+"""Fine-tuning of a timm model with its spectral norms held, into a run folder; every epoch can be resumed from exactly.
+
+The optimizer, the schedule and the moving average are timm's. The seed of every epoch is fixed, so that a run which was
+stopped and resumed ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from robust_spectral.plugins.timm import PixelModel, load
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from robust_spectral import FastClip, spectral_norms
+from robust_spectral.affine import is_batchnorm
+from robust_spectral.fastclip import Composites
+
+from .data import ImageData, check_pixels, data_hash, load_data, stack
+from .runs import all_finite, environment, file_hash, open_run, save_weights, write_atomically, write_json
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything a fine-tuning run depends on; stored in its run.json."""
+
+    model: str
+    data: str
+    image_size: int | None = None
+    pretrained: bool = False
+    pretrained_path: str | None = None
+    initial_checkpoint: str | None = None
+    epochs: int = 3
+    batch_size: int = 64
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    max_norm: float | None = 1.0
+    composites: Composites = "auto"
+    spectral_warmup: float = 0.5
+    logit_scale: float = 1.0
+    freeze_bn: bool = False
+    amp: bool = False
+    amp_dtype: str = "float16"
+    model_ema: bool = False
+    model_ema_decay: float = 0.999
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
+        if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
+            raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
+        if not 0 <= self.spectral_warmup <= 1:
+            raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
+
+    @property
+    def clips(self) -> bool:
+        """Whether the run holds spectral norms."""
+        return self.max_norm is not None and math.isfinite(self.max_norm)
+
+
+def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
+    """The model of a configuration, before fine-tuning."""
+    overlay = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
+    if config.pretrained_path and not Path(config.pretrained_path).is_file():
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
+    torch.manual_seed(config.seed)
+    return load(
+        config.model,
+        pretrained=config.pretrained or config.pretrained_path is not None,
+        checkpoint=config.initial_checkpoint,
+        num_classes=data.classes,
+        in_chans=data.channels,
+        **overlay,
+    )
+
+
+def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path:
+    """Fine-tune a model into the run folder ``out``.
+
+    Args:
+        config: What to do.
+        out: The folder; it must not hold another run.
+        resume: Go on from the last complete epoch of an interrupted run with this very configuration.
+
+    Raises:
+        ValueError: bad input, a folder that holds a run already, or a loss or weights that stopped being finite (the last
+            complete epoch is kept).
+    """
+    _claim(out, config, resume)
+    data = load_data(config.data, config.image_size)
+    example = data.example().to(config.device)
+    model = create_model(config, data).to(config.device)
+    if not all_finite(model.state_dict()):
+        raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
+    with torch.no_grad():
+        model(example)
+    session = _Session(config, data, model, out)
+    if resume and (out / "state.pt").is_file():
+        session.restore()
+    with _progress() as progress:
+        for epoch in range(session.epoch, config.epochs):
+            session.train_epoch(epoch, progress)
+            session.save(epoch + 1)
+    session.close()
+    return out
+
+
+class _Session:
+    """Model, optimizer, schedule, clipper and log of a running fine-tuning."""
+
+    def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path) -> None:
+        self.config, self.data, self.model, self.out = config, data, model, out
+        self.epoch, self.rows, self.started = 0, list[dict[str, Any]](), time.time()
+        self.before = _intervals(model, data.example().to(config.device))
+        self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+        self.batches = max(1, len(data.train) // config.batch_size)  # type: ignore[arg-type]
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=config.sched, num_epochs=max(1, config.epochs), warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False, updates_per_epoch=self.batches,
+        )  # fmt: skip
+        self.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+        self.scaler = torch.amp.GradScaler(config.device.split(":")[0], enabled=config.amp and config.amp_dtype == "float16")
+        self._set_mode(training=True)
+        self.clipper = self._clipper(model)
+        self.clipper.attach(self.optimizer)
+
+    def train_epoch(self, epoch: int, progress: Progress) -> None:
+        """One pass over the training split, every random draw of which follows from the seed and the epoch."""
+        seed = self.config.seed * 100_003 + epoch
+        torch.manual_seed(seed)
+        self._set_mode(training=True)
+        task = progress.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=self.batches, stats="")
+        for index, (images, labels) in enumerate(self._loader(seed)):
+            if index == 0 and epoch == 0:
+                check_pixels(images, self.data.name)
+            loss, correct = self._update(images.to(self.config.device), labels.to(self.config.device))
+            step = epoch * self.batches + index + 1
+            if self.scheduler is not None:
+                self.scheduler.step_update(step)
+            if index % max(1, self.batches // 10) == 0 or index + 1 == self.batches:
+                self._log(epoch, step, loss, correct / len(labels), progress, task)
+            progress.advance(task)
+
+    def _update(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        config = self.config
+        device, dtype = config.device.split(":")[0], getattr(torch, config.amp_dtype)
+        with torch.autocast(device, dtype=dtype) if config.amp else nullcontext():
+            logits = self.model(images)
+            loss = F.cross_entropy(config.logit_scale * logits.float(), labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"{self.out}: the loss became {value}; stopped, the last complete epoch is kept. Lower --lr")
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return value, int((logits.argmax(1) == labels).sum())
+
+    def save(self, epoch: int) -> None:
+        """Write the state after an epoch, unless the weights are no longer finite."""
+        if not all_finite(self.model.state_dict()):
+            raise ValueError(
+                f"{self.out}: weights became NaN or infinite; stopped, the last complete epoch is kept. Lower --lr"
+            )
+        state = {
+            "epoch": epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "clipper": self.clipper.state_dict(), "scaler": self.scaler.state_dict(), "rows": self.rows,
+            "before": self.before, "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "seconds": time.time() - self.started,
+        }  # fmt: skip
+        write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
+
+    def restore(self) -> None:
+        """Go on from the saved state."""
+        state = torch.load(self.out / "state.pt", map_location=self.config.device, weights_only=True)
+        self.epoch, self.rows, self.before = state["epoch"], state["rows"], state["before"]
+        self.started = time.time() - state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.clipper.load_state_dict(state["clipper"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.epoch * self.batches)
+
+    def close(self) -> None:
+        """Final clip with proof, then the files that make the run complete; run.json last."""
+        trained = self.model if self.ema is None else self.ema.module
+        clipper = self.clipper if self.ema is None else self._clipper(trained)
+        self._set_mode(training=False)
+        clipper.finish()
+        config = self.config
+        after = clipper.report()
+        log = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log) and None)
+        weights = save_weights(trained.model, self.out / "model.safetensors")
+        images, labels = self.data.test_images(len(self.data.test))  # type: ignore[arg-type]
+        write_json(self.out / "run.json", {
+            "config": asdict(config) | {"max_norm": config.max_norm if config.clips else None},
+            "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
+            "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
+            "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in after],
+            "seconds": round(time.time() - self.started, 1), **environment(),
+        })  # fmt: skip
+        (self.out / "state.pt").unlink(missing_ok=True)
+
+    @property
+    def defence(self) -> str:
+        """What the run does to its layers, in a word."""
+        return "fastclip" if self.config.clips else "none"
+
+    def _clipper(self, model: nn.Module) -> FastClip:
+        config = self.config
+        return FastClip(
+            model, self.data.example().to(config.device), config.max_norm if config.clips else math.inf,  # type: ignore[arg-type]
+            composites=config.composites, warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
+            seed=config.seed,
+        )  # fmt: skip
+
+    def _set_mode(self, *, training: bool) -> None:
+        self.model.train(training)
+        if self.config.freeze_bn:
+            for module in self.model.modules():
+                if is_batchnorm(module):
+                    module.eval()
+
+    def _loader(self, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(
+            self.data.train, self.config.batch_size, shuffle=True, drop_last=len(self.data.train) >= self.config.batch_size,  # type: ignore[arg-type]
+            generator=generator, collate_fn=stack,
+        )  # fmt: skip
+
+    def _log(self, epoch: int, step: int, loss: float, accuracy: float, progress: Progress, task: Any) -> None:
+        norms = self.clipper.norms()
+        largest = max(norms, key=lambda name: norms[name])
+        self.rows.append({
+            "epoch": epoch, "step": step, "loss": loss, "accuracy": accuracy, "lr": self.optimizer.param_groups[0]["lr"],
+            "largest_norm": norms[largest], "largest_layer": largest, "norms": norms,
+        })  # fmt: skip
+        progress.update(task, stats=f"loss {loss:.3f}  acc {100 * accuracy:.1f} %  largest norm {norms[largest]:.3f}")
+
+
+def _claim(out: Path, config: FinetuneConfig, resume: bool) -> None:
+    """See that the folder is free, or holds the interrupted run that is to be resumed."""
+    marker = out / "config.json"
+    wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
+    if (out / "run.json").exists():
+        raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
+    if marker.exists() and not resume:
+        raise ValueError(f"{out}: holds an interrupted run; go on with --resume, or give another --out")
+    if marker.exists() and marker.read_text() != wanted:
+        raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
+    if out.exists() and not marker.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty and not a run; give another --out")
+    write_atomically(marker, lambda scratch: scratch.write_text(wanted) and None)
+
+
+def _intervals(model: PixelModel, example: Tensor) -> dict[str, float]:
+    """Upper end of every layer's norm (of its composite) before training."""
+    return {name: interval.upper for name, interval in spectral_norms(model, example).items()}
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                    TextColumn("{task.fields[stats]}"))  # fmt: skip
+
+
+def load_run(folder: Path) -> tuple[PixelModel, ImageData, dict[str, Any]]:
+    """The model and the data of a finished run.
+
+    Raises:
+        ValueError: the folder is no run, or its weights are not the ones run.json was written for.
+    """
+    run = open_run(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
+        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes")
+    known = {field.name for field in fields(FinetuneConfig)}
+    config = FinetuneConfig(**{key: value for key, value in run["config"].items() if key in known})
+    data = load_data(config.data, config.image_size)
+    model = load(config.model, checkpoint=weights, num_classes=run["classes"], in_chans=run["channels"])
+    return model, data, run

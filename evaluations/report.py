@@ -1,0 +1,116 @@
+"""The report of a run: a table in the terminal and one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from . import charts
+from .runs import read_json, twin_folders, write_atomically, write_json
+
+Figures = dict[str, Any]
+
+
+def write_report(folder: Path) -> dict[str, Figures]:
+    """Write report.html (and, for a run with twins, the report.json that nests theirs); returns the figures by name.
+
+    Raises:
+        ValueError: the folder is no run, or was not evaluated.
+    """
+    folders = twin_folders(folder)
+    models = {name or "model": _read_figures(path) for name, path in folders.items()}
+    if list(folders) != [""]:
+        write_json(folder / "report.json", {"models": models})
+    training = {name or "model": _read_log(path / "training.jsonl") for name, path in folders.items()}
+    page = _render(models, training)
+    write_atomically(folder / "report.html", lambda scratch: scratch.write_text(page) and None)
+    return models
+
+
+def print_report(models: dict[str, Figures], console: Console) -> None:
+    """The figures as tables on the terminal."""
+    table = Table(title="accuracy, % (95 % interval)", title_justify="left")
+    for column in ("", *models):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, cells in accuracy_rows(models):
+        table.add_row(label, *cells)
+    console.print(table)
+    for name, figures in models.items():
+        lipschitz = figures["lipschitz"]
+        console.print(
+            f"{name}: Lipschitz bound {number(lipschitz['bound'])}, estimate {number(lipschitz['estimate'])}, "
+            f"largest layer norm {number(max(layer['upper'] for layer in figures['layers']))}", highlight=False,
+        )  # fmt: skip
+        for gate in figures["gates"]:
+            colour = "green" if gate["status"] == "pass" else "bold red"
+            console.print(f"  [{colour}]{gate['status']}[/{colour}] {gate['name']}: {gate['detail']}", highlight=False)
+
+
+def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
+    """Rows of the main table: clean, then each attack and size, then certified; one cell a model."""
+    labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
+    for name, figures in models.items():
+        labels[("clean",)][name] = percent(figures["accuracy"]["clean"])
+        for entry in figures["robust"]:
+            if entry["attack"] != "worst case":
+                key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
+                labels.setdefault(key, {})[name] = _with_ci(entry)
+    for name, figures in models.items():
+        for entry in figures["certified"]:
+            if entry["accuracy"] > 0:
+                key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
+                labels.setdefault(key, {})[name] = _with_ci(entry)
+    return [(" · ".join(key), [cells.get(name, "0.0" if key[0] == "certified" else "–") for name in models])
+            for key, cells in labels.items()]  # fmt: skip
+
+
+NORM_NAMES = {"l2": "L2", "linf": "L∞"}
+
+
+def number(value: float | None) -> str:
+    """Four digits; a value that is not finite is written as ∞ (it is null in JSON)."""
+    return "∞" if value is None or math.isinf(value) else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """A share in per cent, one decimal, rounded down so that no figure is flattered."""
+    return f"{math.floor(round(value * 1000, 9)) / 10:.1f}"
+
+
+def _with_ci(entry: dict[str, Any]) -> str:
+    low, high = entry["ci"]
+    return f"{percent(entry['accuracy'])} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def _read_figures(folder: Path) -> Figures:
+    if not (folder / "report.json").is_file():
+        raise ValueError(f"{folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
+    figures: Figures = read_json(folder / "report.json")
+    return figures
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _render(models: dict[str, Figures], training: dict[str, list[dict[str, Any]]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("robust_spectral.evaluations"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(number=number, percent=percent)
+    first = next(iter(models.values()))
+    norms = sorted({entry["norm"] for figures in models.values() for entry in figures["robust"]})
+    plots = {
+        "robustness": [charts.robustness(models, norm) for norm in norms],
+        "layers": charts.layer_norms(models),
+        "training": charts.training_norms(training) if any(training.values()) else "",
+    }
+    return environment.get_template("report.html").render(
+        models=models, first=first, rows=accuracy_rows(models), plots=plots, norm_names=NORM_NAMES
+    )

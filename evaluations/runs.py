@@ -1,0 +1,124 @@
+"""The run folder: the only thing through which the stages of an evaluation talk.
+
+    run.json          configuration, versions, hashes, seed, hardware      training.jsonl   one row a log step
+    model.safetensors the model's weights, with timm's keys                samples.parquet  one row per sample, attack and eps
+    report.json       the figures                                          report.html      the page
+
+A run with twins holds a folder for each under it, and its own run.json names them. Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from robust_spectral import __version__
+
+PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "numpy", "scipy")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(scratch)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that any reader takes: no NaN, no infinity (they become null)."""
+    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda scratch: scratch.write_text(text) and None)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        ValueError: it is missing or cut short.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; is {path.parent} a finished run folder?")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+
+
+def save_weights(model: nn.Module, path: Path) -> str:
+    """Save a model's state dict as safetensors; returns the sha256 of the file."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda scratch: safetensors.torch.save_file(state, str(scratch)))
+    return file_hash(path)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def all_finite(state: dict[str, Tensor]) -> bool:
+    """Whether every floating-point tensor of a state dict is finite."""
+    return all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a run was made with."""
+    versions = {"robust_spectral": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"versions": versions, "hardware": {"machine": platform.machine(), "device": device}}
+
+
+def open_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder.
+
+    Raises:
+        ValueError: the folder is missing or is not a run.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder}: not a finished run: it has no run.json (make one with `robust-spectral finetune`)")
+    run: dict[str, Any] = read_json(folder / "run.json")
+    return run
+
+
+def twin_folders(folder: Path) -> dict[str, Path]:
+    """The runs under a run with twins, by name; the run itself, under the name "", where it has none."""
+    twins = open_run(folder).get("twins")
+    return {name: folder / name for name in twins} if twins else {"": folder}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
+        return None
+    return value

@@ -1,0 +1,134 @@
+"""timm models that eat pixels.
+
+`load` puts a model's input normalisation into a submodule in front of it, so that perturbation sizes and Lipschitz bounds
+are in units of pixels in [0, 1], and 1 / std is part of every bound. The inner model stays timm's own: its state dict has
+timm's keys. Importing this file also registers the Lipschitz rules of timm's layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, fx, nn
+
+from robust_spectral.graph import Walk, rule, times
+from robust_spectral.rules import activation_slope, affine_layer, batchnorm
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std of every channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise a batch (n, channels, height, width)."""
+        return (x - self.mean) / self.std
+
+
+class PixelModel(nn.Module):
+    """A model behind its normalisation: takes images in [0, 1].
+
+    Attributes:
+        normalize: The normalisation.
+        model: The inner model, with timm's own state dict keys.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch of images in [0, 1], (n, channels, height, width)."""
+        logits: Tensor = self.model(self.normalize(x))
+        return logits
+
+
+def load(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    **kwargs: Any,
+) -> PixelModel:
+    """A timm model that takes pixels in [0, 1].
+
+    Args:
+        name: timm's model name.
+        pretrained: Load timm's published weights through its hub, or those of ``pretrained_cfg_overlay=dict(file=...)``,
+            with the head and the first convolution adapted by timm.
+        checkpoint: A local checkpoint of this very model (.safetensors, or .pth read with weights_only), timm's keys.
+        num_classes: Classes of the head; default the model's own.
+        in_chans: Channels of the input. The normalisation of a model published for three channels is averaged.
+        **kwargs: For ``timm.create_model``.
+
+    Raises:
+        ValueError: an unknown name (the nearest ones are offered), or a checkpoint that is missing or does not fit (the
+            keys are named).
+    """
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        raise ValueError(f"load({name!r}): timm has no such model; near: {', '.join(near) or 'none'}")
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    config = resolve_model_data_config(model)
+    mean, std = config["mean"], config["std"]
+    if len(mean) != in_chans:
+        mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
+    return PixelModel(model.eval(), mean, std)
+
+
+def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """Load a local checkpoint into a timm model, every key and shape accounted for.
+
+    Raises:
+        ValueError: the file is missing or its tensors do not fit.
+    """
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): no such file")
+    found = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in found]
+    problems += [f"unexpected {key}" for key in found if key not in wanted]
+    problems += [
+        f"{key} is {tuple(found[key].shape)} where the model has {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): does not fit the model: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(found, strict=True)
+
+
+rule(timm.layers.Conv2dSame)(affine_layer)
+
+
+@rule(timm.layers.DropPath)
+def drop_path(walk: Walk, n: fx.Node) -> float:
+    """The identity in eval mode."""
+    return walk.bound(n.args[0])
+
+
+@rule(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
+def batchnorm_then_activation(walk: Walk, n: fx.Node) -> float:
+    """The affine part, with the convolution before it where there is one, times the slope of the activation."""
+    module: Any = walk.called(n)
+    slopes = [activation_slope(part) for part in (module.drop, module.act)]
+    return times(batchnorm(walk, n), *slopes)
