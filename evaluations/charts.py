@@ -18,19 +18,21 @@ KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certif
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
-    """Accuracy against the size of the perturbation: clean, each attack and certified, for every model."""
+    """Accuracy against the size of the perturbation: clean, each attack and certified, for every model. Sizes are drawn
+    logarithmically, as what is proved lies orders of magnitude below what attacks reach.
+    """
     figure, axes = _canvas(7.6, 4.2)
     for colour, (name, figures) in zip(COLOURS, models.items(), strict=False):
         clean = 100 * figures["accuracy"]["clean"]
         axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
         for attack in sorted({e["attack"] for e in figures["robust"] if e["norm"] == norm} - {"worst case"}):
-            _attack_line(axes, colour, name, attack, clean, _of(figures, attack, norm))
+            _attack_line(axes, colour, name, attack, _of(figures, attack, norm))
         proved = sorted((e for e in figures["certified"] if e["norm"] == norm), key=lambda e: e["eps"])
         if any(e["accuracy"] for e in proved):
-            axes.plot([0, *(e["eps"] for e in proved)], [clean, *(100 * e["accuracy"] for e in proved)], color=colour,
+            axes.plot([e["eps"] for e in proved], [100 * e["accuracy"] for e in proved], color=colour, marker="v", ms=4,
                       ls=KINDS["certified"][0], lw=1.4, label=f"{name}: certified")  # fmt: skip
     axes.set(xlabel=f"size of the perturbation, {'L2' if norm == 'l2' else 'L∞'}, pixels in [0, 1]", ylabel="accuracy, %",
-             ylim=(-2, 102))  # fmt: skip
+             ylim=(-2, 102), xscale="log")  # fmt: skip
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return _svg(figure)
 
@@ -40,12 +42,10 @@ def _of(figures: dict[str, Any], attack: str, norm: str) -> list[dict[str, Any]]
     return sorted(entries, key=lambda e: e["eps"])
 
 
-def _attack_line(axes: Axes, colour: str, name: str, attack: str, clean: float, entries: list[dict[str, Any]]) -> None:
+def _attack_line(axes: Axes, colour: str, name: str, attack: str, entries: list[dict[str, Any]]) -> None:
     x, y = [e["eps"] for e in entries], [100 * e["accuracy"] for e in entries]
     below = [100 * (e["accuracy"] - e["ci"][0]) for e in entries]
     above = [100 * (e["ci"][1] - e["accuracy"]) for e in entries]
-    if len(x) > 1:  # a curve starts at the clean accuracy; a single point stands for itself
-        x, y, below, above = [0, *x], [clean, *y], [0, *below], [0, *above]
     line, marker = KINDS.get(attack, ("-.", "s"))
     axes.errorbar(
         x, y, yerr=[below, above], color=colour, ls=line or "none", marker=marker, ms=8 if attack == "autoattack" else 5,

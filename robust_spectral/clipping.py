@@ -69,6 +69,8 @@ class TrackedLayer:
     operator: LinearOperator
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
+    seen: int = field(default=-1)  # clipper step of the estimate
+    _proved: tuple[tuple[Any, ...], NormInterval] | None = field(default=None)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -95,12 +97,19 @@ class TrackedLayer:
         self.composite = composite and self.layer.batchnorm is not None
         self.operator = self.layer.operator(composite=self.composite)
 
+    def entry(self) -> dict[str, Any]:
+        """What `restore` needs: plain values and a tensor."""
+        return {
+            "vectors": self.vectors.clone(), "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
+            "initial": self.initial,
+        }  # fmt: skip
+
     def restore(self, entry: dict[str, Any]) -> None:
         """Go on from the entry of a clipper's state dict."""
         if entry["composite"] is not None:
             self.resolve(entry["composite"])
         self.vectors = entry["vectors"].to(self.vectors)
-        self.estimate, self.initial = entry["estimate"], entry["initial"]
+        self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
 
     def power_step(self) -> Tensor:
         """One block power step from the warm vectors; the largest value found, as a tensor without a sync."""
@@ -125,7 +134,7 @@ class TrackedLayer:
         """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale."""
         self.resolve(bool(self.composite))
         limit = (1 + TOLERANCE) * max_norm
-        before = spectral_norm(self.operator, failure_probability)
+        before = self.enclosure(failure_probability)
         if before.lower <= max_norm and before.upper > limit:  # undecided: look closer before touching anything
             before = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
         if before.upper <= limit:
@@ -138,14 +147,23 @@ class TrackedLayer:
                 break
             rounds += 1
             self.clip_directions_(max_norm)
-        after = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+        after = self.enclosure(failure_probability)
         while after.upper > limit:
             rounds += 1
             with torch.no_grad():
                 weight.mul_(max_norm * (1 + 0.9 * TOLERANCE) / after.upper)
-            after = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+            after = self.enclosure(failure_probability)
         moved = float((weight.detach() - original).norm() / original.norm())
         return ClipResult(before, after, moved, rounds)
+
+    def enclosure(self, failure_probability: float) -> NormInterval:
+        """The norm now, proved closely enough to be held against a target; computed anew only when a tensor has changed."""
+        parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
+        tensors = [t for part in parts for t in [*part.parameters(), *part.buffers()]]
+        state = (self.composite, failure_probability, *((id(t), t._version) for t in tensors))
+        if self._proved is None or self._proved[0] != state:
+            self._proved = state, spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+        return self._proved[1]
 
     def _look_again(self, max_norm: float) -> bool:
         """Search for directions above the target with a Krylov run, and follow them if there are any."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .clipping import TOLERANCE, ClipResult, TrackedLayer, check_max_norm
+from .clipping import ClipResult, TrackedLayer, check_max_norm
 from .layers import LinearLayer, linear_layers
-from .norms import spectral_norm
 
 Composites = Literal["auto", "always", "never"]
 
@@ -94,7 +93,7 @@ class FastClip:
         for (name, tracked), norm in zip(self._tracked.items(), torch.stack(values).tolist(), strict=True):
             if not math.isfinite(norm):
                 raise ValueError(_NON_FINITE.format(name))
-            tracked.estimate = norm
+            tracked.estimate, tracked.seen = norm, self.steps
             target = self._target(tracked, norm)
             if norm > target:
                 tracked.clip_directions_(target)
@@ -104,8 +103,8 @@ class FastClip:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}."""
         self._resolve()
         for tracked in self._tracked.values():
-            if math.isnan(tracked.estimate):
-                tracked.estimate = float(tracked.power_step())
+            if tracked.seen != self.steps:
+                tracked.estimate, tracked.seen = float(tracked.power_step()), self.steps
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -132,7 +131,7 @@ class FastClip:
         self._resolve()
         rows = []
         for name, tracked in self._tracked.items():
-            norm = spectral_norm(tracked.operator, self._failure_probability, rtol=TOLERANCE / 4)
+            norm = tracked.enclosure(self._failure_probability)
             moved = self._results[name].distortion if name in self._results else None
             target = None if math.isinf(self.max_norm) else self.max_norm
             rows.append({"name": name, "kind": tracked.kind, "lower": norm.lower, "upper": norm.upper,
@@ -143,10 +142,7 @@ class FastClip:
         """What `load_state_dict` needs to go on exactly where this clipper stands: plain values and tensors."""
         return {
             "steps": self.steps,
-            "layers": {
-                name: {"vectors": t.vectors, "composite": t.composite, "estimate": t.estimate, "initial": t.initial}
-                for name, t in self._tracked.items()
-            },
+            "layers": {name: tracked.entry() for name, tracked in self._tracked.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -111,10 +111,11 @@ def lanczos_interval(
     n = prod(B.in_shape) // B.groups
     delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability / B.groups)) if n > 1 else 1.0
     start = random_block(B, 1, seed)
-    lower, upper = 0.0, math.inf
+    lower, upper, due = 0.0, math.inf, 10
     for step, state in enumerate(golub_kahan(B, start / start.norm(dim=2, keepdim=True)), start=1):
         last = step >= max_steps or state.exhausted
-        if last or step % 10 == 0:
+        if last or step >= due:
+            due = step + max(5, step // 5)
             alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()
             beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
             if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
@@ -140,37 +141,40 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
         return 0.0, 0.0
     a, b = alpha[live] / scale[live, None], beta[live] / scale[live, None]
     noise = 100 * _EPS
-    counts = np.cumprod((a > noise) & np.concatenate([np.ones((len(a), 1), bool), b[:, :-1] > noise], axis=1), axis=1)
+    counts = np.logical_and.accumulate((a > noise) & np.pad(b[:, :-1] > noise, ((0, 0), (1, 0)), constant_values=True), axis=1)
     a, b = np.where(counts, a, 1.0), np.maximum(b, noise)
     previous_a, previous_b = (np.concatenate([np.zeros((len(a), 1)), x[:, :-1]], axis=1) for x in (a, b))
-    diagonal, off = a**2 + previous_b**2, previous_a * previous_b  # of BᵀB, of the upper bidiagonal B
+    diagonal, off, log_ab = a**2 + previous_b**2, previous_a * previous_b, np.log(a * b)  # BᵀB of the upper bidiagonal B
 
     def log_polynomial(t: np.ndarray) -> np.ndarray:
-        """log p(t) of each group; -inf at or below its largest Ritz value."""
-        total, pivot = np.zeros(len(t)), np.ones(len(t))
+        """log p(t) of each group at its own points t (g, points); -inf at or below the group's largest Ritz value."""
+        total, pivot = np.zeros_like(t), np.ones_like(t)
         for j in range(steps):
-            pivot = t - diagonal[:, j] - off[:, j] ** 2 / pivot
-            term = np.log(np.where(pivot > 0, pivot, 1.0)) - np.log(a[:, j] * b[:, j])
-            total = total + np.where(counts[:, j], np.where(pivot > 0, term, -np.inf), 0.0)
-            pivot = np.where((pivot > 0) & (counts[:, j] > 0), pivot, 1.0)
+            pivot = t - diagonal[:, j, None] - off[:, j, None] ** 2 / pivot
+            positive = pivot > 0
+            term = np.where(positive, np.log(np.where(positive, pivot, 1.0)) - log_ab[:, j, None], -np.inf)
+            total = total + np.where(counts[:, j, None], term, 0.0)
+            pivot = np.where(positive & counts[:, j, None], pivot, 1.0)
         return total
 
     norm_bound = (a * counts + b).max(1) * 2 + 1.0  # Gershgorin: above every Ritz value of B
-    ritz, _ = _bisect(lambda t: np.isfinite(log_polynomial(t)), np.zeros(len(a)), norm_bound**2)
+    ritz, _ = _first(lambda t: np.isfinite(log_polynomial(t)), np.zeros(len(a)), norm_bound**2)
     root = np.full(len(a), np.inf)
     if delta > 0:
-        _, root = _bisect(lambda t: log_polynomial(t) >= -math.log(delta), ritz, norm_bound**2 * 4)
+        _, root = _first(lambda t: log_polynomial(t) >= -math.log(delta), ritz, norm_bound**2 * 4)
     return float((np.sqrt(ritz) * scale[live]).max()), float((np.sqrt(root) * scale[live]).max())
 
 
-def _bisect(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per entry, where a monotone condition begins to hold: (last point without it, first point with it)."""
-    while not holds(high).all():
+def _first(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per group, where a monotone condition begins to hold: (last point without it, first point with it)."""
+    while not holds(high[:, None]).all():
         high = high * 4
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        yes = holds(middle)
-        low, high = np.where(yes, low, middle), np.where(yes, middle, high)
+    rows, fractions = np.arange(len(low)), np.linspace(0, 1, 65)
+    for _ in range(8):  # every round divides the bracket by 64
+        points = low[:, None] + (high - low)[:, None] * fractions
+        points[:, -1] = high
+        first = np.maximum(holds(points).argmax(1), 1)
+        low, high = points[rows, first - 1], points[rows, first]
     return low, high
 
 
