@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from robust_spectral.plugins.timm import PixelModel, load
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader
 from robust_spectral import FastClip, spectral_norms
 from robust_spectral.affine import is_batchnorm
 from robust_spectral.fastclip import Composites
+from robust_spectral.plugins.timm import PixelModel, load
 
 from .data import ImageData, check_pixels, data_hash, load_data, stack
 from .runs import all_finite, environment, file_hash, open_run, save_weights, write_atomically, write_json
@@ -170,7 +170,10 @@ class _Session:
             raise ValueError(f"{self.out}: the loss became {value}; stopped, the last complete epoch is kept. Lower --lr")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except ValueError as error:  # the clipper saw weights that are not finite
+            raise ValueError(f"{self.out}: {error}; stopped, the last complete epoch is kept. Lower --lr") from error
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
@@ -233,10 +236,13 @@ class _Session:
     def _clipper(self, model: nn.Module) -> FastClip:
         config = self.config
         return FastClip(
-            model, self.data.example().to(config.device), config.max_norm if config.clips else math.inf,  # type: ignore[arg-type]
-            composites=config.composites, warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
+            model,
+            self.data.example().to(config.device),
+            config.max_norm if config.clips and config.max_norm is not None else math.inf,
+            composites=config.composites if config.clips else "always",
+            warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
             seed=config.seed,
-        )  # fmt: skip
+        )
 
     def _set_mode(self, *, training: bool) -> None:
         self.model.train(training)

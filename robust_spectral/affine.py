@@ -102,6 +102,20 @@ def convolution_then_batchnorm(
     return replace(composite, build=build, kernel=Kernel(scaled, first.kernel.groups))
 
 
+def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
+    """The smallest input shape at which a layer has the norm it has at ``in_shape``.
+
+    A dense layer acts on its features, and a pointwise convolution without padding on its channels, at every position alike:
+    one position tells all.
+    """
+    if isinstance(module, nn.Linear):
+        return tuple(in_shape[-1:])
+    pointwise = type(module) in _POINTWISE and isinstance(module, _ConvNd) and set(module.kernel_size) == {1}
+    if pointwise and not any(_symmetric_padding(module) or ()):  # type: ignore[arg-type]
+        return (in_shape[0], *[1] * (len(in_shape) - 1))
+    return tuple(in_shape)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in eval mode and give every submodule its own mode back afterwards."""
@@ -292,6 +306,7 @@ def _check_weights(module: nn.Module) -> None:
             raise ValueError(f"{where} holds NaN or infinite values")
 
 
+_POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AFFINE = (
     nn.Linear, _ConvNd, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,

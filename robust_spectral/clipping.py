@@ -20,8 +20,9 @@ from .affine import batchnorm_scale, is_batchnorm
 from .layers import LinearLayer
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator, Shape
-from .spectrum import Lanczos, from_groups, power_step, random_block, to_groups, top_singular
+from .spectrum import Lanczos, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
 
+_SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
 
@@ -142,9 +143,7 @@ class TrackedLayer:
         weight = self.weight
         original = weight.detach().clone()
         rounds = 0
-        while rounds < max_rounds:
-            if float(self.power_step()) <= max_norm * (1 + TOLERANCE / 4) and not self._look_again(max_norm):
-                break
+        while rounds < max_rounds and self._largest(max_norm) > max_norm * (1 + TOLERANCE / 2):
             rounds += 1
             self.clip_directions_(max_norm)
         after = self.enclosure(failure_probability)
@@ -165,20 +164,22 @@ class TrackedLayer:
             self._proved = state, spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
         return self._proved[1]
 
-    def _look_again(self, max_norm: float) -> bool:
-        """Search for directions above the target with a Krylov run, and follow them if there are any."""
-        groups, k, _ = self.vectors.shape
-        warm = from_groups(self.vectors, self.layer.in_shape)
-        found = top_singular(self.operator, k, Lanczos(rtol=1e-2, max_steps=32), right=warm if groups == 1 else None, seed=1)
-        if float(found.values[0]) <= max_norm * (1 + TOLERANCE / 2):
-            return False
-        if groups == 1:
-            self.vectors = torch.linalg.qr(found.right.reshape(1, k, -1).mT)[0].mT
-        else:  # the vectors found are zero outside their group; put the strongest of each group first
-            strongest = to_groups(found.right, groups)
-            self.vectors = torch.linalg.qr(torch.cat([strongest, self.vectors], 1)[:, :k].mT)[0].mT
-        self.ritz, _ = power_step(self.operator, self.vectors)
-        return True
+    def _largest(self, max_norm: float) -> float:
+        """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
+
+        A small layer is decomposed instead, and all its directions above ``max_norm`` are followed (up to 64).
+        """
+        if dense_work(self.operator) <= _SMALL:
+            self.ritz = dense_ritz(self.operator, 64)
+            self.vectors = self.ritz.right[:, : self.vectors.shape[1]]
+            return float(self.ritz.values.max())
+        largest = float(self.power_step())
+        if largest > max_norm * (1 + TOLERANCE / 4):
+            return largest
+        steps = 32 if self.operator.groups == 1 else 12
+        self.ritz = Lanczos(rtol=1e-2, max_steps=steps).solve(self.operator, self.vectors.shape[1], self.vectors)
+        self.vectors = torch.linalg.qr(self.ritz.right.mT)[0].mT
+        return float(self.ritz.values.max())
 
     def _weight_gradients(self) -> Tensor:
         """G_i = ∂⟨u_i, A v_i⟩/∂W of each followed direction: (g, k, weight / g)."""

@@ -165,7 +165,7 @@ class FastClip:
         for tracked in open_layers:
             frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
             tracked.resolve(self._composites == "always" or (self._composites == "auto" and frozen))
-        if training and self._composites == "auto":
+        if training and self._composites == "auto" and not math.isinf(self.max_norm):
             warnings.warn(
                 f"FastClip: {len(training)} layers (first: '{training[0]}') feed a batch normalisation that trains on batch "
                 "statistics, so the layers alone are clipped and the normalisation can undo it. Freeze its statistics "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .affine import convolution_then_batchnorm, evaluating, is_batchnorm, linear_operator
+from .affine import convolution_then_batchnorm, evaluating, is_batchnorm, linear_operator, norm_shape
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator, Shape
 
@@ -28,7 +28,8 @@ class LinearLayer:
     Attributes:
         name: Its name in the model; "#2", "#3", … is added where one module is applied to inputs of several shapes.
         module: The convolution or dense layer.
-        in_shape: Shape of its input, without the batch axis (features alone for a dense layer).
+        in_shape: Shape of its input, without the batch axis; of one position where all positions are alike (dense layers,
+            pointwise convolutions).
         batchnorm: The batch normalisation that takes its output, if any.
         batchnorm_name: That module's name in the model.
     """
@@ -65,8 +66,7 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
     outputs: list[tuple[Tensor, tuple[int, Shape]]] = []  # keeps the tensors alive, so that identity means something
 
     def see_linear(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        shape = tuple(inputs[0].shape[1:])
-        shape = shape[-1:] if isinstance(module, nn.Linear) else shape
+        shape = norm_shape(module, inputs[0].shape[1:])
         key = id(module), shape
         if key not in found:
             seen = sum(layer.module is module for layer in found.values())

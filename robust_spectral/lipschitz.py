@@ -62,6 +62,8 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
     Raises:
         ValueError: a weight is not finite, or the model does not take the input.
     """
+    if type(model) in RULES:  # a root would be traced into, whatever it is
+        model = nn.Sequential(model)
     with evaluating(model):
         try:
             graph = _Tracer().trace(model)

@@ -18,7 +18,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from .operators import Kernel, LinearOperator
-from .spectrum import apply_grouped, golub_kahan, random_block
+from .spectrum import dense_blocks, dense_work, golub_kahan, random_block
 
 _EPS = float(np.finfo(np.float64).eps)
 _DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take about a second on two cores
@@ -65,8 +65,7 @@ def spectral_norm(
     if not 0 <= failure_probability < 1:
         raise ValueError(f"spectral_norm(failure_probability={failure_probability}): must be in [0, 1)")
     exact = A.to(torch.float64)
-    rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
-    if A.groups * rows * columns * min(rows, columns) <= _DENSE_WORK:
+    if dense_work(A) <= _DENSE_WORK:
         return dense_interval(exact)
     candidates = [(bound(exact.kernel), name) for name, bound in _KERNEL_BOUNDS.items()] if exact.kernel else []
     if exact.kernel:
@@ -85,8 +84,7 @@ def dense_interval(A: LinearOperator) -> NormInterval:
     the margin here takes p = 8 (m + n), assembling the matrix included.
     """
     rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
-    eye = torch.eye(columns, dtype=A.dtype, device=A.device)[None].expand(A.groups, -1, -1)
-    blocks = torch.cat([apply_grouped(A, chunk) for chunk in eye.split(1024, dim=1)], dim=1)  # (g, in/g, out/g)
+    blocks = dense_blocks(A)
     scale = _power_of_two(float(blocks.abs().max()))
     if scale == 0:
         return NormInterval(0.0, 0.0, "dense")
@@ -120,8 +118,10 @@ def lanczos_interval(
             beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
             if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
                 raise ValueError(f"spectral_norm({A!r}): the operator returned NaN or infinite values")
+            previous = lower
             lower, upper = _ritz_and_root(alpha, beta, delta)
-            if last or upper <= (1 + rtol) * lower:
+            settled = delta == 0 and lower <= (1 + rtol / 100) * previous  # nothing to wait for but the lower end
+            if last or settled or upper <= (1 + rtol) * lower:
                 break
     margin = B.groups * n + prod(B.out_shape)
     return _down(lower, margin), _up(upper, margin)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .affine import batchnorm_operator, convolution_then_batchnorm, linear_operator
+from .affine import batchnorm_scale, convolution_then_batchnorm, linear_operator, norm_shape
 from .graph import Walk, rule, times
 
 
@@ -23,8 +23,7 @@ def affine_layer(walk: Walk, n: fx.Node) -> float:
     """Norm of the layer's operator."""
     module = walk.called(n)
     assert module is not None
-    shape = walk.shape(n.args[0])
-    shape = shape[-1:] if isinstance(module, nn.Linear) else shape
+    shape = norm_shape(module, walk.shape(n.args[0]))
     norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
     return times(walk.bound(n.args[0]), norm)
 
@@ -36,12 +35,12 @@ def batchnorm(walk: Walk, n: fx.Node) -> float:
     assert module is not None
     previous = n.args[0]
     shape = walk.shape(previous)
-    alone = times(walk.bound(previous), walk.operator_norm((id(module), shape), lambda: batchnorm_operator(module, shape)))
+    alone = times(walk.bound(previous), float(batchnorm_scale(module).abs().max()) * (1 + 1e-15))
     layer = walk.called(previous)
     if not isinstance(layer, nn.Linear | _ConvNd) or (isinstance(layer, nn.Linear) and len(shape) != 1):
         return alone
     assert isinstance(previous, fx.Node)
-    inner = walk.shape(previous.args[0])
+    inner = norm_shape(layer, walk.shape(previous.args[0]))
     norm = walk.operator_norm(
         (id(layer), id(module), inner), lambda: convolution_then_batchnorm(layer, module, inner)
     )  # fmt: skip

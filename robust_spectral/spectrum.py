@@ -154,6 +154,25 @@ def top_singular(
     return triplets
 
 
+def dense_blocks(A: LinearOperator) -> Tensor:
+    """The transposed matrix of every group, (g, in/g, out/g): costs one application per input element of a group."""
+    size = prod(A.in_shape) // A.groups
+    eye = torch.eye(size, dtype=A.dtype, device=A.device)[None].expand(A.groups, -1, -1)
+    return torch.cat([apply_grouped(A, chunk) for chunk in eye.split(1024, dim=1)], dim=1)
+
+
+def dense_ritz(A: LinearOperator, k: int) -> Ritz:
+    """The k leading triplets of every group from dense decompositions."""
+    right, values, left = torch.linalg.svd(dense_blocks(A), full_matrices=False)
+    return Ritz(values[:, :k], left[:, :k], right[:, :, :k].mT, torch.zeros_like(values[:, :k]), 0)
+
+
+def dense_work(A: LinearOperator) -> int:
+    """Multiply-adds of a dense decomposition of every group, up to a constant."""
+    rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
+    return A.groups * rows * columns * min(rows, columns)
+
+
 def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
     """Rayleigh-Ritz on orthonormal rows X (g, k, in/g), and the adjoint's image of the left vectors times the values.
 

@@ -1,0 +1,238 @@
+"""From fine-tuning to the report, on real digits: the whole line, its records, and what happens when something is wrong."""
+
+import json
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from reference import norm
+
+from robust_spectral import linear_layers
+from robust_spectral.evaluations import cli
+from robust_spectral.evaluations.evaluate import AttackPlan, evaluate, into_ball, size_of
+from robust_spectral.evaluations.figures import certified, sandwich
+from robust_spectral.evaluations.finetune import FinetuneConfig, _Session, finetune, load_run
+from robust_spectral.evaluations.report import percent, write_report
+from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
+
+SMALL = {"model": "test_resnet", "data": "digits", "image_size": 16, "freeze_bn": True, "batch_size": 128}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A run with twins, trained, attacked and reported through the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    command("finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 3e-3 --max-norm inf", folder / "start")
+    start = folder / "start" / "model.safetensors"
+    command(
+        f"finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 2e-3 --initial-checkpoint {start} "
+        "--freeze-bn --max-norm 2 --logit-scale 10 --twin", folder / "run",
+    )  # fmt: skip
+    options = "--attack pgd --attack autoattack --eps 0.25 --eps 3 --samples 24 --autoattack-eps 3 --autoattack-samples 4"
+    assert call(f"evaluate {folder / 'run'} {options}") == 0
+    assert call(f"report {folder / 'run'}") == 0
+    return folder / "run"
+
+
+def call(text):
+    """Exit status of a command line."""
+    arguments, sys.argv = sys.argv, ["robust-spectral", *text.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = arguments
+    return 0
+
+
+def command(text, out):
+    assert call(f"{text} --out {out}") == 0
+
+
+def test_every_clipped_composite_is_at_most_its_target_in_dense_float64(twins):
+    model, data, _ = load_run(twins / "clipped")
+    for layer in linear_layers(model, data.example()):
+        composite = torch.nn.Sequential(layer.module, *([layer.batchnorm] if layer.batchnorm is not None else []))
+        assert norm(composite, layer.in_shape) <= 2 * 1.001
+
+
+def test_report_sets_certified_below_worst_case_below_attacks_below_clean(twins):
+    report = read_json(twins / "report.json")
+    assert set(report["models"]) == {"plain", "clipped"}
+    for figures in report["models"].values():
+        assert {gate["status"] for gate in figures["gates"]} == {"pass"}
+        for level in figures["sandwich"]:
+            assert level["certified"] <= level["worst"] <= min(level["attacks"].values())
+            assert max(level["attacks"].values()) <= level["clean"]
+        assert max(entry["accuracy"] for entry in figures["certified"]) > 0
+        assert all(entry["ci"][0] <= entry["accuracy"] <= entry["ci"][1] for entry in figures["robust"])
+
+
+def test_sample_table_has_a_row_for_every_image_attack_and_size(twins):
+    rows = pq.read_table(twins / "clipped" / "samples.parquet").to_pylist()
+    columns = "sample label attack norm eps predicted robust distance certified_radius status"
+    assert list(rows[0]) == columns.split()
+    assert len(rows) == 24 + 2 * 24 + 4
+    assert all(row["distance"] <= row["eps"] * (1 + 1e-6) for row in rows)
+    assert all(row["robust"] <= (row["predicted"] == row["label"]) for row in rows)
+
+
+def test_page_is_self_contained_and_names_both_twins(twins):
+    page = (twins / "report.html").read_text()
+    assert "plain" in page and "clipped" in page and page.count("<svg") == 3
+    assert "src=" not in page and "@import" not in page and "<script" not in page
+
+
+def test_training_log_holds_the_norm_of_every_layer(twins):
+    rows = [json.loads(line) for line in (twins / "clipped" / "training.jsonl").read_text().splitlines()]
+    assert rows[-1]["largest_norm"] == max(rows[-1]["norms"].values()) <= 2.02
+    assert rows[0]["largest_norm"] > rows[-1]["largest_norm"]
+
+
+def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
+    before = (twins / "run.json").read_bytes()
+    assert call(f"finetune --model test_resnet --data digits --twin --out {twins}") == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert (twins / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("finetune --model resnet18x --data digits --out OUT", "near: resnet18"),
+        ("finetune --model test_resnet --data digitz --out OUT", "near: digits"),
+        ("finetune --model test_resnet --data digits --max-norm 0 --out OUT", "must be positive"),
+        ("finetune --model test_resnet --data digits --max-norm -1 --out OUT", "must be positive"),
+        ("finetune --model test_resnet --data digits --initial-checkpoint nowhere.pth --out OUT", "no such file"),
+        ("finetune --model test_resnet --data digits --lr 1e30 --epochs 1 --out OUT", "the last complete epoch is kept"),
+        ("evaluate OUT", "no such run folder"),
+        ("report OUT", "no such run folder"),
+        ("evaluate . --attack pdg", "near: pgd"),
+        ("evaluate . --eps -1", "positive"),
+        ("evaluate . --norm l7", "expected one of"),
+        ("spectrum resnet18x", "near: resnet18"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(text, message, tmp_path, capsys):
+    assert call(text.replace("OUT", str(tmp_path / "out"))) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error:") and message in error and "Traceback" not in error
+
+
+def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
+    assert call("spectrum test_resnet --image-size 16 --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert len(shown["layers"]) == 16 and all(row["lower"] <= row["upper"] for row in shown["layers"])
+
+
+def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
+    config = FinetuneConfig(**SMALL, epochs=3, max_norm=2.0, seed=5)
+    whole = load_run(finetune(config, tmp_path / "whole"))[0].state_dict()
+    train = _Session.train_epoch
+    monkeypatch.setattr(
+        _Session, "train_epoch", lambda s, e, p: train(s, e, p) if e < 2 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "cut")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="--resume"):
+        finetune(config, tmp_path / "cut")
+    resumed = load_run(finetune(config, tmp_path / "cut", resume=True))[0].state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resume_with_another_configuration_is_refused(tmp_path):
+    config = FinetuneConfig(**SMALL, epochs=1)
+    write_atomically(tmp_path / "config.json", lambda path: path.write_text("{}") and None)
+    with pytest.raises(ValueError, match="another configuration"):
+        finetune(config, tmp_path, resume=True)
+
+
+def test_moving_average_is_clipped_and_saved(tmp_path):
+    config = FinetuneConfig(
+        **SMALL, epochs=1, max_norm=2.0, model_ema=True, model_ema_decay=0.9, amp=True, amp_dtype="bfloat16"
+    )
+    model, data, _ = load_run(finetune(config, tmp_path / "ema"))
+    for layer in linear_layers(model, data.example()):
+        composite = torch.nn.Sequential(layer.module, *([layer.batchnorm] if layer.batchnorm is not None else []))
+        assert norm(composite, layer.in_shape) <= 2 * 1.001
+
+
+def test_mixed_precision_keeps_the_norms_it_ends_with(tmp_path):
+    config = FinetuneConfig(**SMALL | {"image_size": 48}, epochs=1, max_norm=2.0, amp=True, amp_dtype="bfloat16")
+    _, _, run = load_run(finetune(config, tmp_path / "amp"))
+    assert max(row["upper"] for row in run["layers"]) <= 2 * 1.001
+
+
+def test_weights_of_another_model_are_refused(twins, tmp_path):
+    run = read_json(twins / "clipped" / "run.json")
+    write_json(tmp_path / "run.json", run)
+    (tmp_path / "model.safetensors").write_bytes((twins / "plain" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"not the model that run\.json describes"):
+        evaluate(tmp_path, [AttackPlan("pgd", "l2", (0.5,), 4)])
+
+
+def test_report_of_a_run_that_was_not_attacked_says_so(tmp_path, twins):
+    write_json(tmp_path / "run.json", read_json(twins / "clipped" / "run.json"))
+    with pytest.raises(ValueError, match="not evaluated yet"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["l2", "linf"])
+def test_adversarial_images_are_put_back_into_ball_and_box(kind):
+    x = torch.rand(5, 1, 4, 4)
+    inside = into_ball(x + 3 * torch.randn(5, 1, 4, 4), x, kind, 0.3)
+    assert float(size_of(inside.double() - x.double(), kind).max()) <= 0.3 * (1 + 1e-6)
+    assert float(inside.min()) >= 0 and float(inside.max()) <= 1
+
+
+def test_non_finite_adversarial_images_are_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        into_ball(torch.full((1, 1, 2, 2), float("nan")), torch.zeros(1, 1, 2, 2), "l2", 0.3)
+
+
+def row(sample, attack, eps, robust, radius=0.0, distance=0.0):
+    return {"sample": sample, "label": 0, "attack": attack, "norm": "l2", "eps": eps, "predicted": 0 if robust else 1,
+            "robust": robust, "distance": distance, "certified_radius": radius}  # fmt: skip
+
+
+def test_certified_image_that_an_attack_breaks_fails_the_sandwich():
+    clean = [row(0, "none", 0, True, radius=1.0), row(1, "none", 0, True)]
+    assert sandwich([row(0, "pgd", 0.5, True), row(1, "pgd", 0.5, False)], clean, "l2", 0.5, 16)["holds"]
+    assert not sandwich([row(0, "pgd", 0.5, False), row(1, "pgd", 0.5, True)], clean, "l2", 0.5, 16)["holds"]
+
+
+def test_certified_grid_reaches_down_to_where_it_is_not_zero():
+    clean = [row(i, "none", 0, True, radius=1e-5 * (1 + i)) for i in range(8)]
+    grid = certified(clean, "l2", [row(0, "pgd", 0.5, True)], 16)
+    assert grid[0]["accuracy"] >= 0.75 and grid[-1] == {"norm": "l2", "eps": 0.5, "n": 8, "accuracy": 0.0, "ci": grid[-1]["ci"]}
+
+
+def test_certificate_in_linf_needs_the_radius_times_root_d():
+    clean = [row(0, "none", 0, True, radius=1.0)]
+    attacked = [row(0, "pgd", eps, True) | {"norm": "linf"} for eps in (0.2, 0.3)]
+    assert [e["accuracy"] for e in certified(clean, "linf", attacked, 16) if e["eps"] in (0.2, 0.3)] == [1.0, 0.0]
+
+
+def test_percentages_are_rounded_down():
+    assert percent(0.9999) == "99.9" and percent(0.29) == "29.0" and percent(1.0) == "100.0"
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def fail(scratch):
+        scratch.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert read_json(path) == {"old": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_infinite_numbers_become_null_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"bound": float("inf"), "rows": [float("nan"), 1.5]})
+    assert read_json(tmp_path / "a.json") == {"bound": None, "rows": [None, 1.5]}
