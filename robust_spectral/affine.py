@@ -102,6 +102,29 @@ def convolution_then_batchnorm(
     return replace(composite, build=build, kernel=Kernel(scaled, first.kernel.groups))
 
 
+def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> Tensor:
+    """∂⟨u_i, module(x_i)⟩/∂weight for every pair of an input x_i and an output u_i: (k, *weight shape), in their type."""
+    weight = _weight(module).to(X.dtype)
+    plain = type(module) in (nn.Linear, *_CONVOLUTIONS)
+    if plain and (U[0].numel(), X[0].numel(), weight.numel()) == (len(weight), weight.shape[1], len(weight) * weight.shape[1]):
+        return (U.flatten(1)[:, :, None] * X.flatten(1)[:, None]).reshape(-1, *weight.shape)  # a matrix: outer products
+    if plain and isinstance(module, _ConvNd) and module.padding_mode == "zeros":
+        padding = _symmetric_padding(module)
+        if padding is not None:
+            settings = (None, module.stride, padding, module.dilation, False, [0] * len(padding), module.groups)
+            pairs = zip(U.split(1), X.split(1), strict=True)
+            only_weight = [False, True, False]
+            return torch.stack([torch.ops.aten.convolution_backward(u, x, weight, *settings, only_weight)[1] for u, x in pairs])
+    variable = weight.requires_grad_()
+    state = {name: p.detach().to(X.dtype) for name, p in module.named_parameters()} | {"weight": variable}
+    gradients = []
+    with torch.enable_grad(), torch.autocast(X.device.type, enabled=False):
+        for x, u in zip(X.split(1), U.split(1), strict=True):
+            score = (torch.func.functional_call(module, state, (x,)) * u).sum()
+            gradients.append(torch.autograd.grad(score, variable)[0])
+    return torch.stack(gradients)
+
+
 def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
     """The smallest input shape at which a layer has the norm it has at ``in_shape``.
 
@@ -110,7 +133,7 @@ def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
     """
     if isinstance(module, nn.Linear):
         return tuple(in_shape[-1:])
-    pointwise = type(module) in _POINTWISE and isinstance(module, _ConvNd) and set(module.kernel_size) == {1}
+    pointwise = type(module) in _CONVOLUTIONS and isinstance(module, _ConvNd) and set(module.kernel_size) == {1}
     if pointwise and not any(_symmetric_padding(module) or ()):  # type: ignore[arg-type]
         return (in_shape[0], *[1] * (len(in_shape) - 1))
     return tuple(in_shape)
@@ -306,7 +329,7 @@ def _check_weights(module: nn.Module) -> None:
             raise ValueError(f"{where} holds NaN or infinite values")
 
 
-_POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AFFINE = (
     nn.Linear, _ConvNd, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,

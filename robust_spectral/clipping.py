@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .affine import batchnorm_scale, is_batchnorm
+from .affine import batchnorm_scale, is_batchnorm, weight_gradients
 from .layers import LinearLayer
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator, Shape
@@ -183,21 +183,11 @@ class TrackedLayer:
 
     def _weight_gradients(self) -> Tensor:
         """G_i = ∂⟨u_i, A v_i⟩/∂W of each followed direction: (g, k, weight / g)."""
-        module: Any = self.layer.module
-        weight = module.weight.detach().to(self.ritz.right.dtype).requires_grad_()
-        state = {name: p.detach().to(weight.dtype) for name, p in module.named_parameters()} | {"weight": weight}
-        scale: Tensor | None = None
-        if self.composite and self.layer.batchnorm is not None:
-            scale = batchnorm_scale(self.layer.batchnorm).to(weight.dtype)
         X, U = from_groups(self.ritz.right, self.operator.in_shape), from_groups(self.ritz.left, self.operator.out_shape)
-        if scale is not None:
+        if self.composite and self.layer.batchnorm is not None:
+            scale = batchnorm_scale(self.layer.batchnorm).to(U.dtype)
             U = U * scale.reshape(-1, *[1] * (U.ndim - 2))
-        gradients = []
-        with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-            for x, u in zip(X.split(1), U.split(1), strict=True):
-                score = (torch.func.functional_call(module, state, (x,)) * u).sum()
-                gradients.append(torch.autograd.grad(score, weight)[0])
-        return to_groups(torch.stack(gradients), self.operator.groups)
+        return to_groups(weight_gradients(self.layer.module, X, U), self.operator.groups)
 
 
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
