@@ -8,9 +8,10 @@ from art.attacks.evasion import ProjectedGradientDescent
 from art.defences.trainer import AdversarialTrainerMadryPGD
 from art.defences.trainer.trainer import Trainer
 from art.estimators.classification import PyTorchClassifier
-from robust_spectral.plugins.art import FastClipTrainer, FastClipTransformer, LipschitzClassifier, register, unregister
 from sklearn.datasets import load_digits
 from torch import nn
+
+from robust_spectral.plugins.art import FastClipTrainer, FastClipTransformer, LipschitzClassifier, register, unregister
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""One thread and one seed for every test."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture
+def convnet() -> nn.Module:
+    """conv -> BN -> ReLU -> conv -> BN -> ReLU -> dense, with the normalisations away from their initial values."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+    for part in model:
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.running_var, 0.2, 2.0)
+            nn.init.normal_(part.running_mean)
+            nn.init.uniform_(part.weight, 0.5, 2.0)
+    return model.eval()
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """Fail, rather than wait for ever, where a loop might not end."""
+
+    def expire(*_: object) -> None:
+        raise TimeoutError("still running after 10 seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,319 @@
+"""Clipping: the norm meets its target by a dense float64 reference, and what needs no change keeps its bits."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import CASES, CLIPPABLE, Case, mirrored, randomised, scaled
+from reference import dense, norm, same_bits, singular_values, snapshot
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+
+import robust_spectral as rs
+
+every_clippable = pytest.mark.parametrize("case", CLIPPABLE, ids=str)
+same_padding_copies = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    return (module[0] if isinstance(module, nn.Sequential) else module).weight
+
+
+@same_padding_copies
+@every_clippable
+def test_the_norm_ends_at_its_target(case: Case) -> None:
+    module = case.build()
+    before = norm(module, case.in_shape)
+    result = rs.clip_(module, case.in_shape, 0.5 * before)
+    after = norm(module, case.in_shape)
+    assert after <= 1.001 * 0.5 * before
+    assert after >= 0.99 * 0.5 * before
+    assert before in result.before and after in result.after
+    assert result.after.upper <= 1.001 * 0.5 * before
+    assert result.steps > 0
+
+
+@same_padding_copies
+@every_clippable
+def test_only_the_weight_moves_and_by_the_distortion_reported(case: Case) -> None:
+    module = case.build()
+    before = snapshot(module)
+    result = rs.clip_(module, case.in_shape, 0.5 * norm(module, case.in_shape))
+    after = snapshot(module)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved == [name for name, parameter in module.named_parameters() if parameter is weight_of(module)]
+    change = (after[moved[0]].double() - before[moved[0]].double()).norm() / before[moved[0]].double().norm()
+    assert result.distortion == pytest.approx(float(change), rel=1e-4, abs=0)
+
+
+@same_padding_copies
+@pytest.mark.parametrize("factor", [0.9, 0.5])
+@every_clippable
+def test_clipping_changes_no_more_than_rescaling(case: Case, factor: float) -> None:
+    module = case.build()
+    result = rs.clip_(module, case.in_shape, factor * norm(module, case.in_shape))
+    assert 0 < result.distortion <= 1.001 * (1 - factor)
+
+
+@same_padding_copies
+@every_clippable
+def test_clipping_twice_is_clipping_once(case: Case) -> None:
+    module = case.build()
+    target = 0.7 * norm(module, case.in_shape)
+    rs.clip_(module, case.in_shape, target)
+    once = snapshot(module)
+    again = rs.clip_(module, case.in_shape, target)
+    assert same_bits(once, snapshot(module))
+    assert (again.steps, again.distortion) == (0, 0.0)
+
+
+@same_padding_copies
+@pytest.mark.parametrize("case", [case for case in CASES if case.clippable or "zero" in case.name], ids=str)
+def test_a_layer_already_below_keeps_its_bits(case: Case) -> None:
+    module = case.build()
+    before = snapshot(module)
+    result = rs.clip_(module, case.in_shape, max(1.01 * norm(module, case.in_shape), 1e-3))
+    assert same_bits(before, snapshot(module))
+    assert (result.steps, result.distortion) == (0, 0.0)
+
+
+def test_a_layer_exactly_at_its_target_keeps_its_bits() -> None:
+    module = nn.Linear(4, 4)
+    nn.init.eye_(module.weight)
+    before = snapshot(module)
+    assert rs.clip_(module, (4,), 1.0).steps == 0
+    assert same_bits(before, snapshot(module))
+
+
+def test_an_infinite_target_clips_nothing() -> None:
+    module = scaled(nn.Linear(4, 4), 1e6)
+    before = snapshot(module)
+    rs.clip_(module, (4,), math.inf)
+    assert same_bits(before, snapshot(module))
+
+
+@pytest.mark.parametrize("in_shape", [(4, 16, 16)], ids=str)
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_layer_too_large_for_its_matrix_meets_its_target_and_stays_there(in_shape: tuple[int, ...], mode: str) -> None:
+    module = nn.Conv2d(4, 9, 3, padding=1, padding_mode=mode, bias=False)
+    result = rs.clip_(module, in_shape, 1.0)
+    once = snapshot(module)
+    after = norm(module, in_shape)
+    assert after <= result.after.upper <= 1.001
+    assert after >= 0.99
+    rs.clip_(module, in_shape, 1.0)
+    assert same_bits(once, snapshot(module))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)], ids=str)
+def test_clipping_a_dense_layer_is_clipping_its_singular_values(shape: tuple[int, int]) -> None:
+    module = nn.Linear(*shape, bias=False).double()
+    U, S, Vh = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+    target = float(S[2])
+    rs.clip_(module, shape[:1], target, vectors=min(shape))
+    torch.testing.assert_close(module.weight.detach(), U * S.clamp_max(target) @ Vh, rtol=0, atol=2e-3 * target)
+
+
+@pytest.mark.parametrize("shape", [(80, 40), (40, 80)], ids=str)
+def test_more_directions_than_are_followed_are_clipped_all_the_same(shape: tuple[int, int]) -> None:
+    module = nn.Linear(*shape, bias=False)
+    S = singular_values(module, shape[:1])
+    target = float(S[25])
+    result = rs.clip_(module, shape[:1], target, vectors=4)
+    assert result.distortion <= 1.01 * float((S - S.clamp_max(target)).norm() / S.norm())
+    torch.testing.assert_close(singular_values(module, shape[:1]), S.clamp_max(target), rtol=2e-3, atol=0)
+
+
+def test_clipping_one_direction_is_the_rank_one_projection() -> None:
+    left, right = (torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0] for _ in range(2))
+    module = nn.Linear(5, 5, bias=False).double()
+    module.weight = nn.Parameter(left * torch.tensor([4.0, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64) @ right.T)
+    wanted = left * torch.tensor([1.0, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64) @ right.T
+    result = rs.clip_(module, (5,), 1.0)
+    torch.testing.assert_close(module.weight.detach(), wanted, rtol=0, atol=2e-3)
+    assert result.distortion == pytest.approx(3 / math.sqrt(16 + 0.25 + 0.09 + 0.04 + 0.01), rel=2e-3)
+
+
+def test_the_other_singular_values_of_a_dense_layer_are_kept() -> None:
+    module = nn.Linear(8, 6).double()
+    before = singular_values(module, (8,))
+    rs.clip_(module, (8,), float(before[1]) * 0.95)
+    torch.testing.assert_close(singular_values(module, (8,))[2:], before[2:], rtol=2e-3, atol=0)
+
+
+def test_a_larger_block_of_equal_values_is_clipped_as_a_whole() -> None:
+    module = nn.Linear(20, 20, bias=False)
+    nn.init.orthogonal_(module.weight, 3.0)
+    original = module.weight.detach().clone()
+    rs.clip_(module, (20,), 1.0)
+    torch.testing.assert_close(module.weight.detach(), original / 3, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 20, 100])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(6, 5, bias=False), lambda: nn.Conv1d(3, 2, 3, bias=False)], ids=["dense", "conv"]
+)
+def test_clipping_commutes_with_scaling(make: Callable[[], nn.Module], exponent: int) -> None:
+    module = make()
+    in_shape = (6,) if isinstance(module, nn.Linear) else (3, 6)
+    weight, target = module.weight.detach().clone(), 0.6 * norm(module, in_shape)
+    rs.clip_(module, in_shape, target)
+    once = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.copy_(weight * 2.0**exponent)
+    rs.clip_(module, in_shape, target * 2.0**exponent)
+    torch.testing.assert_close(module.weight.detach() / 2.0**exponent, once, rtol=0, atol=2e-3 * target)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_of_a_composite_only_the_convolutions_weight_moves(training: bool) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), randomised(nn.BatchNorm2d(4), [3.0, -2.0, 0.0, 1.0]))
+    module.train(training)
+    before = snapshot(module)
+    rs.clip_(module, (3, 5, 5), 1.0)
+    changed = [name for name, tensor in snapshot(module).items() if not torch.equal(tensor, before[name])]
+    assert changed == ["0.weight"]
+    assert 0.99 <= norm(module, (3, 5, 5)) <= 1.001
+    assert all(part.training == training for part in module.modules())
+
+
+def grouped_with_scales(scales: list[float]) -> nn.Conv2d:
+    module = nn.Conv2d(2 * len(scales), 2 * len(scales), 3, padding=1, groups=len(scales))
+    with torch.no_grad():
+        for weight, scale in zip(module.weight.split(2), scales, strict=True):
+            part = nn.Conv2d(2, 2, 3, padding=1)
+            part.weight = nn.Parameter(weight.clone())
+            weight.mul_(scale / norm(part, (2, 5, 5)))
+    return module
+
+
+def group_norms(module: nn.Conv2d) -> list[float]:
+    rows = module.out_channels // module.groups
+    norms = []
+    for weight in module.weight.detach().split(rows):
+        part = nn.Conv2d(weight.shape[1], rows, module.kernel_size, padding=module.padding)
+        part.weight = nn.Parameter(weight.clone())
+        norms.append(norm(part, (weight.shape[1], 5, 5)))
+    return norms
+
+
+def test_a_grouped_convolution_is_clipped_group_by_group() -> None:
+    module = grouped_with_scales([4.0, 0.9, 2.0, 0.3, 1.5])
+    before = module.weight.detach().clone()
+    rs.clip_(module, (10, 5, 5), 1.0)
+    assert group_norms(module) == pytest.approx([1.0, 0.9, 1.0, 0.3, 1.0], rel=2e-3)
+    for group in (1, 3):
+        assert torch.equal(module.weight[2 * group : 2 * group + 2], before[2 * group : 2 * group + 2])
+
+
+def test_a_depthwise_convolution_is_clipped_channel_by_channel() -> None:
+    module = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+    with torch.no_grad():
+        module.weight.mul_(torch.tensor([0.1, 1, 2, 4, 8, 16]).reshape(6, 1, 1, 1))
+    before, norms = module.weight.detach().clone(), group_norms(module)
+    rs.clip_(module, (6, 5, 5), 1.0)
+    assert group_norms(module) == pytest.approx([min(value, 1.0) for value in norms], rel=2e-3)
+    assert torch.equal(module.weight[0], before[0]) and norms[0] < 1
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_are_clipped_in_their_own_type(dtype: torch.dtype) -> None:
+    for _ in range(6):
+        module = scaled(nn.Linear(8, 8), 5.0).to(dtype)
+        rs.clip_(module, (8,), 1.0)
+        assert module.weight.dtype == dtype
+        assert 0.98 <= norm(module, (8,)) <= 1.001
+
+
+def test_frozen_weights_are_clipped_and_stay_frozen() -> None:
+    module = scaled(nn.Linear(5, 5), 10.0).requires_grad_(False)
+    rs.clip_(module, (5,), 1.0)
+    assert norm(module, (5,)) <= 1.001 and not module.weight.requires_grad
+
+
+def test_gradients_and_the_random_state_are_left_alone() -> None:
+    module = scaled(nn.Conv2d(2, 3, 3), 10.0)
+    module.weight.grad = torch.ones_like(module.weight)
+    parameter, random = module.weight, torch.get_rng_state()
+    rs.clip_(module, (2, 5, 5), 1.0)
+    assert module.weight is parameter and parameter.requires_grad
+    assert torch.equal(parameter.grad, torch.ones_like(parameter)) and module.bias.grad is None
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: nn.ConvTranspose1d(4, 3, 1)], ids=["dense", "conv"])
+def test_weights_that_are_not_finite_are_an_error_and_untouched(make: Callable[[], nn.Module], value: float) -> None:
+    module = make()
+    with torch.no_grad():
+        module.weight.view(-1)[2] = value
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        rs.clip_(module, (4,) if isinstance(module, nn.Linear) else (4, 3), 1.0)
+    assert same_bits(before, snapshot(module))
+
+
+@pytest.mark.parametrize("max_norm", [0, 0.0, -1.0, math.nan, -math.inf], ids=str)
+def test_a_target_that_is_not_positive_is_an_error(max_norm: float) -> None:
+    module = nn.Linear(3, 3)
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="max_norm"):
+        rs.clip_(module, (3,), max_norm)
+    assert same_bits(before, snapshot(module))
+
+
+@pytest.mark.parametrize(
+    "module, in_shape, culprit",
+    [
+        (StdConv2d(3, 4, 3), (3, 5, 5), "standardises"),
+        (nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4)), (3, 5, 5), "standardises"),
+        (mirrored(nn.Conv2d(3, 4, 3)), (3, 5, 5), "parametris"),
+        (nn.Sequential(mirrored(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)), (3, 5, 5), "parametris"),
+        (torch.nn.utils.spectral_norm(nn.Linear(3, 4)), (3,), "weight"),
+        (nn.AvgPool2d(2), (3, 4, 4), "AvgPool2d"),
+        (nn.BatchNorm2d(4), (4, 3, 3), "BatchNorm2d"),
+        (nn.LayerNorm(4), (4,), "LayerNorm"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), (3,), "Sequential"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (3, 5, 5), "Sequential"),
+    ],
+    ids=[
+        "StdConv2d",
+        "StdConv2d, BN",
+        "parametrised",
+        "parametrised, BN",
+        "spectral_norm",
+        "pool",
+        "batchnorm",
+        "LayerNorm",
+        "chain",
+        "act",
+    ],
+)
+def test_what_cannot_be_clipped_is_refused_and_untouched(module: nn.Module, in_shape: tuple[int, ...], culprit: str) -> None:
+    before = snapshot(module)
+    with pytest.raises(NotImplementedError, match=culprit):
+        rs.clip_(module, in_shape, 0.1)
+    assert same_bits(before, snapshot(module))
+
+
+def test_a_wrong_shape_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        rs.clip_(nn.Conv2d(3, 4, 3), (4, 5, 5))
+
+
+def test_clipping_is_deterministic() -> None:
+    module, twin = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    twin.load_state_dict(module.state_dict())
+    for part in (module, twin):
+        rs.clip_(part, (4, 6, 6), 0.5)
+    assert same_bits(snapshot(module), snapshot(twin))
+
+
+def test_a_clip_never_raises_a_singular_value_of_a_circular_convolution_far() -> None:
+    module = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    in_shape = (3, 6, 6)
+    top = norm(module, in_shape)
+    rs.clip_(module, in_shape, 0.8 * top)
+    assert float(torch.linalg.svdvals(dense(module, in_shape)).max()) <= 0.8 * top * 1.001

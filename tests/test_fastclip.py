@@ -1,0 +1,467 @@
+"""The training hook: norms held under any optimizer, proved at the end, and nothing else changed."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from cases import mirrored, randomised
+from reference import norm, same_bits, snapshot
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+
+import robust_spectral as rs
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int = 3) -> None:
+    """Some steps on a loss that makes the outputs large, on data that depend on the step alone."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+        optimizer.zero_grad()
+        model(x).abs().mean().neg().backward()
+        optimizer.step()
+
+
+def true_norms(convnet: nn.Module, *, composites: bool = True) -> list[float]:
+    first, second = (convnet[:2], convnet[3:5]) if composites else (convnet[0], convnet[3])
+    return [norm(first, (3, 8, 8)), norm(second, (6, 8, 8)), norm(convnet[8], (32,))]
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.003, momentum=0.9),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.003),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@every_optimizer
+def test_the_norms_are_held_while_any_optimizer_trains(make: Callable, convnet: nn.Module, images: Tensor) -> None:
+    optimizer = make(convnet.parameters())
+    clipper = rs.FastClip(convnet, images, max_norm=1.0)
+    clipper.finish()
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images, 15)
+    assert clipper.steps == 15
+    assert max(true_norms(convnet)) <= 1.25
+
+
+@every_optimizer
+def test_without_the_hook_the_same_training_runs_away(make: Callable, convnet: nn.Module, images: Tensor) -> None:
+    rs.FastClip(convnet, images, max_norm=1.0).finish()
+    train(convnet, make(convnet.parameters()), images, 15)
+    assert max(true_norms(convnet)) > 1.6
+
+
+@every_optimizer
+def test_after_finish_every_norm_is_proved(make: Callable, convnet: nn.Module, images: Tensor) -> None:
+    optimizer = make(convnet.parameters())
+    clipper = rs.FastClip(convnet, images, max_norm=0.7)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images)
+    results = clipper.finish()
+    assert list(results) == ["0", "3", "8"]
+    for true, result in zip(true_norms(convnet), results.values(), strict=True):
+        assert true <= result.after.upper <= 0.7007
+        assert true in result.after
+
+
+def test_finish_twice_changes_nothing_more(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.finish()
+    before = snapshot(convnet)
+    assert all(result.steps == 0 for result in clipper.finish().values())
+    assert same_bits(before, snapshot(convnet))
+
+
+def test_a_change_behind_the_back_of_autograd_is_seen(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.finish()
+    convnet[8].weight.data.mul_(10)
+    assert norm(convnet[8], (32,)) <= clipper.report()[2]["upper"]
+    clipper.finish()
+    assert norm(convnet[8], (32,)) <= 0.5005
+
+
+def test_a_removed_handle_ends_the_clipping(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    clipper = rs.FastClip(convnet, images, max_norm=1e-3)
+    handle = clipper.attach(optimizer)
+    handle.remove()
+    before = snapshot(convnet)
+    train(convnet, optimizer, images)
+    assert clipper.steps == 0
+    assert same_bits(before, snapshot(convnet))
+
+
+def test_a_skipped_step_of_a_gradient_scaler_skips_the_clip(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.1)
+    clipper = rs.FastClip(convnet, images)
+    clipper.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(convnet(images).sum() * math.inf).backward()
+    scaler.step(optimizer)
+    assert clipper.steps == 0
+
+
+def test_every_so_many_steps_means_that(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    clipper = rs.FastClip(convnet, images, max_norm=0.1, every=3)
+    clipper.attach(optimizer)
+    before = snapshot(convnet)
+    train(convnet, optimizer, images, 2)
+    assert same_bits(before, snapshot(convnet))
+    train(convnet, optimizer, images, 1)
+    assert not torch.equal(before["0.weight"], convnet[0].weight)
+
+
+def test_the_composite_is_clipped_where_its_statistics_are_frozen(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.finish()
+    assert max(true_norms(convnet)) <= 0.5005
+    assert [row["kind"] for row in clipper.report()] == ["conv+bn", "conv+bn", "dense"]
+
+
+def test_the_convolution_alone_is_clipped_where_its_normalisation_trains(convnet: nn.Module, images: Tensor) -> None:
+    convnet.train()
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.attach(optimizer)
+    with pytest.warns(UserWarning, match="batch statistics") as caught:
+        train(convnet, optimizer, images, 3)
+        clipper.finish()
+        clipper.norms()
+        clipper.report()
+    assert len(caught) == 1
+    assert max(true_norms(convnet, composites=False)) <= 0.5005
+    assert [row["kind"] for row in clipper.report()] == ["conv", "conv", "dense"]
+
+
+def test_frozen_and_training_normalisations_are_told_apart(convnet: nn.Module, images: Tensor) -> None:
+    convnet.train()
+    convnet[1].eval()
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    with pytest.warns(UserWarning, match="1 layers .first: '3'."):
+        clipper.finish()
+    assert [row["kind"] for row in clipper.report()] == ["conv+bn", "conv", "dense"]
+    assert norm(convnet[:2], (3, 8, 8)) <= 0.5005 and norm(convnet[3], (6, 8, 8)) <= 0.5005
+
+
+@pytest.mark.parametrize("choice, kinds", [("always", ["conv+bn", "conv+bn", "dense"]), ("never", ["conv", "conv", "dense"])])
+@pytest.mark.parametrize("training", [False, True], ids=["frozen", "training"])
+def test_composites_can_be_chosen_without_a_warning(
+    choice: str, kinds: list[str], training: bool, convnet: nn.Module, images: Tensor
+) -> None:
+    convnet.train(training)
+    clipper = rs.FastClip(convnet, images, max_norm=0.5, composites=choice)
+    clipper.finish()
+    assert [row["kind"] for row in clipper.report()] == kinds
+    assert max(true_norms(convnet, composites=choice == "always")) <= 0.5005
+
+
+def test_a_normalisation_is_never_run_nor_moved(convnet: nn.Module, images: Tensor) -> None:
+    convnet.train()
+    before = snapshot(convnet)
+    clipper = rs.FastClip(convnet, images, max_norm=0.1, composites="always")
+    clipper.step()
+    clipper.finish()
+    changed = [name for name, tensor in snapshot(convnet).items() if not torch.equal(tensor, before[name])]
+    assert changed == ["0.weight", "3.weight", "8.weight"]
+    assert all(part.training for part in convnet.modules())
+
+
+def test_an_infinite_target_trains_bit_by_bit_as_without_a_clipper(convnet: nn.Module, images: Tensor) -> None:
+    twin = copy.deepcopy(convnet)
+    optimizer, other = (torch.optim.AdamW(model.parameters(), lr=0.01) for model in (convnet, twin))
+    random = torch.get_rng_state()
+    clipper = rs.FastClip(convnet, images, max_norm=math.inf)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images)
+    clipper.finish()
+    train(twin, other, images)
+    assert same_bits(snapshot(convnet), snapshot(twin))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_layers_below_the_target_train_bit_by_bit_as_without_a_clipper(convnet: nn.Module, images: Tensor) -> None:
+    twin = copy.deepcopy(convnet)
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=1e-4) for model in (convnet, twin))
+    clipper = rs.FastClip(convnet, images, max_norm=1e3)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images)
+    clipper.finish()
+    train(twin, other, images)
+    assert same_bits(snapshot(convnet), snapshot(twin))
+
+
+def test_the_keys_of_the_models_state_dict_do_not_change(convnet: nn.Module, images: Tensor) -> None:
+    keys = list(convnet.state_dict())
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.1)
+    clipper = rs.FastClip(convnet, images)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images, 1)
+    clipper.finish()
+    assert list(convnet.state_dict()) == keys
+    assert optimizer.state_dict()["param_groups"][0]["params"] == list(range(len(list(convnet.parameters()))))
+
+
+def test_a_restored_run_goes_on_bit_by_bit(convnet: nn.Module, images: Tensor, tmp_path) -> None:
+    def start(model: nn.Module) -> tuple[rs.FastClip, torch.optim.Optimizer]:
+        clipper = rs.FastClip(model, images, max_norm=0.5, warmup_steps=6, every=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        clipper.attach(optimizer)
+        return clipper, optimizer
+
+    clipper, optimizer = start(convnet)
+    train(convnet, optimizer, images, 3)
+    torch.save([part.state_dict() for part in (convnet, optimizer, clipper)], tmp_path / "state.pt")
+    train(convnet, optimizer, images, 5)
+
+    twin = copy.deepcopy(convnet)
+    other, second = start(twin)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    for part, state in zip((twin, second, other), saved, strict=True):
+        part.load_state_dict(state)
+    train(twin, second, images, 5)
+
+    assert other.steps == clipper.steps == 8
+    assert same_bits(snapshot(convnet), snapshot(twin))
+    assert other.norms() == clipper.norms()
+
+
+def test_a_saved_state_is_not_moved_by_later_steps(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.step()
+    state = clipper.state_dict()
+    vectors = {name: entry["vectors"].clone() for name, entry in state["layers"].items()}
+    clipper.step()
+    assert all(torch.equal(vectors[name], entry["vectors"]) for name, entry in state["layers"].items())
+
+
+def test_a_state_of_another_model_is_refused(convnet: nn.Module, images: Tensor) -> None:
+    other = rs.FastClip(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), images)
+    with pytest.raises(ValueError, match="other layers"):
+        rs.FastClip(convnet, images).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("start, steps", [(16.0, 4), (0.5, 4)], ids=["from above", "from below"])
+def test_the_target_falls_geometrically_from_the_layers_own_norm(start: float, steps: int) -> None:
+    model = nn.Linear(6, 6, bias=False)
+    nn.init.orthogonal_(model.weight, start)
+    clipper = rs.FastClip(model, torch.zeros(1, 6), max_norm=1.0, warmup_steps=steps, vectors=6)
+    seen = []
+    for _ in range(steps + 1):
+        clipper.step()
+        seen.append(norm(model, (6,)))
+    wanted = [max(start, 1.0) ** (1 - step / steps) for step in (1, 2, 3, 4, 4)] if start > 1 else [start] * 5
+    assert seen == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_target_falls_from_each_layers_own_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for layer, size in zip(model, (81.0, 16.0), strict=True):
+        nn.init.orthogonal_(layer.weight, size)
+    clipper = rs.FastClip(model, torch.zeros(1, 4), warmup_steps=4, vectors=4)
+    for wanted in ((27.0, 8.0), (9.0, 4.0), (3.0, 2.0), (1.0, 1.0)):
+        clipper.step()
+        assert [norm(layer, (4,)) for layer in model] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_finish_goes_to_the_last_target_whatever_the_warmup(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5, warmup_steps=1000)
+    clipper.step()
+    clipper.finish()
+    assert max(true_norms(convnet)) <= 0.5005
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_diverged_weights_raise_with_the_layers_name_and_nothing_is_clipped(
+    value: float, convnet: nn.Module, images: Tensor
+) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=1e-3)
+    clipper.norms()
+    with torch.no_grad():
+        convnet[3].weight[0, 0, 0, 0] = value
+    before = snapshot(convnet)
+    with pytest.raises(ValueError, match="'3'"):
+        clipper.step()
+    assert same_bits(before, snapshot(convnet))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_weights_that_diverged_before_the_first_step_raise_too(value: float, convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=1e-3)
+    with torch.no_grad():
+        convnet[3].weight[0, 0, 0, 0] = value
+    before = snapshot(convnet)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        clipper.step()
+    assert same_bits(before, snapshot(convnet))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize(
+    "layer, in_shape",
+    [(nn.Linear(4, 4), (4,)), (nn.Linear(1300, 1300), (1300,)), (nn.ConvTranspose2d(3, 2, 3), (3, 4, 4))],
+    ids=["dense", "large dense", "transposed"],
+)
+@pytest.mark.parametrize("call", ["finish", "report"])
+def test_diverged_weights_are_never_reported_as_proved(
+    call: str, layer: nn.Module, in_shape: tuple[int, ...], value: float
+) -> None:
+    model = copy.deepcopy(layer)
+    clipper = rs.FastClip(model, torch.zeros(1, *in_shape))
+    clipper.norms()
+    with torch.no_grad():
+        model.weight.view(-1)[1] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        getattr(clipper, call)()
+
+
+def test_tied_dense_weights_meet_the_target_under_both_names() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    nn.init.orthogonal_(model[0].weight, 3.0)
+    clipper = rs.FastClip(model, torch.zeros(1, 5))
+    clipper.step()
+    results = clipper.finish()
+    assert model[2].weight is model[0].weight
+    assert norm(model[0], (5,)) <= min(result.after.upper for result in results.values()) <= 1.001
+    assert norm(model[0], (5,)) >= 0.99
+
+
+def test_a_convolution_applied_to_two_shapes_meets_the_target_on_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(nn.functional.avg_pool2d(self.conv(x), 2))
+
+    model = Twice()
+    nn.init.normal_(model.conv.weight)
+    results = rs.FastClip(model, torch.zeros(1, 3, 8, 8)).finish()
+    for shape, result in zip([(3, 8, 8), (3, 4, 4)], results.values(), strict=True):
+        assert norm(model.conv, shape) <= result.after.upper <= 1.001
+
+
+def test_a_weight_shared_by_two_composites_meets_the_target_in_both() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, bias=False), randomised(nn.BatchNorm2d(4), [1.0, 2.0, 0.1, 3.0]), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False), randomised(nn.BatchNorm2d(4), [4.0, 0.1, 2.0, 1.0]),
+    ).eval()  # fmt: skip
+    model[3].weight = model[0].weight
+    results = rs.FastClip(model, torch.zeros(1, 4, 6, 6)).finish()
+    for part, result in zip((model[:2], model[3:]), results.values(), strict=True):
+        assert norm(part, (4, 6, 6)) <= result.after.upper <= 1.001
+
+
+def test_a_convolution_that_feeds_two_normalisations_meets_the_target_with_each() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.first = randomised(nn.BatchNorm2d(3), [8.0, 4.0, -6.0])
+            self.second = randomised(nn.BatchNorm2d(3), [0.1, -0.2, 0.3])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.conv(self.first(self.conv(x))))
+
+    model = Twice().eval()
+    rs.FastClip(model, torch.zeros(1, 3, 6, 6)).finish()
+    assert norm(nn.Sequential(model.conv, model.first), (3, 6, 6)) <= 1.001
+    assert norm(nn.Sequential(model.conv, model.second), (3, 6, 6)) <= 1.001
+
+
+def test_the_norms_seen_in_training_are_estimates_from_below(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=100.0)
+    for _ in range(40):
+        clipper.step()
+    for estimate, true in zip(clipper.norms().values(), true_norms(convnet), strict=True):
+        assert 0.9 * true <= estimate <= true * (1 + 1e-5)
+
+
+def test_norms_are_known_before_the_first_step(convnet: nn.Module, images: Tensor) -> None:
+    for estimate, true in zip(rs.FastClip(convnet, images).norms().values(), true_norms(convnet), strict=True):
+        assert 0.2 * true <= estimate <= true * (1 + 1e-5)
+
+
+def test_the_report_has_a_row_for_each_layer(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    before = [row["distortion"] for row in clipper.report()]
+    results = clipper.finish()
+    rows = clipper.report()
+    assert before == [None] * 3
+    assert [row["name"] for row in rows] == [layer.name for layer in clipper.layers] == ["0", "3", "8"]
+    for row, true, result in zip(rows, true_norms(convnet), results.values(), strict=True):
+        assert row["lower"] <= true <= row["upper"] <= 0.5005
+        assert (row["target"], row["distortion"]) == (0.5, result.distortion)
+
+
+def test_clipping_does_not_depend_on_the_global_random_state(convnet: nn.Module, images: Tensor) -> None:
+    twin = copy.deepcopy(convnet)
+    for model, seed in ((convnet, 1), (twin, 2)):
+        torch.manual_seed(seed)
+        clipper = rs.FastClip(model, images, max_norm=0.3)
+        clipper.step()
+        clipper.finish()
+    assert same_bits(snapshot(convnet), snapshot(twin))
+
+
+def test_clipping_asks_for_no_gradients(convnet: nn.Module, images: Tensor) -> None:
+    convnet(images).sum().backward()
+    before = [parameter.grad.clone() for parameter in convnet.parameters()]
+    clipper = rs.FastClip(convnet, images, max_norm=0.3)
+    clipper.step()
+    clipper.finish()
+    assert all(torch.equal(grad, p.grad) for grad, p in zip(before, convnet.parameters(), strict=True))
+    assert all(p.is_leaf and p.requires_grad for p in convnet.parameters())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan], ids=str)
+def test_a_target_that_is_not_positive_is_an_error(max_norm: float, convnet: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="max_norm"):
+        rs.FastClip(convnet, images, max_norm=max_norm)
+
+
+def test_an_unknown_choice_of_composites_is_an_error(convnet: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="composites"):
+        rs.FastClip(convnet, images, composites="sometimes")
+
+
+@pytest.mark.parametrize("layer", [StdConv2d(3, 4, 3), mirrored(nn.Conv2d(3, 4, 3))], ids=["StdConv2d", "parametrised"])
+def test_a_layer_that_cannot_be_clipped_is_refused_by_name(layer: nn.Module, images: Tensor) -> None:
+    with pytest.raises(NotImplementedError, match="'1'"):
+        rs.FastClip(nn.Sequential(nn.Identity(), layer), images)
+
+
+def test_a_model_without_linear_layers_is_an_error(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="no convolution"):
+        rs.FastClip(nn.Sequential(nn.ReLU()), images)
+
+
+def test_the_average_of_clipped_dense_weights_stays_within_the_target() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    clipper = rs.FastClip(model, torch.zeros(1, 6), max_norm=1.0)
+    for _ in range(4):
+        for layer in (model[0], model[2]):
+            nn.init.normal_(layer.weight)
+        clipper.finish()
+        average.update_parameters(model)
+    assert max(norm(average.module[0], (6,)), norm(average.module[2], (6,))) <= 1.001
+
+
+def test_a_timm_resnet_is_clipped_whole() -> None:
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=4).eval()
+    x = torch.randn(2, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clipper = rs.FastClip(model, x)
+    clipper.attach(optimizer)
+    train(model, optimizer, x, 2)
+    results = clipper.finish()
+    assert max(result.after.upper for result in results.values()) <= 1.001
+    assert norm(model.fc, (96,)) <= 1.001
