@@ -43,7 +43,7 @@ def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dty
     if not shape or min(shape) < 1:
         raise ValueError(f"linear_operator(in_shape={tuple(in_shape)}): give the shape of one input, without the batch axis")
     _check_weights(module)
-    builder = _BUILDERS.get(type(module), _module_operator)
+    builder = _module_operator if _hooked(module) else _BUILDERS.get(type(module), _module_operator)
     return builder(module, shape, dtype or _default_dtype(module))
 
 
@@ -58,6 +58,10 @@ def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: tor
     """
     shape = tuple(in_shape)
     kind = dtype or _default_dtype(batchnorm)
+    channels = len(batchnorm_scale(batchnorm))
+    axes = _BATCHNORM_AXES.get(type(batchnorm))
+    if shape[0] != channels or (axes is not None and len(shape) not in axes):
+        raise ValueError(f"linear_operator(in_shape={shape}): {batchnorm} takes {channels} channels on the first axis")
 
     def times_scale(X: Tensor) -> Tensor:
         return X * batchnorm_scale(batchnorm).to(kind).reshape(-1, *[1] * (len(shape) - 1))
@@ -165,14 +169,21 @@ def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> 
         return output
 
     def forward(X: Tensor) -> Tensor:
-        output = call(torch.cat([X, X.new_zeros(1, *in_shape)]))
-        return output[:-1] - output[-1:]
+        """The adjoint's adjoint: a difference module(x) - module(0) would lose x next to a large offset."""
+        with torch.enable_grad():
+            Z = X.new_zeros(len(X), *in_shape, requires_grad=True)
+            output = call(Z)
+            if not output.requires_grad or not len(X):
+                return torch.zeros_like(output)
+            Y = torch.zeros_like(output, requires_grad=True)
+            back = torch.autograd.grad(output, Z, Y, create_graph=True)[0]
+            return torch.autograd.grad(back, Y, X)[0]
 
     def adjoint(Y: Tensor) -> Tensor:
         with torch.enable_grad():
             X = Y.new_zeros(len(Y), *in_shape, requires_grad=True)
             output = call(X)
-            return torch.autograd.grad(output, X, Y)[0] if output.requires_grad else torch.zeros_like(X)
+            return torch.autograd.grad(output, X, Y)[0] if output.requires_grad and len(X) else torch.zeros_like(X)
 
     out_shape = _probe_affine(module, call, in_shape, dtype, device)
     return LinearOperator(
@@ -184,21 +195,32 @@ def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> 
 def _probe_affine(
     module: nn.Module, call: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Shape:
-    """Check f(x + y) + f(0) = f(x) + f(y) at random points; returns the output's shape."""
+    """Check f(x + y) + f(0) = f(x) + f(y) and f(x) + f(-x) = 2 f(0) at 32 points of many sizes; returns the output's shape."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, *in_shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    x, y = torch.randn(2, 32, *in_shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    scale = (2.0 ** torch.arange(32, dtype=torch.float64) / 2**16).to(device=device, dtype=dtype)
+    x, y = (v * scale.reshape(-1, *[1] * len(in_shape)) for v in (x, y))
     try:
         with torch.no_grad():
-            fx, fy, fxy, f0 = call(torch.stack([x, y, x + y, torch.zeros_like(x)]))
+            out = call(torch.cat([x, y, x + y, -x, torch.zeros_like(x[:1])]))
+            fx, fy, fxy, fm = out[:-1].chunk(4)
+            f0 = out[-1:]
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"linear_operator(in_shape={in_shape}): {type(module).__name__} does not take it: {error}") from error
-    size = fx.abs() + fy.abs() + fxy.abs() + f0.abs()
-    gap = (fxy + f0 - fx - fy).abs()
-    if not bool((gap <= 1e3 * torch.finfo(dtype).eps * size.max()).all()):
+    size = (fx.abs() + fy.abs() + fxy.abs() + f0.abs()).flatten(1).amax(1)
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"linear_operator: {type(module).__name__} returns NaN or infinite values")
+    gap = torch.maximum((fxy + f0 - fx - fy).abs(), (fx + fm - 2 * f0).abs()).flatten(1).amax(1)
+    if not bool((gap <= 1e3 * torch.finfo(dtype).eps * size).all()):
         raise NotImplementedError(
             f"linear_operator: {_blame(module)} is not affine; x -> module(x) - module(0) must be linear in eval mode"
         )
-    return tuple(fx.shape)
+    return tuple(fx.shape[1:])
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks of the user's take part in the forward pass, so that only calling the module tells what it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _blame(module: nn.Module) -> str:
@@ -233,9 +255,13 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     """Forward and transposed convolution without autograd where padding is by zeros and symmetric."""
     assert isinstance(module, _ConvNd)
     padding = _symmetric_padding(module)
-    kernel = Kernel(_weight(module).to(dtype), module.groups) if module.padding_mode in ("zeros", "circular") else None
+    kernel = Kernel(_weight(module).to(dtype), module.groups) if _kernel_bounds_apply(module) else None
     if padding is None or module.padding_mode != "zeros":
-        return replace(_module_operator(module, in_shape, dtype), kernel=kernel)
+        return replace(
+            _module_operator(module, in_shape, dtype),
+            kernel=kernel,
+            build=lambda other: _convolution_operator(module, in_shape, other),
+        )
     if len(in_shape) != len(padding) + 1 or in_shape[0] != module.in_channels:
         raise ValueError(
             f"linear_operator(in_shape={in_shape}): {module} takes ({module.in_channels}, {len(padding)} spatial axes)"
@@ -266,6 +292,14 @@ def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torc
             return tuple(forward(torch.zeros(1, *in_shape, dtype=dtype, device=_device(module))).shape[1:])
     except RuntimeError as error:
         raise ValueError(f"linear_operator(in_shape={in_shape}): {module} does not take it: {error}") from error
+
+
+def _kernel_bounds_apply(module: _ConvNd) -> bool:
+    """Zero padding, or circular padding so narrow that no input meets one kernel entry twice."""
+    if module.padding_mode == "zeros" or isinstance(module.padding, str):
+        return module.padding_mode in ("zeros", "circular")
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return module.padding_mode == "circular" and all(2 * p <= r for p, r in zip(module.padding, reach, strict=True))
 
 
 def _symmetric_padding(module: _ConvNd) -> Shape | None:
@@ -330,6 +364,7 @@ def _check_weights(module: nn.Module) -> None:
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCHNORM_AXES: dict[type[nn.Module], Shape] = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d: (4,)}
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AFFINE = (
     nn.Linear, _ConvNd, nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,

@@ -9,7 +9,7 @@ take over, so it is repeated from warm vectors. Groups of a grouped convolution 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from .affine import batchnorm_scale, is_batchnorm, weight_gradients
 from .layers import LinearLayer
 from .norms import NormInterval, spectral_norm
-from .operators import LinearOperator, Shape
+from .operators import LinearOperator, Shape, power_of_two
 from .spectrum import Lanczos, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
@@ -70,8 +70,9 @@ class TrackedLayer:
     operator: LinearOperator
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
+    scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
-    _proved: tuple[tuple[Any, ...], NormInterval] | None = field(default=None)
+    _proved: tuple[tuple[Any, ...], list[Tensor], NormInterval] | None = field(default=None)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -117,7 +118,8 @@ class TrackedLayer:
         if self.vectors.device != self.weight.device:
             self.resolve(bool(self.composite))
             self.vectors = self.vectors.to(self.operator.device)
-        self.ritz, image = power_step(self.operator, self.vectors)
+        ritz, image = power_step(self._scaled(), self.vectors)
+        self.ritz = replace(ritz, values=ritz.values * self.scale)
         self.vectors = torch.linalg.qr(image.mT)[0].mT
         return self.ritz.values.max()
 
@@ -142,27 +144,33 @@ class TrackedLayer:
             return ClipResult(before, before, 0.0, 0)
         weight = self.weight
         original = weight.detach().clone()
+        self.scale = power_of_two(float(original.abs().max()))
         rounds = 0
         while rounds < max_rounds and self._largest(max_norm) > max_norm * (1 + TOLERANCE / 2):
             rounds += 1
             self.clip_directions_(max_norm)
         after = self.enclosure(failure_probability)
+        smallest = 1 - torch.finfo(weight.dtype).eps  # a factor nearer to 1 may be rounded away
         while after.upper > limit:
             rounds += 1
             with torch.no_grad():
-                weight.mul_(max_norm * (1 + 0.9 * TOLERANCE) / after.upper)
+                weight.mul_(min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest))
             after = self.enclosure(failure_probability)
-        moved = float((weight.detach() - original).norm() / original.norm())
+        moved = float(((weight.detach().double() - original) / self.scale).norm() / (original.double() / self.scale).norm())
         return ClipResult(before, after, moved, rounds)
+
+    def _scaled(self) -> LinearOperator:
+        return self.operator if self.scale == 1 else self.operator.over(self.scale)
 
     def enclosure(self, failure_probability: float) -> NormInterval:
         """The norm now, proved closely enough to be held against a target; computed anew only when a tensor has changed."""
         parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
-        tensors = [t for part in parts for t in [*part.parameters(), *part.buffers()]]
-        state = (self.composite, failure_probability, *((id(t), t._version) for t in tensors))
-        if self._proved is None or self._proved[0] != state:
-            self._proved = state, spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
-        return self._proved[1]
+        tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
+        asked = self.composite, failure_probability
+        if self._proved is None or self._proved[0] != asked or not _same(self._proved[1], tensors):
+            norm = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
+            self._proved = asked, [t.clone() for t in tensors], norm
+        return self._proved[2]
 
     def _largest(self, max_norm: float) -> float:
         """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
@@ -170,14 +178,18 @@ class TrackedLayer:
         A small layer is decomposed instead, and all its directions above ``max_norm`` are followed (up to 64).
         """
         if dense_work(self.operator) <= _SMALL:
-            self.ritz = dense_ritz(self.operator, 64)
+            ritz = dense_ritz(self._scaled(), 64)
+            self.ritz = replace(ritz, values=ritz.values * self.scale)
             self.vectors = self.ritz.right[:, : self.vectors.shape[1]]
             return float(self.ritz.values.max())
         largest = float(self.power_step())
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
         steps = 32 if self.operator.groups == 1 else 12
-        self.ritz = Lanczos(rtol=1e-2, max_steps=steps).solve(self.operator, self.vectors.shape[1], self.vectors)
+        search = Lanczos(rtol=1e-2, max_steps=steps)
+        start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
+        ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
+        self.ritz = replace(ritz, values=ritz.values * self.scale)
         self.vectors = torch.linalg.qr(self.ritz.right.mT)[0].mT
         return float(self.ritz.values.max())
 
@@ -188,6 +200,12 @@ class TrackedLayer:
             scale = batchnorm_scale(self.layer.batchnorm).to(U.dtype)
             U = U * scale.reshape(-1, *[1] * (U.ndim - 2))
         return to_groups(weight_gradients(self.layer.module, X, U), self.operator.groups)
+
+
+def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
+    return len(kept) == len(tensors) and all(
+        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
+    )
 
 
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
@@ -219,6 +237,8 @@ def _check_clippable(layer: LinearLayer) -> None:
     where = f"clipping '{layer.name}' ({type(layer.module).__name__})"
     if parametrize.is_parametrized(layer.module, "weight"):
         raise NotImplementedError(f"{where}: its weight is parametrised; remove the parametrisation first")
+    if is_batchnorm(layer.module):
+        raise NotImplementedError(f"{where}: a batch normalisation is clipped only with the layer in front of it")
     if not isinstance(getattr(layer.module, "weight", None), nn.Parameter):
         raise NotImplementedError(f"{where}: it has no weight parameter of its own")
     if _ignores_scale(layer.module):

@@ -19,16 +19,22 @@ class Walk(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.bounds: dict[fx.Node, float] = {}
         self.kinds: dict[fx.Node, str] = {}
+        self.changed: set[fx.Node] = set()  # nodes whose values were changed in place later on
         self.reason: str | None = None
         self.failure_probability = 0.0
         self._each = failure_probability
         self._norms: dict[tuple[Any, ...], NormInterval] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, then bound it."""
+        """Run a node, then bound it, and with it every earlier value that it changed in place."""
+        before = {node: value._version for node, value in self.env.items() if isinstance(value, Tensor)}
         result = super().run_node(n)
         self.kinds[n] = n.op
         self.bounds[n] = self._bound(n, result)
+        changed = {node for node, version in before.items() if self.env[node]._version != version}
+        self.changed |= changed
+        for node in changed:
+            self.bounds[node] = max(self.bounds[node], self.bounds[n])
         return result
 
     def bound(self, value: Any) -> float:
@@ -55,6 +61,11 @@ class Walk(fx.Interpreter):
     def _bound(self, n: fx.Node, result: Any) -> float:
         if n.op == "placeholder":
             return 1.0
+        depends = any(self.bound(a) != 0 for a in n.all_input_nodes)
+        if n.op == "output" and isinstance(result, tuple | list | dict):
+            return self._unknown(n, "a model with several outputs")
+        if depends and not isinstance(result, Tensor) and not _is_shape(n):
+            return self._unknown(n, str(n.target))
         if n.op == "get_attr" or not isinstance(result, Tensor) or all(self.bound(a) == 0 for a in n.all_input_nodes):
             return 0.0 if isinstance(result, Tensor | int | float | bool | tuple | Size) else self._unknown(n, "its result")
         if n.op == "output":
@@ -65,10 +76,11 @@ class Walk(fx.Interpreter):
         rule = RULES.get(target)
         if rule is None:
             return self._unknown(n, self.kinds[n])
-        value = rule(self, n)
-        if math.isinf(value) and self.reason is None:
-            self._unknown(n, self.kinds[n])
-        return value
+        try:
+            value = rule(self, n)
+        except Exception as error:  # noqa: BLE001 - a call the rule does not understand is no claim, whatever it trips over
+            return self._unknown(n, f"{self.kinds[n]} as it is called here ({error or type(error).__name__})")
+        return value if value < math.inf else self._unknown(n, self.kinds[n])
 
     def _unknown(self, n: fx.Node, what: str) -> float:
         if self.reason is None:
@@ -79,6 +91,13 @@ class Walk(fx.Interpreter):
                 f"no Lipschitz constant is known of {what} (at '{n.target if n.op == 'call_module' else n.name}'){hint}"
             )
         return math.inf
+
+
+def _is_shape(n: fx.Node) -> bool:
+    """Whether a node reads only shapes and types off its arguments."""
+    if n.op == "call_function" and n.target is getattr:
+        return n.args[1] in ("shape", "ndim", "dtype", "device")
+    return n.op == "call_method" and n.target in ("size", "dim", "numel")
 
 
 Rule = Callable[[Walk, fx.Node], float]

@@ -62,8 +62,8 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
     Raises:
         ValueError: the model applies no linear layer, or does not take the input.
     """
-    found: dict[tuple[int, Shape], LinearLayer] = {}
-    outputs: list[tuple[Tensor, tuple[int, Shape]]] = []  # keeps the tensors alive, so that identity means something
+    found: dict[tuple[Any, ...], LinearLayer] = {}
+    outputs: list[tuple[Tensor, int, tuple[Any, ...]]] = []  # keeps the tensors alive, so that identity means something
 
     def see_linear(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         shape = norm_shape(module, inputs[0].shape[1:])
@@ -72,12 +72,16 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
             seen = sum(layer.module is module for layer in found.values())
             found[key] = LinearLayer(name if not seen else f"{name}#{seen + 1}", module, shape)
         if not isinstance(module, nn.Linear) or output.ndim == 2:
-            outputs.append((output, key))
+            outputs.append((output, output._version, key))
 
     def see_batchnorm(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for output, key in outputs:
-            if output is inputs[0]:
+        for output, version, key in outputs:
+            if output is inputs[0] and output._version == version:
                 layer = found[key]
+                if layer.batchnorm is not None and layer.batchnorm is not module:  # one more composite of the same layer
+                    seen = sum(other.module is layer.module for other in found.values())
+                    key = (*key, id(module))
+                    layer = LinearLayer(f"{layer.name.split('#')[0]}#{seen + 1}", layer.module, layer.in_shape)
                 found[key] = LinearLayer(layer.name, layer.module, layer.in_shape, module, name)
 
     with evaluating(model), _watching(model, see_linear, see_batchnorm), torch.no_grad():

@@ -62,16 +62,28 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
     Raises:
         ValueError: a weight is not finite, or the model does not take the input.
     """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
     if type(model) in RULES:  # a root would be traced into, whatever it is
         model = nn.Sequential(model)
-    with evaluating(model):
+    example = example_input[:1].repeat(
+        2, *[1] * (example_input.ndim - 1)
+    )  # two inputs, so that no operation drops the batch axis
+    with evaluating(model), torch.no_grad():
+        try:
+            model(example.clone())
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape = tuple(example_input.shape)
+            raise ValueError(
+                f"lipschitz_bound: {type(model).__name__} does not take an input of shape {shape}: {error}"
+            ) from error
         try:
             graph = _Tracer().trace(model)
         except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
             return LipschitzBound(math.inf, reason=f"torch.fx cannot trace {type(model).__name__}: {error}")
         walk = Walk(fx.GraphModule(model, graph), failure_probability)
-        with torch.no_grad():
-            walk.run(example_input)
+        walk.run(example)
     graph = walk.graph
     output = next(node for node in reversed(list(graph.nodes)) if node.op == "output")
     value = walk.bounds.get(output, math.inf)

@@ -18,7 +18,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from .operators import Kernel, LinearOperator
-from .spectrum import dense_blocks, dense_work, golub_kahan, random_block
+from .spectrum import dense_blocks, dense_work, golub_kahan, random_block, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
 _DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take about a second on two cores
@@ -105,6 +105,11 @@ def lanczos_interval(
 
     Source: van Dorsselaer, Hochstenbach and van der Vorst (2000); Hochstenbach (2013), Theorem 3.
     """
+    try:
+        size = size_of(A, seed)
+    except ValueError:
+        raise ValueError(f"spectral_norm({A!r}): the operator returned NaN or infinite values") from None
+    A = A.over(size)
     B = A.H if prod(A.out_shape) < prod(A.in_shape) else A
     n = prod(B.in_shape) // B.groups
     delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability / B.groups)) if n > 1 else 1.0
@@ -124,7 +129,7 @@ def lanczos_interval(
             if last or settled or upper <= (1 + rtol) * lower:
                 break
     margin = B.groups * n + prod(B.out_shape)
-    return _down(lower, margin), _up(upper, margin)
+    return _down(size * lower, margin), _up(size * upper, margin)
 
 
 def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[float, float]:
@@ -184,9 +189,10 @@ def schur_bound(kernel: Kernel) -> float:
     Every output sees each entry of its filter at most once, and every input meets each entry at most once, whatever the
     stride, dilation and amount of zero or circular padding.
     """
-    size = kernel.weight.abs().flatten(2).sum(2)  # (out, in/g)
+    scale = _power_of_two(float(kernel.weight.abs().max())) or 1.0
+    size = (kernel.weight / scale).abs().flatten(2).sum(2)  # (out, in/g)
     size = size.reshape(kernel.groups, -1, size.shape[1])  # (g, out/g, in/g)
-    return _up(float((size.sum(1).amax(1) * size.sum(2).amax(1)).sqrt().max()), kernel.weight[0].numel())
+    return _up(scale * float((size.sum(1).amax(1) * size.sum(2).amax(1)).sqrt().max()), kernel.weight[0].numel())
 
 
 def symbol_bound(kernel: Kernel) -> float:
@@ -215,7 +221,8 @@ def frobenius_bound(A: LinearOperator) -> float:
     """Frobenius norm, from above: every kernel entry acts at most once for each output position (or input position)."""
     assert A.kernel is not None
     positions = min(prod(A.out_shape[1:]), prod(A.in_shape[1:]))
-    return _up(float(A.kernel.weight.norm()) * math.sqrt(positions), A.kernel.weight.numel())
+    scale = _power_of_two(float(A.kernel.weight.abs().max())) or 1.0
+    return _up(scale * float((A.kernel.weight / scale).norm()) * math.sqrt(positions), A.kernel.weight.numel())
 
 
 def _symbols(weight: Tensor, grid: list[int], groups: int) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ An operator that acts separately on equal, contiguous slices of the channel axis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import gcd, prod
@@ -49,13 +50,13 @@ class LinearOperator:
     def matmat(self, X: Tensor) -> Tensor:
         """Apply the operator to k inputs: (k, *in_shape) -> (k, *out_shape). Costs k applications."""
         self._check("matmat", X, self.in_shape)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.forward(X)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Apply the adjoint to k outputs: (k, *out_shape) -> (k, *in_shape). Costs k applications."""
         self._check("rmatmat", Y, self.out_shape)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.adjoint(Y)
 
     @property
@@ -83,6 +84,17 @@ class LinearOperator:
             raise TypeError(f"{self!r}.to({dtype}): this operator was given without a `build` function for other types")
         return self.build(dtype)
 
+    def over(self, size: float) -> LinearOperator:
+        """The operator divided by a power of two, which is exact: squares of its values then neither under- nor overflow."""
+        forward, adjoint, build = self.forward, self.adjoint, self.build
+        return replace(
+            self,
+            forward=lambda X: forward(X) / size,
+            adjoint=lambda Y: adjoint(Y) / size,
+            build=None if build is None else lambda dtype: build(dtype).over(size),
+            kernel=None,
+        )
+
     def to_dense(self) -> Tensor:
         """The matrix, (out elements, in elements): costs one application per input element."""
         n = prod(self.in_shape)
@@ -98,6 +110,17 @@ class LinearOperator:
 
     def __repr__(self) -> str:
         return f"<{self.label}: {self.in_shape} -> {self.out_shape}, {self.dtype}>"
+
+
+def power_of_two(size: float) -> float:
+    """The power of two just below a size, so that dividing by it is exact; 1 for 0.
+
+    Raises:
+        ValueError: the size is not finite.
+    """
+    if not math.isfinite(size):
+        raise ValueError("the operator returned NaN or infinite values")
+    return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
 
 
 def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:

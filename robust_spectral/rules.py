@@ -37,7 +37,9 @@ def batchnorm(walk: Walk, n: fx.Node) -> float:
     shape = walk.shape(previous)
     alone = times(walk.bound(previous), float(batchnorm_scale(module).abs().max()) * (1 + 1e-15))
     layer = walk.called(previous)
-    if not isinstance(layer, nn.Linear | _ConvNd) or (isinstance(layer, nn.Linear) and len(shape) != 1):
+    if previous in walk.changed or not isinstance(layer, nn.Linear | _ConvNd):
+        return alone
+    if isinstance(layer, nn.Linear) and len(shape) != 1:
         return alone
     assert isinstance(previous, fx.Node)
     inner = norm_shape(layer, walk.shape(previous.args[0]))
@@ -52,7 +54,8 @@ def channelwise(walk: Walk, n: fx.Node) -> float:
     """Norm of an operator that treats every channel alike, from one channel."""
     module = walk.called(n)
     assert module is not None
-    shape = (1, *walk.shape(n.args[0])[1:])
+    axes = len(walk.shape(n.args[0])) - 1 if isinstance(module, nn.Upsample) else int(type(module).__name__[-2])  # …Pool2d
+    shape = (1, *walk.shape(n.args[0])[-axes:])
     norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
     return times(walk.bound(n.args[0]), norm)
 
@@ -61,7 +64,7 @@ def channelwise(walk: Walk, n: fx.Node) -> float:
 def max_pool(walk: Walk, n: fx.Node) -> float:
     """sqrt of the number of windows an input element can lie in, ceil(window / stride) along each axis."""
     module: Any = walk.called(n)
-    axes = len(walk.shape(n.args[0])) - 1
+    axes = int(type(module).__name__[-2])
     window, stride, dilation = (v if isinstance(v, tuple) else (v,) * axes
                                 for v in (module.kernel_size, module.stride, module.dilation))  # fmt: skip
     overlap = [w if d > 1 else math.ceil(w / s) for w, s, d in zip(window, stride, dilation, strict=True)]
@@ -87,7 +90,7 @@ def scale(walk: Walk, n: fx.Node) -> float:
         function, constant = first, second
     else:
         function, constant = second, first
-    if walk.bound(constant) != 0 or _broadcast(walk, n):
+    if walk.bound(constant) != 0 or _broadcast(walk, n) or n.kwargs.get("rounding_mode") is not None:
         return math.inf
     sizes = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).detach().double().abs()
     factor = float((1 / sizes if divides else sizes).max())
@@ -108,8 +111,8 @@ def _broadcast(walk: Walk, n: fx.Node) -> bool:
 def cat(walk: Walk, n: fx.Node) -> float:
     """Root of the sum of the branches' squares; concatenation along the batch axis is no function of one input."""
     parts: Any = n.args[0]
-    axis = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
-    if axis == 0:
+    axis: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    if axis % walk.env[parts[0]].ndim == 0:
         return math.inf
     return math.nextafter(math.hypot(*(walk.bound(part) for part in parts)), math.inf)
 
@@ -130,7 +133,7 @@ def mean(walk: Walk, n: fx.Node) -> float:
 _SLOPES: dict[float, list[Any]] = {
     1.0: [
         nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
-        nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh, nn.Softplus, nn.Softsign,
+        nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh, nn.Softsign,
         F.relu, F.relu6, torch.relu, torch.tanh, "relu", "relu_", "tanh",
         torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
         "flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "float",
@@ -154,10 +157,12 @@ def activation_slope(module: nn.Module) -> float:
         return max(1.0, abs(module.negative_slope))
     if isinstance(module, nn.ELU):
         return max(1.0, abs(module.alpha))
+    if isinstance(module, nn.Softplus):  # it jumps where it turns linear, by less than a rounding from 20 on
+        return 1.0 if module.threshold >= 20 else math.inf
     return _SLOPE_OF.get(type(module), math.inf)
 
 
-@rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU)
+@rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)
 def elementwise(walk: Walk, n: fx.Node) -> float:
     """Largest slope of a function applied to every element; 1 for those that only rearrange elements."""
     module = walk.called(n)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .operators import LinearOperator
+from .operators import LinearOperator, power_of_two
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class PowerQR:
             ritz, image = power_step(A, X)
             if self.rayleigh_ritz and bool((ritz.residuals <= self.rtol * ritz.values[:, :1].amax()).all()):
                 break
+            if not self.rayleigh_ritz:  # the Ritz vectors are a rotation of X
+                image = apply_grouped(A.H, apply_grouped(A, X))
             X, diagonal = _qr_rows(image + self.shift * (ritz.right if self.rayleigh_ritz else X), X)
         if self.rayleigh_ritz:
             return replace(ritz, steps=step)
@@ -139,19 +141,33 @@ def top_singular(
     """
     if k < 1:
         raise ValueError(f"top_singular(k={k}): ask for at least one triplet")
+    if right is not None and tuple(right.shape[1:]) != A.in_shape:
+        raise ValueError(f"top_singular(right=...): expected (any number, {A.in_shape}), got {tuple(right.shape)}")
     chosen = Lanczos() if solver is None else solver
+    size = 1.0 if isinstance(chosen, PowerQR) and chosen.shift else size_of(A, seed)  # a shift is meant in the user's scale
+    A = A.over(size)
     flip = prod(A.out_shape) < prod(A.in_shape)  # Krylov bases live on the smaller side
     B = A.H if flip else A
     block = min(k, prod(B.in_shape) // B.groups)
     start = random_block(B, block, seed)
     if right is not None:
         warm = to_groups(A.matmat(right) if flip else right, B.groups)[:, :block].to(start.dtype)
+        warm = torch.where((warm == 0).all(2, keepdim=True), start[:, : warm.shape[1]], warm)  # groups it says nothing of
         start = torch.cat([warm, start[:, warm.shape[1] :]], dim=1)
     ritz = chosen.solve(B, block, start)
     triplets = _merge_groups(B, ritz, k, chosen.rtol)
     if flip:
         triplets = replace(triplets, left=triplets.right, right=triplets.left)
-    return triplets
+    return replace(triplets, values=triplets.values * size, residuals=triplets.residuals * size)
+
+
+def size_of(A: LinearOperator, seed: int) -> float:
+    """A power of two of the order of the operator's norm, from one application; 1 for the zero operator.
+
+    Raises:
+        ValueError: the operator returned NaN or infinite values.
+    """
+    return power_of_two(float(A.matmat(from_groups(random_block(A, 1, seed), A.in_shape)).abs().max()))
 
 
 def dense_blocks(A: LinearOperator) -> Tensor:
@@ -247,6 +263,8 @@ class _Basis:
             if i and _shrunk(shortened, w):
                 shortened = self._remove(shortened, h, 0, m + i)
             norm = shortened[:, 0].norm(dim=1)
+            if not bool(torch.isfinite(norm).all()):
+                raise ValueError("the operator returned NaN or infinite values, or they overflow")
             keep = norm > threshold[:, i]
             H[:, i, m + i] = torch.where(keep, norm, 0)
             self.rows[:, m + i] = torch.where(keep[:, None], shortened[:, 0] / norm[:, None], 0)
