@@ -24,16 +24,25 @@ types: env  ## the package as it is installed
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p robust_spectral
 
 test: env lint types  ## the whole check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html
 	rm -rf $(RUN) $(RUN)-start
 	$(RS) finetune --model test_resnet --data mnist5k --epochs 6 --lr 2e-3 --max-norm inf --out $(RUN)-start
-	$(RS) finetune --model test_resnet --data mnist5k --epochs 16 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
-	  --freeze-bn --max-norm 1 --logit-scale 20 --spectral-warmup 0.6 --twin --out $(RUN)
+	$(RS) finetune --model test_resnet --data mnist5k --epochs 20 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
+	  --freeze-bn --max-norm 1.3 --logit-scale 20 --spectral-warmup 0.5 --twin --out $(RUN)
 	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.25 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
-	  --samples 200 --autoattack-eps 0.5 --autoattack-samples 64
+	  --samples 200 --autoattack-eps 0.5 --autoattack-samples 50
 	$(RS) report $(RUN)
+
+demo-pretrained: env  ## the same with real ImageNet weights, on colour photographs: runs/demo-pretrained/report.html
+	rm -rf $(PHOTOS)
+	$(BIN)/python -m robust_spectral.evaluations.lite_weights 0 $(PHOTOS)-weights.safetensors
+	$(RS) finetune --model tf_efficientnet_lite0 --data photos --image-size 64 --pretrained-path $(PHOTOS)-weights.safetensors \
+	  --epochs 2 --batch-size 32 --lr 5e-4 --freeze-bn --max-norm 8 --spectral-warmup 0.6 --twin --out $(PHOTOS)
+	$(RS) evaluate $(PHOTOS) --attack pgd --attack autoattack --norm l2 --eps 0.1 --eps 0.25 --eps 0.5 --eps 1 \
+	  --samples 100 --autoattack-eps 0.25 --autoattack-samples 16
+	$(RS) report $(PHOTOS)
 
 clean:
 	rm -rf .venv build runs *.egg-info

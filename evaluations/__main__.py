@@ -1,5 +1,14 @@
 """``python -m robust_spectral.evaluations`` is the command ``robust-spectral``."""
 
-from .cli import main
 
-main()
+def main() -> None:
+    """Run the command line, or say what to install where the core is installed alone."""
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"robust-spectral: {error.name} is missing; pip install 'robust-spectral[evaluations]'") from None
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,8 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float,
         classifier, norm=NORMS[norm], eps=eps, eps_step=2.5 * eps / steps, max_iter=steps, num_random_init=1, batch_size=128,
         verbose=False,
     )  # fmt: skip
-    with _seeded(seed):
+    on_device = torch.cuda.device(images.device) if images.is_cuda else nullcontext()  # ART's "gpu" is the current one
+    with _seeded(seed), on_device:
         adversarial = attack.generate(images.cpu().numpy(), labels.cpu().numpy())
     return torch.from_numpy(adversarial).to(images)
 

@@ -14,6 +14,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from robust_spectral import linear_layers, lipschitz_bound, spectral_norm
 
@@ -110,7 +111,7 @@ def finetune(
         finetune_twins({"plain": replace(config, max_norm=None, logit_scale=1.0), "clipped": config}, out, resume=resume)
     else:
         run(config, out, resume=resume)
-    console.print(f"run: {out}")
+    console.print(f"run: {out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -130,12 +131,12 @@ def evaluate(
     from .evaluate import evaluate as attack_run
 
     plans = [
-        AttackPlan(name, norm, tuple(autoattack_eps or eps), autoattack_samples or samples)
+        AttackPlan(name, norm, tuple(autoattack_eps or eps), samples if autoattack_samples is None else autoattack_samples)
         if name == "autoattack"
         else AttackPlan(name, norm, tuple(eps), samples)
-        for name in attack
+        for name in dict.fromkeys(attack)
     ]
-    attack_run(run, plans, seed=seed, device=device, say=lambda text: console.print(text, highlight=False))
+    attack_run(run, plans, seed=seed, device=device, say=lambda text: console.print(text, highlight=False, markup=False))
 
 
 @app.command()
@@ -145,17 +146,20 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.
 
     figures = write_report(run)
     print_report(figures, console)
-    console.print(f"page: {run / 'report.html'}")
+    console.print(f"page: {run / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
+    except ImportError as error:
+        errors.print(Text(f"error: {error}; pip install 'robust-spectral[evaluations]'"), soft_wrap=True)
+        sys.exit(2)
     except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("ROBUST_SPECTRAL_TRACEBACK") == "1":
             raise
-        errors.print(f"[bold red]error:[/bold red] {error}", highlight=False, markup=True)
+        errors.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 

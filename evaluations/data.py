@@ -175,8 +175,19 @@ def _timm_data(name: str, image_size: int) -> ImageData:
         dataset.transform = create_transform(**pixels, is_training=training, no_aug=not training)
         datasets.append(dataset)
     train, test = datasets
+    if root is not None:
+        _check_folder(name, train.reader, test.reader)
     classes = len(getattr(train, "reader", train).class_to_idx)
     return ImageData(name, train, test, classes, 3, image_size)
+
+
+def _check_folder(name: str, train: Any, test: Any) -> None:
+    """See that the two splits of an image folder are two, and number their classes alike."""
+    if {path for path, _ in train.samples} & {path for path, _ in test.samples}:
+        raise ValueError(f"data {name!r}: needs subfolders train/ and validation/ (or val/), each with a folder a class")
+    if train.class_to_idx != test.class_to_idx:
+        differing = sorted(train.class_to_idx.keys() ^ test.class_to_idx.keys())
+        raise ValueError(f"data {name!r}: train/ and validation/ hold different classes: {differing[:5]}")
 
 
 def stack(pairs: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from .attacks import NORMS, find_attack
 from .data import data_hash
 from .figures import figures
 from .finetune import load_run
-from .runs import twin_folders, write_atomically, write_json
+from .runs import check_device, twin_folders, write_atomically, write_json
 
 Say = Callable[[str], None]
 
@@ -55,8 +55,16 @@ def evaluate(folder: Path, plans: Sequence[AttackPlan], *, seed: int = 0, device
     Raises:
         ValueError: the folder is no run, the model does not match its record, or an option is out of range.
     """
+    check_device(device)
+    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans):
+        raise ValueError("evaluate: an attack is asked for twice with the same norm; give it once, with all sizes")
+    torch.backends.cudnn.allow_tf32 = False  # what is certified are float32 logits
     for name, run in twin_folders(folder).items():
-        _evaluate_run(run, plans, seed, device, lambda text, name=name: say(f"{name + ': ' if name else ''}{text}"))
+        _evaluate_run(run, plans, seed, device, _prefixed(say, name))
+
+
+def _prefixed(say: Say, name: str) -> Say:
+    return lambda text: say(f"{name}: {text}" if name else text)
 
 
 def _evaluate_run(folder: Path, plans: Sequence[AttackPlan], seed: int, device: str, say: Say) -> None:
@@ -64,6 +72,8 @@ def _evaluate_run(folder: Path, plans: Sequence[AttackPlan], seed: int, device: 
     model = model.to(device).eval()
     if data_hash(*data.test_images(len(data.test))) != run["test_data_sha256"]:  # type: ignore[arg-type]
         raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
+    if run["classes"] < 4 and any(plan.attack == "autoattack" for plan in plans):
+        raise ValueError(f"{folder}: autoattack, standard version, needs at least 4 classes, the model has {run['classes']}")
     images, labels = (t.to(device) for t in data.test_images(max(plan.samples for plan in plans)))
     with torch.no_grad():
         logits = torch.cat([model(batch) for batch in images.split(128)])
@@ -89,10 +99,10 @@ def _run_plan(
     count = min(plan.samples, len(images))
     images, labels, clean, radii = images[:count], labels[:count], clean[:count], radii[:count]
     standing = clean == labels
+    predicted, distance = clean.clone(), torch.zeros(count, dtype=torch.float64, device=images.device)
     rows: list[dict[str, Any]] = []
-    for eps in sorted(set(plan.eps)):
+    for eps in sorted(set(plan.eps)):  # what fell keeps the prediction and the distance at which it fell
         alive = standing.nonzero()[:, 0]
-        predicted, distance = clean.clone(), torch.zeros(count, dtype=torch.float64, device=images.device)
         if len(alive):
             x = images[alive]
             with evaluating(model):

@@ -26,13 +26,14 @@ def figures(run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pix
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
-        "accuracy": {"clean": _share([row["robust"] for row in clean])},
+        "accuracy": {"clean": _share([row["robust"] for row in clean]), "n": len(clean),
+                     "ci": _with_interval([row["robust"] for row in clean])["ci"]},
         "robust": [*_per_attack(attacked), *(_worst(entry) for entry in sandwiches)],
         "certified": [entry for norm in norms for entry in certified(clean, norm, attacked, pixels)],
         "lipschitz": lipschitz,
         "layers": run["layers"],
         "sandwich": sandwiches,
-        "gates": [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels)],
+        "gates": [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels), _autoattack_gate(attacked)],
         "config": run["config"], "model_sha256": run["model_sha256"], "versions": run["versions"], "hardware": run["hardware"],
         "training_seconds": run["seconds"],
     }  # fmt: skip
@@ -43,7 +44,13 @@ def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int) -> 
     factor = math.sqrt(pixels) if norm == "linf" else 1.0
     radii = sorted(row["certified_radius"] / factor for row in clean)
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
-    grid = sorted(attacked_eps | set(_one_two_five(radii)))
+    return certified_at(clean, norm, sorted(attacked_eps | set(_one_two_five(radii))), pixels)
+
+
+def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) -> list[Row]:
+    """Certified accuracy at the sizes given."""
+    factor = math.sqrt(pixels) if norm == "linf" else 1.0
+    radii = [row["certified_radius"] / factor for row in clean]
     return [
         {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
     ]  # fmt: skip
@@ -101,6 +108,15 @@ def _certificate_gate(attacked: list[Row], pixels: int) -> Row:
     )  # fmt: skip
     status = "fail" if broken else "pass"
     return {"name": "no attack inside a certified radius", "status": status, "detail": f"{broken} of {len(attacked)} attacks"}
+
+
+def _autoattack_gate(attacked: list[Row]) -> Row:
+    """Images that PGD breaks and AutoAttack does not: a sign that AutoAttack was hindered, not that the model is robust."""
+    verdicts = {(row["attack"], row["norm"], row["eps"], row["sample"]): row["robust"] for row in attacked}
+    missed = sum(stands and not verdicts.get(("pgd", *key), True) for (attack, *key), stands in verdicts.items()
+                 if attack == "autoattack")  # fmt: skip
+    detail = f"{missed} images broken by PGD alone"
+    return {"name": "AutoAttack breaks what PGD breaks", "status": "flag" if missed else "pass", "detail": detail}
 
 
 def _levels(attacked: list[Row]) -> list[tuple[str, float]]:

@@ -1,13 +1,14 @@
 """Fine-tuning of a timm model with its spectral norms held, into a run folder; every epoch can be resumed from exactly.
 
 The optimizer, the schedule and the moving average are timm's. The seed of every epoch is fixed, so that a run which was
-stopped and resumed ends with the weights of one that was not.
+stopped and resumed ends, on a CPU, with the very weights of one that was not.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,13 +26,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from robust_spectral import FastClip, spectral_norms
+from robust_spectral import FastClip
 from robust_spectral.affine import is_batchnorm
 from robust_spectral.fastclip import Composites
 from robust_spectral.plugins.timm import PixelModel, load
 
 from .data import ImageData, check_pixels, data_hash, load_data, stack
-from .runs import all_finite, environment, file_hash, open_run, save_weights, write_atomically, write_json
+from .runs import all_finite, check_device, environment, file_hash, open_run, save_weights, write_atomically, write_json
+
+_STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class FinetuneConfig:
             raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
             raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
+        if self.composites not in ("auto", "always", "never"):
+            raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
 
@@ -104,6 +112,7 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
         ValueError: bad input, a folder that holds a run already, or a loss or weights that stopped being finite (the last
             complete epoch is kept).
     """
+    check_device(config.device)
     _claim(out, config, resume)
     data = load_data(config.data, config.image_size)
     example = data.example().to(config.device)
@@ -129,7 +138,6 @@ class _Session:
     def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path) -> None:
         self.config, self.data, self.model, self.out = config, data, model, out
         self.epoch, self.rows, self.started = 0, list[dict[str, Any]](), time.time()
-        self.before = _intervals(model, data.example().to(config.device))
         self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.batches = max(1, len(data.train) // config.batch_size)  # type: ignore[arg-type]
         self.scheduler, _ = create_scheduler_v2(
@@ -141,11 +149,14 @@ class _Session:
         self._set_mode(training=True)
         self.clipper = self._clipper(model)
         self.clipper.attach(self.optimizer)
+        self.before = {row["name"]: row["upper"] for row in self.clipper.report()}
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One pass over the training split, every random draw of which follows from the seed and the epoch."""
         seed = self.config.seed * 100_003 + epoch
         torch.manual_seed(seed)
+        random.seed(seed)  # timm's augmentation draws from here
+        np.random.seed(seed % 2**32)
         self._set_mode(training=True)
         task = progress.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=self.batches, stats="")
         for index, (images, labels) in enumerate(self._loader(seed)):
@@ -158,6 +169,8 @@ class _Session:
             if index % max(1, self.batches // 10) == 0 or index + 1 == self.batches:
                 self._log(epoch, step, loss, correct / len(labels), progress, task)
             progress.advance(task)
+        if self.config.clips and self.clipper.steps == 0:
+            raise ValueError(f"{self.out}: optimizer {self.config.opt!r} never called the clipper's hook; use another --opt")
 
     def _update(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         config = self.config
@@ -167,13 +180,13 @@ class _Session:
             loss = F.cross_entropy(config.logit_scale * logits.float(), labels)
         value = loss.item()
         if not math.isfinite(value):
-            raise ValueError(f"{self.out}: the loss became {value}; stopped, the last complete epoch is kept. Lower --lr")
+            raise ValueError(f"{self.out}: the loss became {value}; {_STOPPED}")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         try:
             self.scaler.step(self.optimizer)
         except ValueError as error:  # the clipper saw weights that are not finite
-            raise ValueError(f"{self.out}: {error}; stopped, the last complete epoch is kept. Lower --lr") from error
+            raise ValueError(f"{self.out}: {error}; {_STOPPED}") from error
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
@@ -182,9 +195,7 @@ class _Session:
     def save(self, epoch: int) -> None:
         """Write the state after an epoch, unless the weights are no longer finite."""
         if not all_finite(self.model.state_dict()):
-            raise ValueError(
-                f"{self.out}: weights became NaN or infinite; stopped, the last complete epoch is kept. Lower --lr"
-            )
+            raise ValueError(f"{self.out}: weights became NaN or infinite; {_STOPPED}")
         state = {
             "epoch": epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "clipper": self.clipper.state_dict(), "scaler": self.scaler.state_dict(), "rows": self.rows,
@@ -195,7 +206,7 @@ class _Session:
 
     def restore(self) -> None:
         """Go on from the saved state."""
-        state = torch.load(self.out / "state.pt", map_location=self.config.device, weights_only=True)
+        state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
         self.epoch, self.rows, self.before = state["epoch"], state["rows"], state["before"]
         self.started = time.time() - state["seconds"]
         self.model.load_state_dict(state["model"])
@@ -210,13 +221,16 @@ class _Session:
     def close(self) -> None:
         """Final clip with proof, then the files that make the run complete; run.json last."""
         trained = self.model if self.ema is None else self.ema.module
-        clipper = self.clipper if self.ema is None else self._clipper(trained)
+        clipper = self.clipper
+        if self.ema is not None:
+            clipper = self._clipper(trained)
+            clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same vectors
         self._set_mode(training=False)
         clipper.finish()
         config = self.config
         after = clipper.report()
         log = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log) and None)
+        write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log))
         weights = save_weights(trained.model, self.out / "model.safetensors")
         images, labels = self.data.test_images(len(self.data.test))  # type: ignore[arg-type]
         write_json(self.out / "run.json", {
@@ -224,7 +238,7 @@ class _Session:
             "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
             "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
             "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in after],
-            "seconds": round(time.time() - self.started, 1), **environment(),
+            "seconds": round(time.time() - self.started, 1), **environment(config.device),
         })  # fmt: skip
         (self.out / "state.pt").unlink(missing_ok=True)
 
@@ -239,7 +253,7 @@ class _Session:
             model,
             self.data.example().to(config.device),
             config.max_norm if config.clips and config.max_norm is not None else math.inf,
-            composites=config.composites if config.clips else "always",
+            composites=config.composites,
             warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
             seed=config.seed,
         )
@@ -259,7 +273,10 @@ class _Session:
         )  # fmt: skip
 
     def _log(self, epoch: int, step: int, loss: float, accuracy: float, progress: Progress, task: Any) -> None:
-        norms = self.clipper.norms()
+        try:
+            norms = self.clipper.norms()
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.out}: the weights are not finite any more; {_STOPPED}") from error
         largest = max(norms, key=lambda name: norms[name])
         self.rows.append({
             "epoch": epoch, "step": step, "loss": loss, "accuracy": accuracy, "lr": self.optimizer.param_groups[0]["lr"],
@@ -274,18 +291,14 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> None:
     wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
     if (out / "run.json").exists():
         raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
-    if marker.exists() and not resume:
+    interrupted = marker.exists() and (out / "state.pt").exists()
+    if interrupted and not resume:
         raise ValueError(f"{out}: holds an interrupted run; go on with --resume, or give another --out")
-    if marker.exists() and marker.read_text() != wanted:
+    if interrupted and marker.read_text() != wanted:
         raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run; give another --out")
-    write_atomically(marker, lambda scratch: scratch.write_text(wanted) and None)
-
-
-def _intervals(model: PixelModel, example: Tensor) -> dict[str, float]:
-    """Upper end of every layer's norm (of its composite) before training."""
-    return {name: interval.upper for name, interval in spectral_norms(model, example).items()}
+    write_atomically(marker, lambda scratch: scratch.write_text(wanted))
 
 
 def _progress() -> Progress:

@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
 from . import charts
-from .runs import read_json, twin_folders, write_atomically, write_json
+from .figures import certified_at
+from .runs import open_run, read_json, twin_folders, write_atomically, write_json
 
 Figures = dict[str, Any]
 
@@ -25,11 +27,12 @@ def write_report(folder: Path) -> dict[str, Figures]:
     """
     folders = twin_folders(folder)
     models = {name or "model": _read_figures(path) for name, path in folders.items()}
+    _certify_alike(models, {name or "model": path for name, path in folders.items()})
     if list(folders) != [""]:
         write_json(folder / "report.json", {"models": models})
     training = {name or "model": _read_log(path / "training.jsonl") for name, path in folders.items()}
     page = _render(models, training)
-    write_atomically(folder / "report.html", lambda scratch: scratch.write_text(page) and None)
+    write_atomically(folder / "report.html", lambda scratch: scratch.write_text(page))
     return models
 
 
@@ -43,12 +46,13 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
     console.print(table)
     for name, figures in models.items():
         lipschitz = figures["lipschitz"]
+        largest = max(math.inf if layer["upper"] is None else layer["upper"] for layer in figures["layers"])
         console.print(
             f"{name}: Lipschitz bound {number(lipschitz['bound'])}, estimate {number(lipschitz['estimate'])}, "
-            f"largest layer norm {number(max(layer['upper'] for layer in figures['layers']))}", highlight=False,
+            f"largest layer norm {number(largest)}", highlight=False,
         )  # fmt: skip
         for gate in figures["gates"]:
-            colour = "green" if gate["status"] == "pass" else "bold red"
+            colour = {"pass": "green", "flag": "yellow"}.get(gate["status"], "bold red")
             console.print(f"  [{colour}]{gate['status']}[/{colour}] {gate['name']}: {gate['detail']}", highlight=False)
 
 
@@ -56,18 +60,19 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
     """Rows of the main table: clean, then each attack and size, then certified; one cell a model."""
     labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
     for name, figures in models.items():
-        labels[("clean",)][name] = percent(figures["accuracy"]["clean"])
+        accuracy = figures["accuracy"]
+        labels[("clean",)][name] = _with_ci({"accuracy": accuracy["clean"], "ci": accuracy["ci"]})
         for entry in figures["robust"]:
             if entry["attack"] != "worst case":
                 key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
                 labels.setdefault(key, {})[name] = _with_ci(entry)
+    proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"] > 0}
     for name, figures in models.items():
         for entry in figures["certified"]:
-            if entry["accuracy"] > 0:
+            if (entry["norm"], entry["eps"]) in proved:
                 key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
                 labels.setdefault(key, {})[name] = _with_ci(entry)
-    return [(" · ".join(key), [cells.get(name, "0.0" if key[0] == "certified" else "–") for name in models])
-            for key, cells in labels.items()]  # fmt: skip
+    return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
 
 
 NORM_NAMES = {"l2": "L2", "linf": "L∞"}
@@ -93,6 +98,18 @@ def _read_figures(folder: Path) -> Figures:
         raise ValueError(f"{folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
     figures: Figures = read_json(folder / "report.json")
     return figures
+
+
+def _certify_alike(models: dict[str, Figures], folders: dict[str, Path]) -> None:
+    """Put certified accuracy on one grid for all models, from their verdicts per sample."""
+    for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
+        grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
+        for name, figures in models.items():
+            run = open_run(folders[name])
+            rows = pq.read_table(folders[name] / "samples.parquet").to_pylist()
+            clean = [row for row in rows if row["attack"] == "none"]
+            others = [e for e in figures["certified"] if e["norm"] != norm]
+            figures["certified"] = others + certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from robust_spectral import __version__
 PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "numpy", "scipy")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -48,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any reader takes: no NaN, no infinity (they become null)."""
     text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda scratch: scratch.write_text(text) and None)
+    write_atomically(path, lambda scratch: scratch.write_text(text))
 
 
 def read_json(path: Path) -> Any:
@@ -82,16 +82,24 @@ def all_finite(state: dict[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a run was made with."""
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can put tensors on the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r}: not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions and hardware that a run on a device was made with."""
     versions = {"robust_spectral": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions, "hardware": {"machine": platform.machine(), "device": device}}
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return {"versions": versions, "hardware": {"machine": platform.machine(), "device": name}}
 
 
 def open_run(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 from .finetune import FinetuneConfig, finetune
-from .runs import write_json
+from .runs import read_json, write_json
 
 
 def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: bool = False) -> None:
@@ -17,8 +18,13 @@ def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: boo
     """
     if (out / "run.json").exists():
         raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
+    finished = {name for name in configs if (out / name / "run.json").exists()}
+    if finished and not resume:
+        raise ValueError(f"{out}: holds the finished twin {min(finished)!r}; go on with --resume, or give another --out")
+    for name in finished:
+        if read_json(out / name / "config.json") != json.loads(json.dumps(asdict(configs[name]))):
+            raise ValueError(f"{out / name}: was finished with another configuration; nothing was overwritten")
     for name, config in configs.items():
-        if resume and (out / name / "run.json").exists():
-            continue
-        finetune(config, out / name, resume=resume and (out / name).exists())
+        if name not in finished:
+            finetune(config, out / name, resume=resume)
     write_json(out / "run.json", {"twins": list(configs), "configs": {name: asdict(c) for name, c in configs.items()}})

@@ -19,6 +19,8 @@ import torch
 from art.defences.trainer import Trainer
 from art.defences.transformer.transformer import Transformer
 from art.estimators.classification import PyTorchClassifier
+from art.preprocessing.standardisation_mean_std.numpy import StandardisationMeanStd
+from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 
 from robust_spectral import ClipResult, FastClip, LipschitzBound, certified_radius, lipschitz_bound
 from robust_spectral.graph import times
@@ -152,6 +154,11 @@ class LipschitzClassifier(PyTorchClassifier):
         """
         if self.preprocessing_defences or self.postprocessing_defences:
             raise NotImplementedError("LipschitzClassifier: no Lipschitz constant is known of pre- and postprocessing defences")
+        if not (
+            self.preprocessing is None or isinstance(self.preprocessing, StandardisationMeanStd | StandardisationMeanStdPyTorch)
+        ):
+            kind = type(self.preprocessing).__name__
+            raise NotImplementedError(f"LipschitzClassifier: no Lipschitz constant is known of the preprocessing {kind}")
         bound = lipschitz_bound(self.model, _example(self), failure_probability)
         std = np.min(np.abs(np.asarray(getattr(self.preprocessing, "std", 1.0), dtype=np.float64)))
         value = times(bound.value, 1 / float(std))

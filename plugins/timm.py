@@ -102,7 +102,10 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """
     if not Path(checkpoint).is_file():
         raise ValueError(f"load(checkpoint={str(checkpoint)!r}): no such file")
-    found = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
+    try:
+        found = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): not readable as a checkpoint: {error}") from error
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in wanted]

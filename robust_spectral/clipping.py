@@ -140,6 +140,10 @@ class TrackedLayer:
         before = self.enclosure(failure_probability)
         if before.lower <= max_norm and before.upper > limit:  # undecided: look closer before touching anything
             before = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
+        if math.isinf(before.upper):
+            raise ValueError(
+                f"clipping '{self.layer.name}': nothing is proved of its norm with failure_probability 0; allow one"
+            )
         if before.upper <= limit:
             return ClipResult(before, before, 0.0, 0)
         weight = self.weight

@@ -97,7 +97,7 @@ class FastClip:
             target = self._target(tracked, norm)
             if norm > target:
                 tracked.clip_directions_(target)
-                tracked.estimate = target
+                tracked.seen = -1  # measured again when asked for
 
     def norms(self) -> dict[str, float]:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}."""

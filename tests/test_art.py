@@ -119,3 +119,11 @@ def test_register_makes_the_trainer_reachable_in_art_and_unregister_takes_it_awa
     assert home.FastClipTrainer is FastClipTrainer
     unregister()
     assert not hasattr(home, "FastClipTrainer")
+
+
+def test_preprocessing_of_unknown_gain_is_refused():
+    from art.defences.preprocessor import FeatureSqueezing
+
+    squeezing = FeatureSqueezing(clip_values=(0, 1), bit_depth=1)
+    with pytest.raises(NotImplementedError, match="FeatureSqueezing"):
+        classifier(kind=LipschitzClassifier, preprocessing=squeezing).lipschitz_bound()
