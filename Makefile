@@ -29,9 +29,9 @@ test: env lint types  ## the whole check
 demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html
 	rm -rf $(RUN) $(RUN)-start
 	$(RS) finetune --model test_resnet --data mnist5k --epochs 6 --lr 2e-3 --max-norm inf --out $(RUN)-start
-	$(RS) finetune --model test_resnet --data mnist5k --epochs 20 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
+	$(RS) finetune --model test_resnet --data mnist5k --epochs 14 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
 	  --freeze-bn --max-norm 1.3 --logit-scale 20 --spectral-warmup 0.5 --twin --out $(RUN)
-	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.25 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
+	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
 	  --samples 200 --autoattack-eps 0.5 --autoattack-samples 50
 	$(RS) report $(RUN)
 

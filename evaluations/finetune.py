@@ -166,7 +166,7 @@ class _Session:
             step = epoch * self.batches + index + 1
             if self.scheduler is not None:
                 self.scheduler.step_update(step)
-            if index % max(1, self.batches // 10) == 0 or index + 1 == self.batches:
+            if index % max(1, self.batches // 4) == 0 or index + 1 == self.batches:
                 self._log(epoch, step, loss, correct / len(labels), progress, task)
             progress.advance(task)
         if self.config.clips and self.clipper.steps == 0:
