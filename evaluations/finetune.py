@@ -121,18 +121,18 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
         raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
     with torch.no_grad():
         model(example)
-    session = _Session(config, data, model, out)
+    training = _Training(config, data, model, out)
     if resume and (out / "state.pt").is_file():
-        session.restore()
+        training.restore()
     with _progress() as progress:
-        for epoch in range(session.epoch, config.epochs):
-            session.train_epoch(epoch, progress)
-            session.save(epoch + 1)
-    session.close()
+        for epoch in range(training.epoch, config.epochs):
+            training.train_epoch(epoch, progress)
+            training.save(epoch + 1)
+    training.close()
     return out
 
 
-class _Session:
+class _Training:
     """Model, optimizer, schedule, clipper and log of a running fine-tuning."""
 
     def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path) -> None:

@@ -12,7 +12,7 @@ from robust_spectral import FastClip, linear_layers
 from robust_spectral.evaluations import cli
 from robust_spectral.evaluations.evaluate import AttackPlan, evaluate, into_ball, size_of
 from robust_spectral.evaluations.figures import certified, sandwich
-from robust_spectral.evaluations.finetune import FinetuneConfig, _Session, finetune, load_run
+from robust_spectral.evaluations.finetune import FinetuneConfig, _Training, finetune, load_run
 from robust_spectral.evaluations.report import percent, write_report
 from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
 
@@ -133,9 +133,9 @@ def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
 def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
     config = FinetuneConfig(**SMALL, epochs=3, max_norm=2.0, seed=5)
     whole = load_run(finetune(config, tmp_path / "whole"))[0].state_dict()
-    train = _Session.train_epoch
+    train = _Training.train_epoch
     monkeypatch.setattr(
-        _Session, "train_epoch", lambda s, e, p: train(s, e, p) if e < 2 else (_ for _ in ()).throw(KeyboardInterrupt)
+        _Training, "train_epoch", lambda s, e, p: train(s, e, p) if e < 2 else (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         finetune(config, tmp_path / "cut")
