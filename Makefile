@@ -39,7 +39,7 @@ demo-pretrained: env  ## the same with real ImageNet weights, on colour photogra
 	rm -rf $(PHOTOS)
 	$(BIN)/python -m robust_spectral.evaluations.lite_weights 0 $(PHOTOS)-weights.safetensors
 	$(RS) finetune --model tf_efficientnet_lite0 --data photos --image-size 64 --pretrained-path $(PHOTOS)-weights.safetensors \
-	  --epochs 2 --batch-size 32 --lr 5e-4 --freeze-bn --max-norm 8 --spectral-warmup 0.6 --twin --out $(PHOTOS)
+	  --epochs 4 --batch-size 32 --lr 5e-4 --freeze-bn --max-norm 8 --spectral-warmup 0.6 --twin --out $(PHOTOS)
 	$(RS) evaluate $(PHOTOS) --attack pgd --attack autoattack --norm l2 --eps 0.1 --eps 0.25 --eps 0.5 --eps 1 \
 	  --samples 100 --autoattack-eps 0.25 --autoattack-samples 16
 	$(RS) report $(PHOTOS)

@@ -149,7 +149,7 @@ class _Training:
         self._set_mode(training=True)
         self.clipper = self._clipper(model)
         self.clipper.attach(self.optimizer)
-        self.before = {row["name"]: row["upper"] for row in self.clipper.report()}
+        self.before = {row["name"]: row["upper"] for row in self.clipper.report(rtol=0.02)}
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One pass over the training split, every random draw of which follows from the seed and the epoch."""

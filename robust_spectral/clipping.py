@@ -20,7 +20,7 @@ from .affine import batchnorm_scale, is_batchnorm, weight_gradients
 from .layers import LinearLayer
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator, Shape, power_of_two
-from .spectrum import Lanczos, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
@@ -72,7 +72,7 @@ class TrackedLayer:
     initial: float = field(default=math.nan)
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
-    _proved: tuple[tuple[Any, ...], list[Tensor], NormInterval] | None = field(default=None)
+    _proved: _Proved | None = field(default=None)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -119,9 +119,7 @@ class TrackedLayer:
             self.resolve(bool(self.composite))
             self.vectors = self.vectors.to(self.operator.device)
         ritz, image = power_step(self._scaled(), self.vectors)
-        self.ritz = replace(ritz, values=ritz.values * self.scale)
-        self.vectors = torch.linalg.qr(image.mT)[0].mT
-        return self.ritz.values.max()
+        return self._follow(ritz, torch.linalg.qr(image.mT)[0].mT)
 
     @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:
@@ -166,15 +164,19 @@ class TrackedLayer:
     def _scaled(self) -> LinearOperator:
         return self.operator if self.scale == 1 else self.operator.over(self.scale)
 
-    def enclosure(self, failure_probability: float) -> NormInterval:
-        """The norm now, proved closely enough to be held against a target; computed anew only when a tensor has changed."""
+    def enclosure(self, failure_probability: float, rtol: float = TOLERANCE / 4) -> NormInterval:
+        """The norm now; computed anew only when a tensor has changed or a closer interval is asked for.
+
+        The default width is close enough to hold the norm against a target.
+        """
         parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
         tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
         asked = self.composite, failure_probability
-        if self._proved is None or self._proved[0] != asked or not _same(self._proved[1], tensors):
-            norm = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4)
-            self._proved = asked, [t.clone() for t in tensors], norm
-        return self._proved[2]
+        known = self._proved
+        if known is None or known.asked != asked or known.rtol > rtol or not _same(known.tensors, tensors):
+            norm = spectral_norm(self.operator, failure_probability, rtol=rtol)
+            known = self._proved = _Proved(norm, rtol, asked, [t.clone() for t in tensors])
+        return known.norm
 
     def _largest(self, max_norm: float) -> float:
         """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
@@ -183,9 +185,7 @@ class TrackedLayer:
         """
         if dense_work(self.operator) <= _SMALL:
             ritz = dense_ritz(self._scaled(), 64)
-            self.ritz = replace(ritz, values=ritz.values * self.scale)
-            self.vectors = self.ritz.right[:, : self.vectors.shape[1]]
-            return float(self.ritz.values.max())
+            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]))
         largest = float(self.power_step())
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
@@ -193,9 +193,12 @@ class TrackedLayer:
         search = Lanczos(rtol=1e-2, max_steps=steps)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
-        self.ritz = replace(ritz, values=ritz.values * self.scale)
-        self.vectors = torch.linalg.qr(self.ritz.right.mT)[0].mT
-        return float(self.ritz.values.max())
+        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))
+
+    def _follow(self, ritz: Ritz, vectors: Tensor) -> Tensor:
+        """Take over triplets of the scaled operator, and the vectors to go on from; returns the largest value."""
+        self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
+        return self.ritz.values.max()
 
     def _weight_gradients(self) -> Tensor:
         """G_i = ∂⟨u_i, A v_i⟩/∂W of each followed direction: (g, k, weight / g)."""
@@ -204,6 +207,16 @@ class TrackedLayer:
             scale = batchnorm_scale(self.layer.batchnorm).to(U.dtype)
             U = U * scale.reshape(-1, *[1] * (U.ndim - 2))
         return to_groups(weight_gradients(self.layer.module, X, U), self.operator.groups)
+
+
+@dataclass(frozen=True)
+class _Proved:
+    """An interval, the width it was computed for, what was asked, and the tensors it holds for."""
+
+    norm: NormInterval
+    rtol: float
+    asked: tuple[Any, ...]
+    tensors: list[Tensor]
 
 
 def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .clipping import ClipResult, TrackedLayer, check_max_norm
+from .clipping import TOLERANCE, ClipResult, TrackedLayer, check_max_norm
 from .layers import LinearLayer, linear_layers
 
 Composites = Literal["auto", "always", "never"]
@@ -126,12 +126,16 @@ class FastClip:
             }
         return dict(self._results)
 
-    def report(self) -> list[dict[str, Any]]:
-        """A row for each layer: name, kind, lower and upper end of its norm now, target, and what `finish` moved."""
+    def report(self, rtol: float = TOLERANCE / 4) -> list[dict[str, Any]]:
+        """A row for each layer: name, kind, lower and upper end of its norm now, target, and what `finish` moved.
+
+        Args:
+            rtol: Width upper / lower - 1 asked of the intervals; the default tells whether a target is met.
+        """
         self._resolve()
         rows = []
         for name, tracked in self._tracked.items():
-            norm = tracked.enclosure(self._failure_probability)
+            norm = tracked.enclosure(self._failure_probability, rtol)
             moved = self._results[name].distortion if name in self._results else None
             target = None if math.isinf(self.max_norm) else self.max_norm
             rows.append({"name": name, "kind": tracked.kind, "lower": norm.lower, "upper": norm.upper,

@@ -17,7 +17,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from .operators import Kernel, LinearOperator
+from .operators import Kernel, LinearOperator, power_of_two
 from .spectrum import dense_blocks, dense_work, golub_kahan, random_block, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -85,9 +85,7 @@ def dense_interval(A: LinearOperator) -> NormInterval:
     """
     rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
     blocks = dense_blocks(A)
-    scale = _power_of_two(float(blocks.abs().max()))
-    if scale == 0:
-        return NormInterval(0.0, 0.0, "dense")
+    scale = power_of_two(float(blocks.abs().max()))
     value = scale * float(torch.linalg.svdvals(blocks / scale).max())
     return NormInterval(_down(value, rows + columns), _up(value, rows + columns), "dense")
 
@@ -140,8 +138,8 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
     there counts, with the noise level as an upper bound of the vanished entry, which keeps the inequality.
     """
     steps = alpha.shape[1]
-    scale = np.array([_power_of_two(a) for a in np.maximum(alpha.max(1), beta.max(1))])
-    live = scale > 0
+    size = np.maximum(alpha.max(1), beta.max(1))
+    scale, live = np.array([power_of_two(s) for s in size]), size > 0
     if not live.any():
         return 0.0, 0.0
     a, b = alpha[live] / scale[live, None], beta[live] / scale[live, None]
@@ -189,7 +187,7 @@ def schur_bound(kernel: Kernel) -> float:
     Every output sees each entry of its filter at most once, and every input meets each entry at most once, whatever the
     stride, dilation and amount of zero or circular padding.
     """
-    scale = _power_of_two(float(kernel.weight.abs().max())) or 1.0
+    scale = power_of_two(float(kernel.weight.abs().max()))
     size = (kernel.weight / scale).abs().flatten(2).sum(2)  # (out, in/g)
     size = size.reshape(kernel.groups, -1, size.shape[1])  # (g, out/g, in/g)
     return _up(scale * float((size.sum(1).amax(1) * size.sum(2).amax(1)).sqrt().max()), kernel.weight[0].numel())
@@ -210,9 +208,7 @@ def symbol_bound(kernel: Kernel) -> float:
     if prod(grid) / 2 * kernel.groups * per_out * c_in * min(per_out, c_in) > _SYMBOL_WORK or len(window) > 2:
         return math.inf
     slack = prod(1 / math.cos(math.pi * math.ceil((w - 1) / 2) / n) for w, n in zip(window, grid, strict=True))
-    scale = _power_of_two(float(kernel.weight.abs().max()))
-    if scale == 0:
-        return 0.0
+    scale = power_of_two(float(kernel.weight.abs().max()))
     largest = max(float(_norms(symbol).max()) for symbol in _symbols(kernel.weight.double() / scale, grid, kernel.groups))
     return _up(scale * slack * largest, c_out + kernel.weight[0].numel() + prod(grid))
 
@@ -221,7 +217,7 @@ def frobenius_bound(A: LinearOperator) -> float:
     """Frobenius norm, from above: every kernel entry acts at most once for each output position (or input position)."""
     assert A.kernel is not None
     positions = min(prod(A.out_shape[1:]), prod(A.in_shape[1:]))
-    scale = _power_of_two(float(A.kernel.weight.abs().max())) or 1.0
+    scale = power_of_two(float(A.kernel.weight.abs().max()))
     return _up(scale * float((A.kernel.weight / scale).norm()) * math.sqrt(positions), A.kernel.weight.numel())
 
 
@@ -238,13 +234,6 @@ def _norms(matrices: Tensor) -> Tensor:
     if 1 in matrices.shape[-2:]:
         return matrices.abs().square().sum((-2, -1)).sqrt()
     return torch.linalg.svdvals(matrices)[..., 0]
-
-
-def _power_of_two(size: float) -> float:
-    """The power of two just below a size, so that dividing by it is exact; 0 for 0."""
-    if not math.isfinite(size):
-        raise ValueError("spectral_norm: the operator returned NaN or infinite values")
-    return 2.0 ** math.floor(math.log2(size)) if size > 0 else 0.0
 
 
 def _up(value: float, operations: int) -> float:
