@@ -32,7 +32,7 @@ demo: env  ## two twins from one trained model on MNIST-5k, attacked and compare
 	$(RS) finetune --model test_resnet --data mnist5k --epochs 14 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
 	  --freeze-bn --max-norm 1.3 --logit-scale 20 --spectral-warmup 0.5 --twin --out $(RUN)
 	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
-	  --samples 200 --autoattack-eps 0.5 --autoattack-samples 50
+	  --samples 200 --autoattack-eps 0.5 --autoattack-eps 1 --autoattack-samples 50
 	$(RS) report $(RUN)
 
 demo-pretrained: env  ## the same with real ImageNet weights, on colour photographs: runs/demo-pretrained/report.html
