@@ -95,6 +95,41 @@ class LinearOperator:
             kernel=None,
         )
 
+    def split(self, parts: int, axis: int = 0) -> tuple[LinearOperator, ...]:
+        """The operator's outputs in equal parts along an axis, each as an operator: a fused qkv projection is three.
+
+        Args:
+            parts: How many.
+            axis: Axis of ``out_shape`` to cut; the last one, -1, for a dense layer.
+
+        Raises:
+            ValueError: the parts would not be equal.
+        """
+        axis %= len(self.out_shape)
+        if parts < 1 or self.out_shape[axis] % parts:
+            raise ValueError(f"{self!r}.split: axis {axis} of the output has {self.out_shape[axis]} entries, not {parts} parts")
+        return tuple(self._part(index, parts, axis) for index in range(parts))
+
+    def _part(self, index: int, parts: int, axis: int) -> LinearOperator:
+        size = self.out_shape[axis] // parts
+        forward, adjoint, build, kernel = self.forward, self.adjoint, self.build, self.kernel
+
+        def pad(Y: Tensor) -> Tensor:
+            full = Y.new_zeros(len(Y), *self.out_shape)
+            full.narrow(axis + 1, index * size, size).copy_(Y)
+            return adjoint(full)
+
+        return replace(
+            self,
+            out_shape=(*self.out_shape[:axis], size, *self.out_shape[axis + 1 :]),
+            forward=lambda X: forward(X).narrow(axis + 1, index * size, size),
+            adjoint=pad,
+            build=None if build is None else lambda dtype: build(dtype)._part(index, parts, axis),
+            groups=1,
+            kernel=Kernel(kernel.weight[index * size :][:size], 1) if kernel and axis == 0 and kernel.groups == 1 else None,
+            label=f"{self.label}, part {index + 1} of {parts}",
+        )
+
     def to_dense(self) -> Tensor:
         """The matrix, (out elements, in elements): costs one application per input element."""
         n = prod(self.in_shape)

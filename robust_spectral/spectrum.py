@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .operators import LinearOperator, power_of_two
 
+_STIR = 1e-3  # of a random vector in a warm start, so that it is blind to no direction
+
 
 @dataclass(frozen=True)
 class SingularTriplets:
@@ -66,17 +68,26 @@ class Solver(Protocol):
 class Lanczos:
     """Block Golub-Kahan-Lanczos with full reorthogonalisation, stopped when all k residuals are below ``rtol`` times σ₁.
 
-    Cost: 2 k applications a step. The error of a value is about residual² / gap, far below the residual itself.
+    Cost: 2 k applications a step. The error of a value is about residual² / gap, far below the residual itself. Memory: at
+    most about ``basis`` left and right vectors of each group; when they are used up, the run restarts from the leading half
+    of its Ritz vectors and the block that was due next, which keeps the space a Krylov space.
 
-    Source: Golub and Kahan (1965); full reorthogonalisation by Gram-Schmidt, twice (Giraud et al. 2005).
+    Attributes:
+        rtol: Residual, relative to the largest value, at which a triplet counts as converged.
+        max_steps: Block steps at most.
+        basis: Vectors kept of each group and side; at least six blocks whatever is asked for.
+
+    Source: Golub and Kahan (1965); full reorthogonalisation by Gram-Schmidt, repeated where needed (Daniel, Gragg, Kaufman
+    and Stewart 1976); thick restart of Baglama and Reichel (2005).
     """
 
     rtol: float = 1e-4
     max_steps: int = 500
+    basis: int = 256
 
     def solve(self, A: LinearOperator, k: int, start: Tensor) -> Ritz:
         """The k leading Ritz triplets of every group."""
-        for step, state in enumerate(golub_kahan(A, start), start=1):
+        for step, state in enumerate(golub_kahan(A, start, max(self.basis, 6 * start.shape[1])), start=1):
             last = step >= self.max_steps or state.exhausted
             if last or step % 4 == 0:
                 left, values, rightH = torch.linalg.svd(state.B)
@@ -152,7 +163,9 @@ def top_singular(
     start = random_block(B, block, seed)
     if right is not None:
         warm = to_groups(A.matmat(right) if flip else right, B.groups)[:, :block].to(start.dtype)
-        warm = torch.where((warm == 0).all(2, keepdim=True), start[:, : warm.shape[1]], warm)  # groups it says nothing of
+        rest = start[:, : warm.shape[1]]
+        sizes, rests = warm.norm(dim=2, keepdim=True), rest.norm(dim=2, keepdim=True)
+        warm = torch.where(sizes == 0, rest, warm / sizes + _STIR * rest / rests)  # a zero row says nothing of its group
         start = torch.cat([warm, start[:, warm.shape[1] :]], dim=1)
     ritz = chosen.solve(B, block, start)
     triplets = _merge_groups(B, ritz, k, chosen.rtol)
@@ -215,10 +228,12 @@ class Bidiagonalization:
     exhausted: bool
 
 
-def golub_kahan(A: LinearOperator, start: Tensor) -> Iterator[Bidiagonalization]:
+def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> Iterator[Bidiagonalization]:
     """Block Golub-Kahan bidiagonalisation of every group, one block a step, with full reorthogonalisation.
 
-    A direction that is spent (its group's Krylov space is invariant) continues as a zero vector, which does no harm.
+    A direction that is spent (its group's Krylov space is invariant) continues as a zero vector, which does no harm. With
+    ``basis`` the bases hold about that many vectors: they are then compressed to the leading half of the Ritz vectors, from
+    where A V = U B goes on to hold with a diagonal B, and the next block joins them.
     """
     block = start.shape[1]
     V, U = _Basis(start), _Basis(start.new_empty(*start.shape[:2], prod(A.out_shape) // A.groups))
@@ -231,6 +246,12 @@ def golub_kahan(A: LinearOperator, start: Tensor) -> Iterator[Bidiagonalization]
         coupling = V.extend(apply_grouped(A.H, U.last))[:, :, size:]
         exhausted = not bool(coupling.any())
         yield Bidiagonalization(U.rows[:, :size], V.rows[:, :size], B, coupling, block, exhausted)
+        if basis is not None and size + block > basis:
+            left, values, rightH = torch.linalg.svd(B)
+            kept = max(basis // 2, 2 * block)
+            U.compress(left[:, :, :kept].mT)
+            V.compress(rightH[:, :kept], following=block)
+            B = torch.diag_embed(values[:, :kept])
 
 
 class _Basis:
@@ -270,6 +291,14 @@ class _Basis:
             self.rows[:, m + i] = torch.where(keep[:, None], shortened[:, 0] / norm[:, None], 0)
         self.size += self.block
         return H
+
+    def compress(self, weights: Tensor, following: int = 0) -> None:
+        """Replace all rows but the ``following`` last by fewer combinations of them, weights (g, kept, rows)."""
+        kept, combined = weights.shape[1], self.size - following
+        rest = self.rows[:, combined : self.size].clone()
+        self.rows[:, :kept] = weights @ self.rows[:, :combined]
+        self.rows[:, kept : kept + following] = rest
+        self.size = kept + following
 
     def _remove(self, W: Tensor, H: Tensor, low: int, high: int) -> Tensor:
         """W less its components along rows low to high, which are added to H."""

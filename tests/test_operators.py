@@ -301,3 +301,46 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
     A = rs.linear_operator(nn.ConvTranspose1d(2, 3, 3), (2, 5))
     assert A.matmat(torch.zeros(0, 2, 5)).shape == (0, 3, 7)
     assert A.rmatmat(torch.zeros(0, 3, 7)).shape == (0, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("module", "in_shape", "axis"),
+    [(nn.Linear(6, 9), (6,), -1), (nn.Linear(6, 9), (4, 6), -1), (nn.Conv2d(2, 6, 3), (2, 5, 5), 0)],
+)  # fmt: skip
+def test_a_fused_projection_is_three_operators(module: nn.Module, in_shape: tuple[int, ...], axis: int) -> None:
+    A = rs.linear_operator(module.double(), in_shape)
+    whole = dense(module, in_shape).reshape(*A.out_shape, -1)
+    parts = A.split(3, axis)
+    for part, block in zip(parts, whole.chunk(3, axis if axis >= 0 else whole.ndim - 1 + axis), strict=True):
+        assert part.out_shape == tuple(block.shape[:-1])
+        torch.testing.assert_close(part.to_dense(), block.reshape(-1, whole.shape[-1]))
+        torch.testing.assert_close(part.H.to_dense(), block.reshape(-1, whole.shape[-1]).T)
+        norm = rs.spectral_norm(part)
+        assert float(torch.linalg.matrix_norm(block.reshape(-1, whole.shape[-1]), 2)) in norm
+
+
+def test_a_projection_is_not_split_unequally() -> None:
+    with pytest.raises(ValueError, match="not 4 parts"):
+        rs.linear_operator(nn.Linear(6, 9), (6,)).split(4, -1)
+
+
+@pytest.mark.parametrize("arrange", [
+    lambda w: w.to(memory_format=torch.channels_last),
+    lambda w: w[:1].expand_as(w),
+    lambda w: w[:, :, :1].expand_as(w),
+], ids=["channels last", "one filter expanded", "one row expanded"])  # fmt: skip
+def test_weights_of_any_memory_layout_are_read_and_left_as_they_are(arrange) -> None:
+    module = nn.Conv2d(4, 4, 3, padding=1)
+    module.weight = nn.Parameter(arrange(module.weight.detach()))
+    stride = module.weight.stride()
+    A = rs.linear_operator(module, (4, 5, 5), torch.float64)
+    torch.testing.assert_close(A.to_dense(), dense(plain_copy(module), (4, 5, 5)))
+    assert module.weight.stride() == stride
+
+
+def plain_copy(module: nn.Conv2d) -> nn.Conv2d:
+    """A convolution with the same weight laid out plainly."""
+    copy = nn.Conv2d(4, 4, 3, padding=1)
+    with torch.no_grad():
+        copy.weight.copy_(module.weight.contiguous())
+    return copy

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import robust_spectral as rs
 from robust_spectral.operators import LinearOperator
+from robust_spectral.spectrum import golub_kahan
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_solver = pytest.mark.parametrize(
@@ -210,6 +211,42 @@ def test_a_zero_warm_start_is_no_worse_than_none(solver) -> None:
     A = with_spectrum([3.0, 2.0, 1.0], 6, 8)
     t = rs.top_singular(A, 1, solver, right=torch.zeros(1, 8, dtype=A.dtype))
     assert float(t.values[0]) == pytest.approx(3.0, rel=LOOSE)
+
+
+@every_solver
+def test_a_start_orthogonal_to_the_top_vector_still_finds_it(solver) -> None:
+    A = with_spectrum([3.0, 2.0, 1.0], 6, 8)
+    second = rs.top_singular(A, 2, solver).right[1:]
+    t = rs.top_singular(A, 1, solver, right=second)
+    assert float(t.values[0]) == pytest.approx(3.0, rel=LOOSE)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(6, 6, 3, padding=1), lambda: nn.Conv2d(6, 6, 3, padding=1, groups=3)])
+def test_a_restarted_run_keeps_a_small_basis_and_finds_the_same_triplets(make, k: int) -> None:
+    A = rs.linear_operator(make().double(), (6, 12, 12))
+    free, bounded = (rs.top_singular(A, k, rs.Lanczos(rtol=1e-8, max_steps=2000, basis=size)) for size in (4000, 24))
+    assert free.converged and bounded.converged
+    assert bounded.steps > 24 // k  # it did restart
+    torch.testing.assert_close(bounded.values, free.values, rtol=1e-12, atol=0)
+    assert bool((bounded.residuals <= 1e-8 * bounded.values[0]).all())
+
+
+def test_the_basis_of_a_restarted_run_is_bounded() -> None:
+    A = with_spectrum([1.0 - 1e-3 * i for i in range(60)], 80, 90)
+    start = torch.randn(1, 2, 90, dtype=A.dtype)
+    sizes = [state.V.shape[1] for state, _ in zip(golub_kahan(A, start, basis=20), range(60), strict=False)]
+    assert max(sizes) == 20
+
+
+def test_a_restart_keeps_the_relations_of_the_bidiagonalisation() -> None:
+    A = with_spectrum([1.0 - 1e-2 * i for i in range(30)], 40, 50)
+    M = A.to_dense()
+    for state, _ in zip(golub_kahan(A, torch.randn(1, 2, 50, dtype=A.dtype), basis=16), range(20), strict=False):
+        U, V, B = state.U[0], state.V[0], state.B[0]
+        torch.testing.assert_close(M @ V.T, U.T @ B)
+        torch.testing.assert_close(V @ V.T, torch.eye(len(V), dtype=A.dtype))
+        torch.testing.assert_close(U @ U.T, torch.eye(len(U), dtype=A.dtype))
 
 
 def test_the_papers_variant_agrees() -> None:
