@@ -73,6 +73,24 @@ def layer_norms(models: dict[str, dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def layer_spectra(layers: list[dict[str, Any]]) -> str:
+    """The interval around every layer's spectral norm, and estimates of its largest singular values where there are any."""
+    figure, axes = _canvas(7.6, max(2.6, 0.19 * len(layers) + 1.2))
+    rows = list(range(len(layers)))
+    axes.hlines(rows, [row["lower"] for row in layers], [row["upper"] for row in layers], color=COLOURS[0], lw=3)
+    ends = [row["upper"] for row in layers]
+    axes.plot(ends, rows, ls="", marker="|", ms=10, mew=2, color=COLOURS[0], label="proved interval")
+    points = [(value, i) for i, row in enumerate(layers) for value in row["top"]]
+    if points:
+        axes.plot(*zip(*points, strict=True), ls="", marker=".", color=COLOURS[1], label="largest singular values (estimates)")
+    axes.set(xlabel="singular value")
+    axes.set_xlim(left=-0.01 * max(ends))
+    axes.set_yticks(rows, [f"{row['name']} ({row['kind']})" for row in layers], fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return _svg(figure)
+
+
 def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
     """Norm of every layer over the training steps, as the training saw it, and the largest one drawn heavier."""
     figure, axes = _canvas(7.6, 3.2)

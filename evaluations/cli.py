@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from robust_spectral import linear_layers, lipschitz_bound, spectral_norm
+from robust_spectral import linear_layers, lipschitz_bound, spectral_norm, top_singular
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -32,29 +32,42 @@ def spectrum(
     checkpoint: Annotated[Path | None, typer.Option(help="A local checkpoint of the model.")] = None,
     failure_probability: Annotated[float, typer.Option(help="Of each upper bound; 0 for deterministic ones only.")] = 1e-9,
     composites: Annotated[bool, typer.Option(help="Take a layer with the batch normalisation behind it.")] = True,
+    top: Annotated[int, typer.Option(help="Also estimate so many of each layer's largest singular values.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the intervals, and the values of --top, as an SVG picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Spectral norm of every linear layer of a timm model, as proved intervals, and the network's Lipschitz bound."""
     from robust_spectral.plugins.timm import load
 
+    if top < 0:
+        raise ValueError(f"spectrum(top={top}): must not be negative")
     net = load(model, pretrained=pretrained, checkpoint=checkpoint, in_chans=in_chans)
     example = torch.zeros(1, in_chans, image_size, image_size)
-    rows = []
+    layers = []
     for layer in linear_layers(net, example):
-        norm = spectral_norm(layer.operator(composite=composites), failure_probability)
-        rows.append((layer.name, layer.kind, "x".join(map(str, layer.in_shape)), norm))
+        A = layer.operator(composite=composites)
+        norm = spectral_norm(A, failure_probability)
+        values = top_singular(A, top).values.tolist() if top else []
+        layers.append({"name": layer.name, "kind": layer.kind, "in_shape": "x".join(map(str, layer.in_shape)),
+                       "lower": norm.lower, "upper": norm.upper, "method": norm.method, "top": values})  # fmt: skip
         if not as_json:
             errors.print(f"[dim]{layer.name}[/dim]", end="\r")
+    if plot is not None:
+        from .charts import layer_spectra
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(layer_spectra(layers))
     bound = lipschitz_bound(net, example, failure_probability)
     if as_json:
         value = None if math.isinf(bound.value) else bound.value
-        layers = [{"name": name, "kind": kind, "in_shape": shape, "lower": n.lower, "upper": n.upper, "method": n.method}
-                  for name, kind, shape, n in rows]  # fmt: skip
         typer.echo(json.dumps({"model": model, "layers": layers, "lipschitz_bound": value, "reason": bound.reason}, indent=1))
         return
-    table = Table("layer", "kind", "input", "lower", "upper", "proved by", title=f"{model}: spectral norms")
-    for name, kind, shape, norm in rows:
-        table.add_row(name, kind, shape, f"{norm.lower:.5g}", f"{norm.upper:.5g}", norm.method)
+    columns = ["layer", "kind", "input", "lower", "upper", "proved by", *(["estimates"] if top else [])]
+    table = Table(*columns, title=f"{model}: spectral norms")
+    for row in layers:
+        estimates = [" ".join(f"{value:.4g}" for value in row["top"])] if top else []
+        table.add_row(row["name"], row["kind"], row["in_shape"], f"{row['lower']:.5g}", f"{row['upper']:.5g}", row["method"],
+                      *estimates)  # fmt: skip
     console.print(table)
     console.print(f"Lipschitz bound (pixels in [0, 1] -> logits, L2): {bound.value:.6g}" if bound.reason is None
                   else f"Lipschitz bound: none, {bound.reason}")  # fmt: skip

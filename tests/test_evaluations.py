@@ -130,6 +130,13 @@ def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
     assert len(shown["layers"]) == 16 and all(row["lower"] <= row["upper"] for row in shown["layers"])
 
 
+def test_spectrum_draws_intervals_and_estimates_the_top_values(tmp_path, capsys):
+    assert call(f"spectrum test_resnet --image-size 16 --top 2 --plot {tmp_path / 'new' / 'norms.svg'} --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert all(len(row["top"]) == 2 and row["top"][0] <= row["upper"] * (1 + 1e-5) for row in shown["layers"])
+    assert (tmp_path / "new" / "norms.svg").read_text().startswith("<svg")
+
+
 def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
     config = FinetuneConfig(**SMALL, epochs=3, max_norm=2.0, seed=5)
     whole = load_run(finetune(config, tmp_path / "whole"))[0].state_dict()
