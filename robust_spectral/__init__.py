@@ -6,6 +6,11 @@ command line in `robust_spectral.evaluations`.
 
 from .affine import linear_operator as linear_operator
 from .certify import certified_radius as certified_radius
+from .circular import DuplicateStructure as DuplicateStructure
+from .circular import RepresentationGap as RepresentationGap
+from .circular import circular_singular_values as circular_singular_values
+from .circular import duplicate_structure as duplicate_structure
+from .circular import representation_gap as representation_gap
 from .clipping import ClipResult as ClipResult
 from .clipping import clip_ as clip_
 from .fastclip import FastClip as FastClip

@@ -7,6 +7,7 @@ autograd and without the second forward for the offset.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,7 +104,7 @@ def convolution_then_batchnorm(
         return replace(composite, build=build)
     weight = first.kernel.weight
     scaled = weight * batchnorm_scale(batchnorm).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-    return replace(composite, build=build, kernel=Kernel(scaled, first.kernel.groups))
+    return replace(composite, build=build, kernel=replace(first.kernel, weight=scaled))
 
 
 def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> Tensor:
@@ -255,11 +256,11 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     """Forward and transposed convolution without autograd where padding is by zeros and symmetric."""
     assert isinstance(module, _ConvNd)
     padding = _symmetric_padding(module)
-    kernel = Kernel(_weight(module).to(dtype), module.groups) if _kernel_bounds_apply(module) else None
     if padding is None or module.padding_mode != "zeros":
+        operator = _module_operator(module, in_shape, dtype)
         return replace(
-            _module_operator(module, in_shape, dtype),
-            kernel=kernel,
+            operator,
+            kernel=Kernel(_weight(module).to(dtype), module.groups, _padding_gain(module, in_shape)),
             build=lambda other: _convolution_operator(module, in_shape, other),
         )
     if len(in_shape) != len(padding) + 1 or in_shape[0] != module.in_channels:
@@ -282,7 +283,7 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     return LinearOperator(
         in_shape, _out_shape(forward, in_shape, dtype, module), dtype, _device(module), forward, adjoint,
         build=lambda other: _convolution_operator(module, in_shape, other),
-        groups=module.groups, kernel=kernel, label=type(module).__name__,
+        groups=module.groups, kernel=Kernel(_weight(module).to(dtype), module.groups), label=type(module).__name__,
     )  # fmt: skip
 
 
@@ -294,12 +295,24 @@ def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torc
         raise ValueError(f"linear_operator(in_shape={in_shape}): {module} does not take it: {error}") from error
 
 
-def _kernel_bounds_apply(module: _ConvNd) -> bool:
-    """Zero padding, or circular padding so narrow that no input meets one kernel entry twice."""
-    if module.padding_mode == "zeros" or isinstance(module.padding, str):
-        return module.padding_mode in ("zeros", "circular")
-    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    return module.padding_mode == "circular" and all(2 * p <= r for p, r in zip(module.padding, reach, strict=True))
+def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
+    """Norm of the padding where the kernel's own bounds do not cover it, rounded up.
+
+    A padding that repeats inputs is a matrix with a single 1 in each row, so its norm along an axis is the root of the
+    number of times the most repeated input appears. Circular padding so narrow that no input meets one kernel entry twice
+    is part of the convolution's symbol, and zeros add nothing.
+    """
+    if module.padding_mode == "zeros":
+        return 1.0
+    reversed_padding: Any = module._reversed_padding_repeated_twice
+    gain = 1.0
+    for axis, size in enumerate(in_shape[1:]):
+        before, after = reversed_padding[2 * (len(in_shape) - 2 - axis) :][:2]
+        if module.padding_mode == "circular" and before + after <= module.dilation[axis] * (module.kernel_size[axis] - 1):
+            continue
+        cells = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=module.padding_mode)
+        gain *= math.sqrt(int(torch.bincount(cells.flatten().long()).max())) * (1 + 1e-15)
+    return gain
 
 
 def _symmetric_padding(module: _ConvNd) -> Shape | None:

@@ -18,14 +18,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel of a convolution with zero or circular padding: what bounds of convolutions are made from.
+    """The kernel of a convolution: what bounds of convolutions are made from.
 
-    ``weight`` has shape (out channels, in channels / groups, *window). Neither stride nor dilation nor the amount of
-    padding appears, because the bounds that use a kernel hold for all of them.
+    Neither stride nor dilation nor the amount of zero or circular padding appears, because the bounds that use a kernel hold
+    for all of them.
+
+    Attributes:
+        weight: (out channels, in channels / groups, *window).
+        groups: Groups of channels.
+        gain: Norm of the padding in front of it where that repeats inputs (reflect, replicate, wide circular); else 1.
     """
 
     weight: Tensor
     groups: int
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class LinearOperator:
     def _part(self, index: int, parts: int, axis: int) -> LinearOperator:
         size = self.out_shape[axis] // parts
         forward, adjoint, build, kernel = self.forward, self.adjoint, self.build, self.kernel
+        cuttable = axis == 0 and kernel is not None and kernel.groups == 1
 
         def pad(Y: Tensor) -> Tensor:
             full = Y.new_zeros(len(Y), *self.out_shape)
@@ -126,7 +133,7 @@ class LinearOperator:
             adjoint=pad,
             build=None if build is None else lambda dtype: build(dtype)._part(index, parts, axis),
             groups=1,
-            kernel=Kernel(kernel.weight[index * size :][:size], 1) if kernel and axis == 0 and kernel.groups == 1 else None,
+            kernel=replace(kernel, weight=kernel.weight[index * size :][:size]) if kernel and cuttable else None,
             label=f"{self.label}, part {index + 1} of {parts}",
         )
 

@@ -78,6 +78,27 @@ def test_kernel_bounds_hold_and_the_symbol_bound_is_near(build: Callable[[], nn.
     assert symbol_bound(A.kernel) <= (2.1 if module.stride[0] > 1 else 1.25) * true
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding, stride", [((1, 1), 1), ((4, 1), 2), ((0, 5), 1)], ids=str)
+def test_kernel_bounds_hold_where_the_padding_repeats_inputs(mode: str, padding: tuple[int, int], stride: int) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module = nn.Conv2d(2, 3, 3, stride=stride, padding=padding, padding_mode=mode)
+        if seed == 0:
+            nn.init.ones_(module.weight)
+        A, true = rs.linear_operator(module, (2, 6, 7), torch.float64), norm(module, (2, 6, 7))
+        for operator in (A, A.H):
+            assert all(kernel_bound(name, operator) >= true for name in ("schur", "symbol", "frobenius"))
+
+
+def test_the_gain_of_a_padding_is_its_norm() -> None:
+    module = nn.Conv2d(1, 1, 1, padding=(2, 3), padding_mode="replicate", bias=False)
+    nn.init.ones_(module.weight)
+    A = rs.linear_operator(module, (1, 5, 6), torch.float64)
+    assert A.kernel.gain == pytest.approx(math.sqrt(3 * 4))
+    assert symbol_bound(A.kernel) == pytest.approx(norm(module, (1, 5, 6)))
+
+
 def test_the_symbol_bound_of_a_circular_convolution_of_the_grids_size_is_exact_up_to_its_slack() -> None:
     module = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
     A = rs.linear_operator(module, (2, 64, 64), torch.float64)

@@ -13,11 +13,19 @@ import robust_spectral as rs
 CORE = [
     "linear_operator", "top_singular", "spectral_norm", "spectral_norms", "clip_", "FastClip", "lipschitz_bound",
     "lipschitz_estimate", "certified_radius", "Lanczos", "PowerQR", "NormInterval", "LinearOperator", "LipschitzBound",
-    "ClipResult", "SingularTriplets", "LinearLayer", "linear_layers", "__version__",
+    "ClipResult", "SingularTriplets", "LinearLayer", "linear_layers", "circular_singular_values",
+    "duplicate_structure", "representation_gap", "DuplicateStructure", "RepresentationGap", "__version__",
 ]  # fmt: skip
 HOMES = {
     "operators": ["LinearOperator"],
     "affine": ["linear_operator"],
+    "circular": [
+        "circular_singular_values",
+        "duplicate_structure",
+        "representation_gap",
+        "DuplicateStructure",
+        "RepresentationGap",
+    ],
     "spectrum": ["PowerQR", "Lanczos", "top_singular", "SingularTriplets"],
     "norms": ["spectral_norm", "NormInterval"],
     "layers": ["linear_layers", "LinearLayer", "spectral_norms"],
