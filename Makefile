@@ -4,7 +4,7 @@ RS := $(BIN)/robust-spectral
 RUN := runs/demo
 PHOTOS := runs/demo-pretrained
 
-.PHONY: env lint types test demo demo-pretrained clean
+.PHONY: env lint types test fuzz demo demo-pretrained clean
 
 env: .venv/ready  ## the environment, with everything the checks and the demo need
 
@@ -25,6 +25,10 @@ types: env  ## the package as it is installed
 
 test: env lint types  ## the whole check
 	$(BIN)/pytest -n 2
+
+fuzz: env  ## every bound on 20,000 generated layers, and how often the probabilistic one fails
+	$(BIN)/python evaluations/benchmarks/fuzz_norms.py --layers 20800 --out evaluations/benchmarks/results/fuzz_norms.json
+	$(BIN)/python evaluations/benchmarks/failure_rate.py --out evaluations/benchmarks/results/failure_rate.json
 
 demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html
 	rm -rf $(RUN) $(RUN)-start

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -43,7 +43,7 @@ def spectrum(
         raise ValueError(f"spectrum(top={top}): must not be negative")
     net = load(model, pretrained=pretrained, checkpoint=checkpoint, in_chans=in_chans)
     example = torch.zeros(1, in_chans, image_size, image_size)
-    layers = []
+    layers: list[dict[str, Any]] = []
     for layer in linear_layers(net, example):
         A = layer.operator(composite=composites)
         norm = spectral_norm(A, failure_probability)

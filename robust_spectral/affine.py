@@ -70,7 +70,7 @@ def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: tor
     return LinearOperator(
         shape, shape, kind, _device(batchnorm), times_scale, times_scale,
         build=lambda other: batchnorm_operator(batchnorm, shape, other),
-        groups=shape[0], label=type(batchnorm).__name__,
+        groups=shape[0], label=type(batchnorm).__name__, diagonal=True,
     )  # fmt: skip
 
 
@@ -299,8 +299,8 @@ def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
     """Norm of the padding where the kernel's own bounds do not cover it, rounded up.
 
     A padding that repeats inputs is a matrix with a single 1 in each row, so its norm along an axis is the root of the
-    number of times the most repeated input appears. Circular padding so narrow that no input meets one kernel entry twice
-    is part of the convolution's symbol, and zeros add nothing.
+    number of times the most repeated input appears. Circular padding so narrow that no input meets one kernel entry twice,
+    around a window that does not meet itself, is covered by the kernel's own bounds, and zeros add nothing.
     """
     if module.padding_mode == "zeros":
         return 1.0
@@ -308,7 +308,8 @@ def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
     gain = 1.0
     for axis, size in enumerate(in_shape[1:]):
         before, after = reversed_padding[2 * (len(in_shape) - 2 - axis) :][:2]
-        if module.padding_mode == "circular" and before + after <= module.dilation[axis] * (module.kernel_size[axis] - 1):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        if module.padding_mode == "circular" and before + after <= reach < size:
             continue
         cells = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=module.padding_mode)
         gain *= math.sqrt(int(torch.bincount(cells.flatten().long()).max())) * (1 + 1e-15)

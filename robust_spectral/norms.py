@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -65,16 +65,35 @@ def spectral_norm(
     if not 0 <= failure_probability < 1:
         raise ValueError(f"spectral_norm(failure_probability={failure_probability}): must be in [0, 1)")
     exact = A.to(torch.float64)
-    if dense_work(A) <= _DENSE_WORK:
+    found = _enclosed(exact, failure_probability, rtol, max_steps, seed)
+    noise = _roundings(exact, failure_probability)
+    return replace(found, lower=max(0.0, found.lower - noise), upper=found.upper + noise) if noise else found
+
+
+def _enclosed(exact: LinearOperator, failure_probability: float, rtol: float, max_steps: int, seed: int) -> NormInterval:
+    if dense_work(exact) <= _DENSE_WORK:
         return dense_interval(exact)
     candidates = [(bound(exact.kernel), name) for name, bound in _KERNEL_BOUNDS.items()] if exact.kernel else []
     if exact.kernel:
         candidates.append((frobenius_bound(exact), "frobenius"))
     lower, probable = lanczos_interval(exact, failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)
     upper, method = min(candidates, default=(math.inf, "none"))
+    if upper < lower:
+        raise RuntimeError(
+            f"spectral_norm({exact!r}): the {method} bound {upper} is below the norm, {lower} or more; report this"
+        )
     if probable < upper:
         return NormInterval(lower, probable, "lanczos", failure_probability)
-    return NormInterval(min(lower, upper), upper, method)
+    return NormInterval(lower, upper, method)
+
+
+def _roundings(A: LinearOperator, failure_probability: float) -> float:
+    """Absolute error of applying a composition, whose parts may cancel: a few roundings of the product of their norms."""
+    if not A.parts:
+        return 0.0
+    allowed = max(failure_probability, 1e-9)
+    product = prod(spectral_norm(part, allowed, rtol=1.0, max_steps=20).upper for part in A.parts)
+    return 8 * sum(prod(part.in_shape) + prod(part.out_shape) for part in A.parts) * _EPS * product
 
 
 def dense_interval(A: LinearOperator) -> NormInterval:
@@ -135,8 +154,8 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
     """Largest Ritz value, and largest root of p_k(t) = 1/δ, over all groups, as singular values.
 
     p_k(t) = det(tI - BᵀB) / Π α_j β_j is followed through the pivots of tI - BᵀB, all positive exactly beyond the Ritz
-    values. Where a group's Krylov space became invariant at step j (β_j or α_j below the noise), only the part up to
-    there counts, with the noise level as an upper bound of the vanished entry, which keeps the inequality.
+    values. Where a group's Krylov space became invariant at step j (α_j or β_j below the noise), the steps up to and with j
+    count, with the noise level as an upper bound of the vanished entry, which keeps the inequality.
     """
     steps = alpha.shape[1]
     size = np.maximum(alpha.max(1), beta.max(1))
@@ -145,8 +164,9 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
         return 0.0, 0.0
     a, b = alpha[live] / scale[live, None], beta[live] / scale[live, None]
     noise = 100 * _EPS
-    counts = np.logical_and.accumulate((a > noise) & np.pad(b[:, :-1] > noise, ((0, 0), (1, 0)), constant_values=True), axis=1)
-    a, b = np.where(counts, a, 1.0), np.maximum(b, noise)
+    goes_on = np.logical_and.accumulate((a > noise) & (b > noise), axis=1)
+    counts = np.pad(goes_on[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    a, b = np.where(counts, np.maximum(a, noise), 1.0), np.maximum(b, noise)
     previous_a, previous_b = (np.concatenate([np.zeros((len(a), 1)), x[:, :-1]], axis=1) for x in (a, b))
     diagonal, off, log_ab = a**2 + previous_b**2, previous_a * previous_b, np.log(a * b)  # BᵀB of the upper bidiagonal B
 

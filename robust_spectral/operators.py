@@ -39,7 +39,9 @@ class LinearOperator:
     """A linear map between spaces of shape ``in_shape`` and ``out_shape``, given by its action on batches.
 
     ``groups`` > 1 says that the map is block diagonal over that many equal, contiguous slices of the channel axis (the
-    first one) of both spaces. ``kernel`` is set where the map is a convolution or a channel-wise scaled one.
+    first one) of both spaces. ``kernel`` is set where the map is a convolution or a channel-wise scaled one. ``parts`` are the
+    maps of a composition in which products may cancel, so that roundings are of the size of the product of their norms; a
+    ``diagonal`` map beside one other cannot bring that about.
     """
 
     in_shape: Shape
@@ -52,6 +54,8 @@ class LinearOperator:
     groups: int = 1
     kernel: Kernel | None = None
     label: str = "LinearOperator"
+    diagonal: bool = False
+    parts: tuple[LinearOperator, ...] = ()
 
     def matmat(self, X: Tensor) -> Tensor:
         """Apply the operator to k inputs: (k, *in_shape) -> (k, *out_shape). Costs k applications."""
@@ -99,6 +103,7 @@ class LinearOperator:
             adjoint=lambda Y: adjoint(Y) / size,
             build=None if build is None else lambda dtype: build(dtype).over(size),
             kernel=None,
+            parts=(self.parts[0].over(size), *self.parts[1:]) if self.parts else (),
         )
 
     def split(self, parts: int, axis: int = 0) -> tuple[LinearOperator, ...]:
@@ -170,11 +175,14 @@ def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     if first.out_shape != second.in_shape:
         raise ValueError(f"compose: {first!r} does not feed {second!r}")
     build_first, build_second = first.build, second.build
+    parts = (*(first.parts or (first,)), *(second.parts or (second,)))
     return LinearOperator(
         first.in_shape, second.out_shape, second.dtype, second.device,
         forward=lambda X: second.forward(first.forward(X)),
         adjoint=lambda Y: first.adjoint(second.adjoint(Y)),
         build=(lambda dtype: compose(build_first(dtype), build_second(dtype))) if build_first and build_second else None,
         groups=gcd(first.groups, second.groups),
+        diagonal=first.diagonal and second.diagonal,
+        parts=parts if sum(not part.diagonal for part in parts) > 1 else (),
         label=f"{first.label} -> {second.label}",
     )  # fmt: skip

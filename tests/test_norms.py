@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -321,3 +322,29 @@ def test_the_global_random_state_is_not_touched() -> None:
     before = torch.get_rng_state()
     lanczos_interval(A, 1e-9)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_low_rank_operator_is_enclosed_narrowly_by_a_run_that_ends_early(rank: int) -> None:
+    M = torch.randn(60, rank, dtype=torch.float64) @ torch.randn(rank, 50, dtype=torch.float64)
+    true = float(torch.linalg.matrix_norm(M, 2))
+    lower, upper = lanczos_interval(matrix_operator(M), 1e-9)
+    assert lower <= true <= upper <= (1 + 1e-9) * lower
+
+
+def test_a_circular_window_that_meets_itself_is_bounded() -> None:
+    module = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
+    nn.init.ones_(module.weight)
+    A = rs.linear_operator(module, (1, 1), torch.float64)
+    assert all(kernel_bound(name, A) >= 3 for name in ("schur", "symbol", "frobenius"))
+
+
+def test_a_chain_whose_parts_cancel_is_enclosed_down_to_its_roundings() -> None:
+    first, second = nn.Linear(1, 2, bias=False).double(), nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[0.8444218515250481], [0.7579544029403025]], dtype=torch.float64))
+        second.weight.copy_(torch.tensor([[1.0767284843826048, -1.1995616845090467]], dtype=torch.float64))
+    weights = zip(first.weight.flatten().tolist(), second.weight.flatten().tolist(), strict=True)
+    exact = abs(sum(Fraction(a) * Fraction(b) for a, b in weights))
+    found = rs.spectral_norm(rs.linear_operator(nn.Sequential(first, second), (1,)))
+    assert Fraction(found.lower) <= exact <= Fraction(found.upper) < Fraction(1, 10**12)
