@@ -33,7 +33,7 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
                       ls=KINDS["certified"][0], lw=1.4, label=f"{name}: certified")  # fmt: skip
     axes.set(xlabel=f"size of the perturbation, {'L2' if norm == 'l2' else 'L∞'}, pixels in [0, 1]", ylabel="accuracy, %",
              ylim=(-2, 102), xscale="log")  # fmt: skip
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -67,9 +67,8 @@ def layer_norms(models: dict[str, dict[str, Any]]) -> str:
     for target in sorted(targets):
         axes.axvline(target, color="#555555", lw=0.8, ls="--")
     axes.set(xlabel="spectral norm (proved upper end)", xscale="symlog" if _has_zero(models) else "log")
-    axes.set_yticks(rows, [f"{row['name']} ({row['kind']})" for row in first], fontsize=8)
-    axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _name_layers(axes, first)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -85,9 +84,8 @@ def layer_spectra(layers: list[dict[str, Any]]) -> str:
         axes.plot(*zip(*points, strict=True), ls="", marker=".", color=COLOURS[1], label="largest singular values (estimates)")
     axes.set(xlabel="singular value")
     axes.set_xlim(left=-0.01 * max(ends))
-    axes.set_yticks(rows, [f"{row['name']} ({row['kind']})" for row in layers], fontsize=8)
-    axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _name_layers(axes, layers)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -102,8 +100,18 @@ def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
             axes.plot(steps, [row["norms"][layer] for row in rows], color=colour, lw=0.5, alpha=0.45)
         axes.plot(steps, [row["largest_norm"] for row in rows], color=colour, lw=2, label=f"{name}: largest layer")
     axes.set(xlabel="training step", ylabel="spectral norm (estimate)", yscale="log")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    _legend(axes)
     return _svg(figure)
+
+
+def _name_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
+    """The layers down the vertical axis, the first one on top."""
+    axes.set_yticks(range(len(layers)), [f"{row['name']} ({row['kind']})" for row in layers], fontsize=8)
+    axes.invert_yaxis()
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
 def _has_zero(models: dict[str, dict[str, Any]]) -> bool:

@@ -257,9 +257,8 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     assert isinstance(module, _ConvNd)
     padding = _symmetric_padding(module)
     if padding is None or module.padding_mode != "zeros":
-        operator = _module_operator(module, in_shape, dtype)
         return replace(
-            operator,
+            _module_operator(module, in_shape, dtype),
             kernel=Kernel(_weight(module).to(dtype), module.groups, _padding_gain(module, in_shape)),
             build=lambda other: _convolution_operator(module, in_shape, other),
         )

@@ -33,6 +33,13 @@ class Kernel:
     groups: int
     gain: float = 1.0
 
+    @property
+    def H(self) -> Kernel:
+        """That of the adjoint as far as bounds go, with the channels exchanged: no bound asks for the order of the window."""
+        out, per_in, *window = self.weight.shape
+        exchanged = self.weight.reshape(self.groups, out // self.groups, per_in, *window).transpose(1, 2)
+        return replace(self, weight=exchanged.reshape(self.groups * per_in, out // self.groups, *window))
+
 
 @dataclass(frozen=True)
 class LinearOperator:
@@ -80,6 +87,7 @@ class LinearOperator:
             forward=self.adjoint,
             adjoint=self.forward,
             build=None if build is None else lambda dtype: build(dtype).H,
+            kernel=None if self.kernel is None else self.kernel.H,
         )
 
     def to(self, dtype: torch.dtype) -> LinearOperator:

@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import nn
 
 import robust_spectral as rs
+from robust_spectral.norms import frobenius_bound, schur_bound, symbol_bound
 from robust_spectral.operators import LinearOperator, compose
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -317,6 +318,18 @@ def test_a_fused_projection_is_three_operators(module: nn.Module, in_shape: tupl
         torch.testing.assert_close(part.H.to_dense(), block.reshape(-1, whole.shape[-1]).T)
         norm = rs.spectral_norm(part)
         assert float(torch.linalg.matrix_norm(block.reshape(-1, whole.shape[-1]), 2)) in norm
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_part_of_a_convolution_has_the_kernel_of_that_part(adjoint: bool) -> None:
+    module = nn.Conv2d(4, 4, 3, padding=1).double()
+    with torch.no_grad():
+        module.weight[:, 2:] *= 100  # the inputs of the second part
+    A = rs.linear_operator(module, (4, 5, 5))
+    for part in (A.H if adjoint else A).split(2):
+        true = float(torch.linalg.matrix_norm(part.to_dense(), 2))
+        assert part.kernel is not None and part.kernel.weight.shape[0] == part.out_shape[0]
+        assert min(schur_bound(part.kernel), symbol_bound(part.kernel), frobenius_bound(part)) >= true
 
 
 def test_a_projection_is_not_split_unequally() -> None:

@@ -12,7 +12,6 @@ asked for is shown as such.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import threading
@@ -30,7 +29,7 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment
+from robust_spectral.evaluations.runs import environment, write_json
 from robust_spectral.spectrum import golub_kahan, orthonormal_rows, power_step, random_block
 
 TARGET = 1e-4
@@ -333,9 +332,8 @@ def main() -> None:
     table = summary(rows)
     for method, figures in table.items():
         print(method, figures)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"target": TARGET, "enclosure": enclosure, "summary": table, "layers": rows, **environment(chosen.device)}
-    chosen.out.write_text(json.dumps(result, indent=1))
+    write_json(chosen.out, result)
     plot(rows, chosen.out.with_suffix(".png"))
 
 
