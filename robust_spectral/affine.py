@@ -21,7 +21,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .operators import Kernel, LinearOperator, Shape, compose
 
-_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 _FROZEN_BATCHNORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}  # of torchvision and timm, which are no _BatchNorm
 
 
@@ -110,16 +109,14 @@ def convolution_then_batchnorm(
 def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> Tensor:
     """∂⟨u_i, module(x_i)⟩/∂weight for every pair of an input x_i and an output u_i: (k, *weight shape), in their type."""
     weight = _weight(module).to(X.dtype)
-    plain = type(module) in (nn.Linear, *_CONVOLUTIONS)
+    plain = type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
     if plain and (U[0].numel(), X[0].numel(), weight.numel()) == (len(weight), weight.shape[1], len(weight) * weight.shape[1]):
         return (U.flatten(1)[:, :, None] * X.flatten(1)[:, None]).reshape(-1, *weight.shape)  # a matrix: outer products
-    if plain and isinstance(module, _ConvNd) and module.padding_mode == "zeros":
-        padding = _symmetric_padding(module)
-        if padding is not None:
-            settings = (None, module.stride, padding, module.dilation, False, [0] * len(padding), module.groups)
-            pairs = zip(U.split(1), X.split(1), strict=True)
-            only_weight = [False, True, False]
-            return torch.stack([torch.ops.aten.convolution_backward(u, x, weight, *settings, only_weight)[1] for u, x in pairs])
+    settings = _settings(module) if plain and isinstance(module, _ConvNd) else None
+    if settings is not None:
+        pairs, only_weight = zip(U.split(1), X.split(1), strict=True), [False, True, False]
+        backward = torch.ops.aten.convolution_backward
+        return torch.stack([backward(u, x, weight, None, *settings, only_weight)[1] for u, x in pairs])
     variable = weight.requires_grad_()
     state = {name: p.detach().to(X.dtype) for name, p in module.named_parameters()} | {"weight": variable}
     gradients = []
@@ -212,7 +209,8 @@ def _probe_affine(
     if not bool(torch.isfinite(out).all()):
         raise ValueError(f"linear_operator: {type(module).__name__} returns NaN or infinite values")
     gap = torch.maximum((fxy + f0 - fx - fy).abs(), (fx + fm - 2 * f0).abs()).flatten(1).amax(1)
-    if not bool((gap <= 1e3 * torch.finfo(dtype).eps * size).all()):
+    limits = torch.finfo(dtype)
+    if not bool((gap <= 1e3 * limits.eps * (size + limits.tiny)).all()):  # below tiny, roundings do not shrink any more
         raise NotImplementedError(
             f"linear_operator: {_blame(module)} is not affine; x -> module(x) - module(0) must be linear in eval mode"
         )
@@ -253,37 +251,62 @@ def _dense_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> L
 
 
 def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
-    """Forward and transposed convolution without autograd where padding is by zeros and symmetric."""
+    """Convolutions, transposed ones too; without autograd where padding is by zeros and symmetric."""
     assert isinstance(module, _ConvNd)
-    padding = _symmetric_padding(module)
-    if padding is None or module.padding_mode != "zeros":
-        return replace(
-            _module_operator(module, in_shape, dtype),
-            kernel=Kernel(_weight(module).to(dtype), module.groups, _padding_gain(module, in_shape)),
-            build=lambda other: _convolution_operator(module, in_shape, other),
-        )
-    if len(in_shape) != len(padding) + 1 or in_shape[0] != module.in_channels:
-        raise ValueError(
-            f"linear_operator(in_shape={in_shape}): {module} takes ({module.in_channels}, {len(padding)} spatial axes)"
-        )
-    convolve, dims = _CONVOLVE[len(padding) - 1], len(padding)
+    settings = _settings(module)
+    if settings is None:
+        operator = _module_operator(module, in_shape, dtype)
+        build = lambda other: _convolution_operator(module, in_shape, other)  # noqa: E731
+        return replace(operator, kernel=_kernel(module, in_shape, dtype), build=build)
+    axes = len(module.kernel_size)
+    if len(in_shape) != axes + 1 or in_shape[0] != module.in_channels:
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {module} takes ({module.in_channels}, {axes} spatial axes)")
 
     def forward(X: Tensor) -> Tensor:
-        weight = _weight(module).to(dtype)
-        return convolve(X, weight, None, module.stride, padding, module.dilation, module.groups)
+        return torch.convolution(X, _weight(module).to(dtype), None, *settings)
 
     def adjoint(Y: Tensor) -> Tensor:
         X = Y.new_empty(1).expand(len(Y), *in_shape)  # only its shape is read
-        weight = _weight(module).to(dtype)
-        return torch.ops.aten.convolution_backward(
-            Y, X, weight, None, module.stride, padding, module.dilation, False, [0] * dims, module.groups, [True, False, False]
-        )[0]
+        only_input = [True, False, False]
+        return torch.ops.aten.convolution_backward(Y, X, _weight(module).to(dtype), None, *settings, only_input)[0]
 
     return LinearOperator(
         in_shape, _out_shape(forward, in_shape, dtype, module), dtype, _device(module), forward, adjoint,
         build=lambda other: _convolution_operator(module, in_shape, other),
-        groups=module.groups, kernel=Kernel(_weight(module).to(dtype), module.groups), label=type(module).__name__,
+        groups=module.groups, kernel=_kernel(module, in_shape, dtype), label=type(module).__name__,
     )  # fmt: skip
+
+
+def _settings(module: _ConvNd) -> tuple[Any, ...] | None:
+    """(stride, padding, dilation, transposed, output padding, groups); None where not padded by zeros, alike on both sides."""
+    padding = _symmetric_padding(module)
+    if padding is None or module.padding_mode != "zeros":
+        return None
+    return module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups
+
+
+def _kernel(module: _ConvNd, in_shape: Shape, dtype: torch.dtype) -> Kernel:
+    """The kernel for bounds, with the stride turned into channels: its phases see inputs of their own (polyphase).
+
+    A circular padding wraps phases onto themselves only where the stride divides the input; elsewhere the stride is left out,
+    which drops rows and is a bound all the same. A transposed convolution is the adjoint of one.
+    """
+    weight = _weight(module).to(dtype)
+    wraps = module.padding_mode == "circular"
+    for axis, (stride, dilation) in enumerate(zip(module.stride, module.dilation, strict=True)):
+        if stride > 1 and not (wraps and in_shape[1 + axis] % stride):
+            weight = _phases(weight, 2 + axis, stride, dilation)
+    kernel = Kernel(weight, module.groups, _padding_gain(module, in_shape))
+    return kernel.H if module.transposed else kernel
+
+
+def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
+    """Every stride-th tap of an axis as channels of their own, (out, in * stride, *window) with a window that much shorter."""
+    places = torch.arange(weight.shape[axis], device=weight.device) * dilation
+    length = -(-(int(places[-1]) + 1) // stride)
+    spread = weight.new_zeros(*weight.shape[:axis], length * stride, *weight.shape[axis + 1 :])
+    spread = spread.index_add(axis, places, weight)
+    return spread.unflatten(axis, (length, stride)).movedim(axis + 1, 2).flatten(1, 2)
 
 
 def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, module: nn.Module) -> Shape:
@@ -377,6 +400,7 @@ def _check_weights(module: nn.Module) -> None:
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCHNORM_AXES: dict[type[nn.Module], Shape] = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d: (4,)}
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AFFINE = (
@@ -385,9 +409,7 @@ _AFFINE = (
 )  # fmt: skip
 _BUILDERS: dict[type[nn.Module], Callable[[nn.Module, Shape, torch.dtype], LinearOperator]] = {
     nn.Linear: _dense_operator,
-    nn.Conv1d: _convolution_operator,
-    nn.Conv2d: _convolution_operator,
-    nn.Conv3d: _convolution_operator,
+    **dict.fromkeys((*_CONVOLUTIONS, *_TRANSPOSED), _convolution_operator),
     nn.Sequential: _sequential_operator,
     **dict.fromkeys(_BATCHNORMS, _batchnorm_module),
 }

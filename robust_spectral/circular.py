@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .affine import evaluating
-from .operators import Shape, power_of_two
+from .numerics import power_of_two
+from .operators import Shape
 
 
 @dataclass(frozen=True)

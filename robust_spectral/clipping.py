@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from .affine import batchnorm_scale, is_batchnorm, weight_gradients
 from .layers import LinearLayer
 from .norms import NormInterval, spectral_norm
-from .operators import LinearOperator, Shape, power_of_two
+from .numerics import power_of_two
+from .operators import LinearOperator, Shape
 from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .affine import convolution_then_batchnorm, evaluating, is_batchnorm, linear_operator, norm_shape
-from .norms import NormInterval, spectral_norm
+from .norms import NormInterval, norm_intervals
 from .operators import LinearOperator, Shape
 
 
@@ -111,10 +111,9 @@ def spectral_norms(
         ValueError: as `linear_layers` and `spectral_norm`.
         NotImplementedError: a layer is not affine.
     """
-    return {
-        layer.name: spectral_norm(layer.operator(composite=composites), failure_probability)
-        for layer in linear_layers(model, example_input)
-    }
+    layers = linear_layers(model, example_input)
+    norms = norm_intervals([layer.operator(composite=composites) for layer in layers], failure_probability)
+    return {layer.name: norm for layer, norm in zip(layers, norms, strict=True)}
 
 
 @contextmanager

@@ -8,22 +8,23 @@ and always, the Lanczos bound holds for any operator with a stated probability o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
-from torch import Tensor
 
-from .operators import Kernel, LinearOperator, power_of_two
+from .kernel_bounds import SYMBOL_WORK, frobenius_bound, schur_bound, symbol_bound
+from .numerics import largest_singular_value, power_of_two, round_down, round_up
+from .operators import LinearOperator, direct_sum
 from .spectrum import dense_blocks, dense_work, golub_kahan, random_block, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
-_DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take about a second on two cores
-_SYMBOL_WORK = 4e9
-_SYMBOL_GRID = 64
+_DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take a quarter of a second on two cores
+_QUICK_SYMBOL = 1e9  # of a symbol bound that is worth a try before a Lanczos run
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,71 @@ def spectral_norm(
     Raises:
         ValueError: ``failure_probability`` is outside [0, 1), or the operator returns non-finite values.
     """
+    return norm_intervals([A], failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)[0]
+
+
+def norm_intervals(
+    operators: Sequence[LinearOperator], failure_probability: float = 1e-9, *, rtol: float = 1e-2, max_steps: int = 200,
+    seed: int = 0, together: bool | None = None,
+) -> list[NormInterval]:  # fmt: skip
+    """`spectral_norm` of several operators; Lanczos runs of equal shapes share their steps where that pays.
+
+    It pays where the time goes into starting small computations, which is on a GPU; on a CPU the applications of the operators
+    take nearly all of it, and a run that is shared lasts as long as its slowest member.
+
+    Args:
+        operators: Any, of any shapes.
+        failure_probability: Of each interval on its own.
+        rtol: As in `spectral_norm`.
+        max_steps: As in `spectral_norm`.
+        seed: As in `spectral_norm`.
+        together: Whether to share steps; by default where the device is not the CPU.
+
+    Raises:
+        ValueError: as `spectral_norm`.
+    """
     if not 0 <= failure_probability < 1:
         raise ValueError(f"spectral_norm(failure_probability={failure_probability}): must be in [0, 1)")
-    exact = A.to(torch.float64)
-    found = _enclosed(exact, failure_probability, rtol, max_steps, seed)
-    noise = _roundings(exact, failure_probability)
-    return replace(found, lower=max(0.0, found.lower - noise), upper=found.upper + noise) if noise else found
+    exact = [A.to(torch.float64) for A in operators]
+    most_work = _QUICK_SYMBOL if failure_probability > 0 else SYMBOL_WORK
+    found = [dense_interval(A) if dense_work(A) <= _DENSE_WORK else _kernel_interval(A, most_work) for A in exact]
+    alike: dict[Any, list[int]] = {}
+    for index, (A, interval) in enumerate(zip(exact, found, strict=True)):
+        if interval.method != "dense":
+            shared = together if together is not None else A.device.type != "cpu"
+            alike.setdefault((A.in_shape, A.out_shape, A.groups, A.device) if shared else index, []).append(index)
+    for members in alike.values():
+        runs = lanczos_intervals(
+            [exact[i] for i in members], failure_probability, [found[i].upper for i in members], rtol=rtol,
+            max_steps=max_steps, seed=seed,
+        )  # fmt: skip
+        for i, (lower, upper) in zip(members, runs, strict=True):
+            found[i] = _intersection(exact[i], found[i], NormInterval(lower, upper, "lanczos", failure_probability))
+    return [_widened(interval, _roundings(A, failure_probability)) for A, interval in zip(exact, found, strict=True)]
 
 
-def _enclosed(exact: LinearOperator, failure_probability: float, rtol: float, max_steps: int, seed: int) -> NormInterval:
-    if dense_work(exact) <= _DENSE_WORK:
-        return dense_interval(exact)
-    candidates = [(bound(exact.kernel), name) for name, bound in _KERNEL_BOUNDS.items()] if exact.kernel else []
-    if exact.kernel:
-        candidates.append((frobenius_bound(exact), "frobenius"))
-    lower, probable = lanczos_interval(exact, failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)
-    upper, method = min(candidates, default=(math.inf, "none"))
-    if upper < lower:
+def _kernel_interval(A: LinearOperator, most_work: float) -> NormInterval:
+    """The smallest deterministic upper bound that the operator's kernel gives; nothing is said of the lower end."""
+    if A.kernel is None:
+        return NormInterval(0.0, math.inf, "none")
+    candidates = [
+        (schur_bound(A.kernel), "schur"),
+        (symbol_bound(A.kernel, most_work), "symbol"),
+        (frobenius_bound(A), "frobenius"),
+    ]
+    return NormInterval(0.0, *min(candidates))
+
+
+def _intersection(A: LinearOperator, proved: NormInterval, run: NormInterval) -> NormInterval:
+    if proved.upper < run.lower:
         raise RuntimeError(
-            f"spectral_norm({exact!r}): the {method} bound {upper} is below the norm, {lower} or more; report this"
+            f"spectral_norm({A!r}): the {proved.method} bound {proved.upper} is below {run.lower}, the norm is not; report it"
         )
-    if probable < upper:
-        return NormInterval(lower, probable, "lanczos", failure_probability)
-    return NormInterval(lower, upper, method)
+    return run if run.upper < proved.upper else replace(proved, lower=run.lower)
+
+
+def _widened(interval: NormInterval, noise: float) -> NormInterval:
+    return replace(interval, lower=max(0.0, interval.lower - noise), upper=interval.upper + noise) if noise else interval
 
 
 def _roundings(A: LinearOperator, failure_probability: float) -> float:
@@ -97,16 +140,11 @@ def _roundings(A: LinearOperator, failure_probability: float) -> float:
 
 
 def dense_interval(A: LinearOperator) -> NormInterval:
-    """Singular value decomposition of the matrix, block by block, with its backward error.
-
-    The computed σ₁ differs from the true one by at most p(m, n) ε ‖A‖ with a modest p (Golub and Van Loan, 4th ed., 8.6);
-    the margin here takes p = 8 (m + n), assembling the matrix included.
-    """
-    rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
+    """Decomposition of the matrix, block by block, with its backward error (`largest_singular_value`)."""
     blocks = dense_blocks(A)
     scale = power_of_two(float(blocks.abs().max()))
-    value = scale * float(torch.linalg.svdvals(blocks / scale).max())
-    return NormInterval(_down(value, rows + columns), _up(value, rows + columns), "dense")
+    value, operations = largest_singular_value(blocks / scale)
+    return NormInterval(round_down(scale * value, operations), round_up(scale * value, operations), "dense")
 
 
 def lanczos_interval(
@@ -123,35 +161,49 @@ def lanczos_interval(
 
     Source: van Dorsselaer, Hochstenbach and van der Vorst (2000); Hochstenbach (2013), Theorem 3.
     """
-    try:
-        size = size_of(A, seed)
-    except ValueError:
-        raise ValueError(f"spectral_norm({A!r}): the operator returned NaN or infinite values") from None
-    A = A.over(size)
+    return lanczos_intervals([A], failure_probability, [math.inf], rtol=rtol, max_steps=max_steps, seed=seed)[0]
+
+
+def lanczos_intervals(
+    operators: Sequence[LinearOperator], failure_probability: float, known: Sequence[float], *, rtol: float, max_steps: int,
+    seed: int,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """`lanczos_interval` of several operators of equal shapes and groups, in one run that goes on until all are settled.
+
+    An operator is settled, too, where the upper bound that is ``known`` of it otherwise is near enough to its lower end.
+    """
+    sizes = np.array([_size(A, seed) for A in operators])
+    scaled = [A.over(size) for A, size in zip(operators, sizes.tolist(), strict=True)]
+    A = scaled[0] if len(scaled) == 1 else direct_sum(scaled)
     B = A.H if prod(A.out_shape) < prod(A.in_shape) else A
     n = prod(B.in_shape) // B.groups
     delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability)) if n > 1 else 1.0
     start = random_block(B, 1, seed)
-    lower, upper, due = 0.0, math.inf, 10
+    lower, bounds, due = np.zeros(len(sizes)), np.array(known) / sizes, 10
     for step, state in enumerate(golub_kahan(B, start / start.norm(dim=2, keepdim=True)), start=1):
         last = step >= max_steps or state.exhausted
         if last or step >= due:
             due = step + max(5, step // 5)
             alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()
             beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
-            if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
-                raise ValueError(f"spectral_norm({A!r}): the operator returned NaN or infinite values")
             previous = lower
-            lower, upper = _ritz_and_root(alpha, beta, delta)
-            settled = delta == 0 and lower <= (1 + rtol / 100) * previous  # nothing to wait for but the lower end
-            if last or settled or upper <= (1 + rtol) * lower:
+            lower, upper = (ends.reshape(len(sizes), -1).max(1) for ends in _ritz_and_root(alpha, beta, delta))
+            nothing_to_wait_for = (delta == 0) & (lower <= (1 + rtol / 100) * previous)  # but the lower end
+            if last or (nothing_to_wait_for | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
                 break
-    margin = B.groups * n + prod(B.out_shape)
-    return _down(size * lower, margin), _up(size * upper, margin)
+    margin = n * B.groups // len(sizes) + prod(B.out_shape) // len(sizes)
+    return [(round_down(s * low, margin), round_up(s * high, margin)) for s, low, high in zip(sizes, lower, upper, strict=True)]
 
 
-def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[float, float]:
-    """Largest Ritz value, and largest root of p_k(t) = 1/δ, over all groups, as singular values.
+def _size(A: LinearOperator, seed: int) -> float:
+    try:
+        return size_of(A, seed)
+    except ValueError:
+        raise ValueError(f"spectral_norm({A!r}): the operator returned NaN or infinite values") from None
+
+
+def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Largest Ritz value, and largest root of p_k(t) = 1/δ, of each group, as singular values.
 
     p_k(t) = det(tI - BᵀB) / Π α_j β_j is followed through the pivots of tI - BᵀB, all positive exactly beyond the Ritz
     values. Where a group's Krylov space became invariant at step j (α_j or β_j below the noise), the steps up to and with j
@@ -161,7 +213,7 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
     size = np.maximum(alpha.max(1), beta.max(1))
     scale, live = np.array([power_of_two(s) for s in size]), size > 0
     if not live.any():
-        return 0.0, 0.0
+        return np.zeros(len(size)), np.zeros(len(size))
     a, b = alpha[live] / scale[live, None], beta[live] / scale[live, None]
     noise = 100 * _EPS
     goes_on = np.logical_and.accumulate((a > noise) & (b > noise), axis=1)
@@ -186,7 +238,9 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[f
     root = np.full(len(a), np.inf)
     if delta > 0:
         _, root = _first(lambda t: log_polynomial(t) >= -math.log(delta), ritz, norm_bound**2 * 4)
-    return float((np.sqrt(ritz) * scale[live]).max()), float((np.sqrt(root) * scale[live]).max())
+    ends = np.zeros((2, len(size)))
+    ends[:, live] = np.sqrt([ritz, root]) * scale[live]
+    return ends[0], ends[1]
 
 
 def _first(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,77 +254,3 @@ def _first(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.
         first = np.maximum(holds(points).argmax(1), 1)
         low, high = points[rows, first - 1], points[rows, first]
     return low, high
-
-
-def schur_bound(kernel: Kernel) -> float:
-    """sqrt(‖A‖₁ ‖A‖_∞) from sums of absolute kernel entries, the largest over groups (Schur's test).
-
-    Every output sees each entry of its filter at most once, and every input meets each entry at most once, whatever the
-    stride, dilation and amount of zero or circular padding.
-    """
-    scale = power_of_two(float(kernel.weight.abs().max()))
-    size = (kernel.weight / scale).abs().flatten(2).sum(2)  # (out, in/g)
-    size = size.reshape(kernel.groups, -1, size.shape[1])  # (g, out/g, in/g)
-    largest = float((size.sum(1).amax(1) * size.sum(2).amax(1)).sqrt().max())
-    return _up(kernel.gain * scale * largest, kernel.weight[0].numel())
-
-
-def symbol_bound(kernel: Kernel) -> float:
-    """Supremum over all frequencies of the norm of the kernel's Fourier symbol, the largest over groups.
-
-    A zero-padded convolution is a section of the convolution on the infinite grid, whose norm is that supremum, and a
-    circular one samples the symbol; a stride only drops rows. A trigonometric polynomial of degree d is at most
-    1 / cos(π d / N) above its maximum over N > 2 d equispaced points (Ehlich and Zeller 1964), applied along every axis;
-    it applies because ⟨y, K(ω) x⟩ is such a polynomial for fixed x and y, of degree (window - 1) / 2 once centred.
-    Returns inf where the decompositions would cost too much.
-    """
-    c_out, c_in, *window = kernel.weight.shape
-    per_out = c_out // kernel.groups
-    grid = [1 if w == 1 else max(_SYMBOL_GRID, 16 * w) for w in window]
-    if prod(grid) / 2 * kernel.groups * per_out * c_in * min(per_out, c_in) > _SYMBOL_WORK or len(window) > 2:
-        return math.inf
-    slack = prod(1 / math.cos(math.pi * math.ceil((w - 1) / 2) / n) for w, n in zip(window, grid, strict=True))
-    scale = power_of_two(float(kernel.weight.abs().max()))
-    largest = max(float(_norms(symbol).max()) for symbol in _symbols(kernel.weight.double() / scale, grid, kernel.groups))
-    return _up(kernel.gain * scale * slack * largest, c_out + kernel.weight[0].numel() + prod(grid))
-
-
-def frobenius_bound(A: LinearOperator) -> float:
-    """Frobenius norm, from above: every kernel entry acts at most once for each output position (or input position).
-
-    Where the padding repeats inputs, ‖A‖_F ≤ ‖convolution of the padded input‖_F ‖padding‖, counted by positions of the
-    output, of which the adjoint's are the inputs.
-    """
-    assert A.kernel is not None
-    fewest = max if A.kernel.gain > 1 else min
-    positions = fewest(prod(A.out_shape[1:]), prod(A.in_shape[1:]))
-    scale = power_of_two(float(A.kernel.weight.abs().max()))
-    largest = float((A.kernel.weight / scale).norm()) * math.sqrt(positions)
-    return _up(A.kernel.gain * scale * largest, A.kernel.weight.numel())
-
-
-def _symbols(weight: Tensor, grid: list[int], groups: int) -> Iterator[Tensor]:
-    """Fourier symbols (frequencies, g, out/g, in/g) in pieces; conjugate frequencies are left out."""
-    axes = list(range(2, 2 + len(grid)))
-    spectrum = torch.fft.rfftn(weight, s=grid, dim=axes)
-    out, inn = weight.shape[:2]
-    flat = spectrum.reshape(groups, out // groups, inn, -1).permute(3, 0, 1, 2)
-    yield from flat.split(max(1, int(2**22 // (out * inn))))
-
-
-def _norms(matrices: Tensor) -> Tensor:
-    if 1 in matrices.shape[-2:]:
-        return matrices.abs().square().sum((-2, -1)).sqrt()
-    return torch.linalg.svdvals(matrices)[..., 0]
-
-
-def _up(value: float, operations: int) -> float:
-    """Round a float64 result outward, past the error of about ``operations`` accumulated roundings."""
-    return math.nextafter(value * (1 + 8 * operations * _EPS), math.inf) if value > 0 else value
-
-
-def _down(value: float, operations: int) -> float:
-    return max(0.0, math.nextafter(value * (1 - 8 * operations * _EPS), 0.0)) if value > 0 else value
-
-
-_KERNEL_BOUNDS: dict[str, Callable[[Kernel], float]] = {"schur": schur_bound, "symbol": symbol_bound}

@@ -5,8 +5,7 @@ An operator that acts separately on equal, contiguous slices of the channel axis
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
@@ -20,11 +19,11 @@ Shape = tuple[int, ...]
 class Kernel:
     """The kernel of a convolution: what bounds of convolutions are made from.
 
-    Neither stride nor dilation nor the amount of zero or circular padding appears, because the bounds that use a kernel hold
-    for all of them.
+    Neither dilation nor the amount of zero or circular padding appears, because the bounds that use a kernel hold for all of
+    them; a stride has become channels.
 
     Attributes:
-        weight: (out channels, in channels / groups, *window).
+        weight: (out channels, in channels / groups, *window); of a stride s, s times as many input channels an axis.
         groups: Groups of channels.
         gain: Norm of the padding in front of it where that repeats inputs (reflect, replicate, wide circular); else 1.
     """
@@ -132,7 +131,7 @@ class LinearOperator:
     def _part(self, index: int, parts: int, axis: int) -> LinearOperator:
         size = self.out_shape[axis] // parts
         forward, adjoint, build, kernel = self.forward, self.adjoint, self.build, self.kernel
-        cuttable = axis == 0 and kernel is not None and kernel.groups == 1
+        cuttable = axis == 0 and kernel is not None and kernel.groups == 1 and len(kernel.weight) == self.out_shape[0]
 
         def pad(Y: Tensor) -> Tensor:
             full = Y.new_zeros(len(Y), *self.out_shape)
@@ -167,17 +166,6 @@ class LinearOperator:
         return f"<{self.label}: {self.in_shape} -> {self.out_shape}, {self.dtype}>"
 
 
-def power_of_two(size: float) -> float:
-    """The power of two just below a size, so that dividing by it is exact; 1 for 0.
-
-    Raises:
-        ValueError: the size is not finite.
-    """
-    if not math.isfinite(size):
-        raise ValueError("the operator returned NaN or infinite values")
-    return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
-
-
 def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     """The operator ``x -> second(first(x))``."""
     if first.out_shape != second.in_shape:
@@ -193,4 +181,20 @@ def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
         diagonal=first.diagonal and second.diagonal,
         parts=parts if sum(not part.diagonal for part in parts) > 1 else (),
         label=f"{first.label} -> {second.label}",
+    )  # fmt: skip
+
+
+def direct_sum(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Operators of equal shapes and groups as one, each on its own slice of the first axis, so that they share every step."""
+    first, many = operators[0], len(operators)
+    if any((A.in_shape, A.out_shape, A.groups) != (first.in_shape, first.out_shape, first.groups) for A in operators):
+        raise ValueError(f"direct_sum: {list(operators)} differ in shape or groups")
+
+    def beside(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+        return lambda X: torch.cat([f(x) for f, x in zip(functions, X.chunk(many, dim=1), strict=True)], dim=1)
+
+    return LinearOperator(
+        (many * first.in_shape[0], *first.in_shape[1:]), (many * first.out_shape[0], *first.out_shape[1:]),
+        first.dtype, first.device, beside([A.forward for A in operators]), beside([A.adjoint for A in operators]),
+        groups=many * first.groups, label=f"{many} x {first.label}",
     )  # fmt: skip

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .operators import LinearOperator, power_of_two
+from .numerics import power_of_two
+from .operators import LinearOperator
 
 _STIR = 1e-3  # of a random vector in a warm start, so that it is blind to no direction
 

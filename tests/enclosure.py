@@ -12,7 +12,8 @@ from torch import Tensor
 
 import robust_spectral as rs
 from robust_spectral import norms
-from robust_spectral.norms import dense_interval, frobenius_bound, lanczos_interval, schur_bound, symbol_bound
+from robust_spectral.kernel_bounds import frobenius_bound, schur_bound, symbol_bound
+from robust_spectral.norms import dense_interval, lanczos_interval
 from robust_spectral.operators import LinearOperator
 
 EPS = torch.finfo(torch.float64).eps

@@ -38,14 +38,20 @@ class Layer:
 
 def generate_layer(seed: int) -> Layer:
     """The layer of a seed, the same on every call; the global random state is left as it is."""
-    kind, make = list(KINDS.items())[seed % len(KINDS)]
-    rng = random.Random(seed)
+    layer = draw_layer(list(KINDS)[seed % len(KINDS)], random.Random(seed), seed)
+    if layer is None:
+        raise AssertionError(f"no layer fits its input, seed {seed}")
+    return layer
+
+
+def draw_layer(kind: str, rng: random.Random, seed: int, tries: int = 1000) -> Layer | None:
+    """A layer of a kind, its settings drawn from ``rng`` and its weights from ``seed``; None where no try fits its input."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same'")
         torch.manual_seed(seed)
-        for _ in range(1000):
+        for _ in range(tries):
             try:
-                module, in_shape = make(rng)
+                module, in_shape = KINDS[kind](rng)
                 fits = prod(in_shape) <= LARGEST and 0 < prod(output_shape(module, in_shape)) <= LARGEST
             except (RuntimeError, ValueError):  # windows, padding and strides that torch refuses for this input
                 continue
@@ -53,7 +59,7 @@ def generate_layer(seed: int) -> Layer:
                 module = module.double() if rng.random() < 0.5 else module
                 fill(module, rng)
                 return Layer(seed, kind, module.eval(), in_shape)
-    raise AssertionError(f"no layer of kind {kind} fits its input, seed {seed}")
+    return None
 
 
 def output_shape(module: nn.Module, in_shape: Shape) -> Shape:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,9 @@ from reference import dense, norm
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.norms import frobenius_bound, lanczos_interval, schur_bound, symbol_bound
+from robust_spectral.kernel_bounds import frobenius_bound, schur_bound, symbol_bound
+from robust_spectral.norms import lanczos_interval, lanczos_intervals, norm_intervals
+from robust_spectral.numerics import largest_singular_value, round_down, round_up
 from robust_spectral.operators import LinearOperator
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -76,7 +79,97 @@ def test_kernel_bounds_hold_and_the_symbol_bound_is_near(build: Callable[[], nn.
     A = rs.linear_operator(module, in_shape, torch.float64)
     true = norm(module, in_shape)
     assert all(kernel_bound(name, A) >= true for name in ("schur", "symbol", "frobenius"))
-    assert symbol_bound(A.kernel) <= (2.1 if module.stride[0] > 1 else 1.25) * true
+    assert symbol_bound(A.kernel) <= 1.25 * true
+
+
+STRIDED = {
+    "stem": (lambda: nn.Conv2d(3, 8, 7, stride=2, padding=3), (3, 24, 24)),
+    "unequal strides": (lambda: nn.Conv2d(2, 3, (3, 5), stride=(2, 3), padding=(1, 2)), (2, 17, 25)),
+    "stride and dilation": (lambda: nn.Conv1d(3, 4, 3, stride=2, dilation=2, padding=2), (3, 41)),
+    "stride, groups": (lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), (4, 18, 18)),
+    "stride above the window": (lambda: nn.Conv2d(3, 4, 2, stride=3), (3, 18, 18)),
+    "patches": (lambda: nn.Conv2d(3, 5, 4, stride=4), (3, 16, 16)),
+    "circular, stride divides": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="circular"), (2, 18, 18)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1), (6, 10, 10)),
+    "transposed, groups, dilation": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2), (4, 10, 10)
+    ),
+    "transposed, 1d": (lambda: nn.ConvTranspose1d(3, 4, 5, stride=3, padding=2), (3, 30)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, in_shape", STRIDED.values(), ids=STRIDED)
+def test_the_symbol_bound_of_a_strided_layer_is_that_of_its_phases(
+    build: Callable[[], nn.Module], in_shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    module = build()
+    A = rs.linear_operator(module, in_shape, torch.float64)
+    true = norm(module, in_shape)
+    for operator in (A, A.H):
+        assert true <= symbol_bound(operator.kernel) <= 1.15 * true
+        assert min(kernel_bound("schur", operator), kernel_bound("frobenius", operator)) >= true
+
+
+@pytest.mark.parametrize("size", [5, 7, 9])
+def test_phases_are_not_separated_where_a_circular_stride_does_not_divide_the_input(size: int) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        module = nn.Conv1d(2, 2, 3, stride=2, padding=1, padding_mode="circular", bias=False)
+        if seed == 0:
+            nn.init.ones_(module.weight)
+        A = rs.linear_operator(module, (2, size), torch.float64)
+        assert min(kernel_bound(name, A) for name in ("schur", "symbol", "frobenius")) >= norm(module, (2, size))
+
+
+def test_a_wide_convolution_keeps_a_symbol_bound_on_a_coarser_grid() -> None:
+    module = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+    A = rs.linear_operator(module, (256, 3, 3), torch.float64)
+    assert norm(module, (256, 3, 3)) <= symbol_bound(A.kernel) < 0.2 * schur_bound(A.kernel)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 8, 2), (4, 6, 6), (2, 1, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_the_largest_singular_value_is_that_of_a_decomposition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    matrices = torch.randn(shape, dtype=dtype)
+    value, operations = largest_singular_value(matrices)
+    true = float(torch.linalg.svdvals(matrices).max())
+    assert value == pytest.approx(true, rel=1e-13)
+    assert round_down(value, operations) <= true <= round_up(value, operations) <= true * (1 + 1e-12)
+
+
+def test_layers_that_share_a_run_get_intervals_as_good_as_their_own() -> None:
+    shapes = [(4, 16, 16), (4, 16, 16), (9, 16, 16), (4, 16, 16)]
+    modules = [nn.Conv2d(c, 9, 3, padding=1, groups=1, bias=False) for c, *_ in shapes]
+    scaled(modules[0], 1e-18)
+    scaled(modules[1], 1e18)
+    operators = [rs.linear_operator(module, shape) for module, shape in zip(modules, shapes, strict=True)]
+    alone, shared = (norm_intervals(operators, rtol=1e-3, together=together) for together in (False, True))
+    for module, shape, own, common in zip(modules, shapes, alone, shared, strict=True):
+        true = norm(module, shape)
+        assert own.method == common.method == "lanczos"
+        assert own.lower <= true <= own.upper <= 1.001 * own.lower
+        assert common.lower <= true <= common.upper <= 1.001 * common.lower
+
+
+def test_grouped_layers_that_share_a_run_keep_their_groups_apart() -> None:
+    modules = [nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False) for _ in range(3)]
+    scaled(modules[1], 100.0)
+    operators = [rs.linear_operator(module, (6, 8, 8), torch.float64) for module in modules]
+    ends = lanczos_intervals(operators, 1e-9, [math.inf] * 3, rtol=1e-3, max_steps=100, seed=0)
+    for module, (lower, upper) in zip(modules, ends, strict=True):
+        assert lower <= norm(module, (6, 8, 8)) <= upper <= 1.002 * lower
+
+
+def test_a_run_ends_early_where_a_known_bound_is_near_enough() -> None:
+    A = matrix_operator(torch.diag(torch.linspace(1, 2, 500, dtype=torch.float64)))
+    counted: list[int] = []
+    counting = replace(A, forward=lambda X: (counted.append(len(X)), A.forward(X))[1])
+    for known in (math.inf, 2.0):
+        counted.append(0)
+        lanczos_intervals([counting], 1e-9, [known], rtol=1e-2, max_steps=200, seed=0)
+    steps = counted.index(0, 1)
+    assert len(counted) - steps < 0.7 * steps
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

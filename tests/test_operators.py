@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import nn
 
 import robust_spectral as rs
-from robust_spectral.norms import frobenius_bound, schur_bound, symbol_bound
+from robust_spectral.kernel_bounds import frobenius_bound, schur_bound, symbol_bound
 from robust_spectral.operators import LinearOperator, compose
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
