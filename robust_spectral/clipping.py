@@ -191,7 +191,7 @@ class TrackedLayer:
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
         steps = 32 if self.operator.groups == 1 else 12
-        search = Lanczos(rtol=1e-2, max_steps=steps)
+        search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
         return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))

@@ -77,6 +77,8 @@ class Lanczos:
         rtol: Residual, relative to the largest value, at which a triplet counts as converged.
         max_steps: Block steps at most.
         basis: Vectors kept of each group and side; at least six blocks whatever is asked for.
+        each_group: Whether to go on until the triplets of every group have converged, those too that are, up to their
+            residuals, below the k largest of all.
 
     Source: Golub and Kahan (1965); full reorthogonalisation by Gram-Schmidt, repeated where needed (Daniel, Gragg, Kaufman
     and Stewart 1976); thick restart of Baglama and Reichel (2005).
@@ -85,6 +87,7 @@ class Lanczos:
     rtol: float = 1e-4
     max_steps: int = 500
     basis: int = 256
+    each_group: bool = False
 
     def solve(self, A: LinearOperator, k: int, start: Tensor) -> Ritz:
         """The k leading Ritz triplets of every group."""
@@ -93,7 +96,7 @@ class Lanczos:
             if last or step % 4 == 0:
                 left, values, rightH = torch.linalg.svd(state.B)
                 residuals = (left[:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
-                if last or bool((residuals <= self.rtol * values[:, :1].amax()).all()):
+                if last or not bool(_open(values[:, :k], residuals, self.rtol, self.each_group).any()):
                     break
         return Ritz(
             values=values[:, :k],
@@ -124,7 +127,7 @@ class PowerQR:
         X, diagonal = orthonormal_rows(start), start.new_zeros(start.shape[:2])
         for step in range(1, self.steps + 1):  # noqa: B007
             ritz, image = power_step(A, X)
-            if self.rayleigh_ritz and bool((ritz.residuals <= self.rtol * ritz.values[:, :1].amax()).all()):
+            if self.rayleigh_ritz and not bool(_open(ritz.values, ritz.residuals, self.rtol).any()):
                 break
             if not self.rayleigh_ritz:  # the Ritz vectors are a rotation of X
                 image = apply_grouped(A.H, apply_grouped(A, X))
@@ -134,6 +137,14 @@ class PowerQR:
         values = (diagonal.abs() - self.shift).abs().sqrt()
         left = apply_grouped(A, X)
         return Ritz(values, left / values[..., None].clamp_min(torch.finfo(X.dtype).tiny), X, torch.zeros_like(values), step)
+
+
+def _open(values: Tensor, residuals: Tensor, rtol: float, each_group: bool = False) -> Tensor:
+    """Which triplets (g, k) are still waited for: those that may be among the k largest of all, unless each group counts."""
+    unconverged = residuals > rtol * values.amax()
+    if each_group:
+        return unconverged
+    return unconverged & (values + residuals >= values.flatten().topk(values.shape[1]).values[-1])
 
 
 def top_singular(

@@ -1,6 +1,8 @@
 """Singular triplets: their defining equations, and values that equal those of the dense float64 matrix."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import robust_spectral as rs
 from robust_spectral.operators import LinearOperator
-from robust_spectral.spectrum import golub_kahan
+from robust_spectral.spectrum import golub_kahan, random_block
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_solver = pytest.mark.parametrize(
@@ -294,3 +296,22 @@ def test_values_of_all_groups_are_merged_in_descending_order() -> None:
     assert bool((t.values.diff() <= 0).all())
     supports = t.right.reshape(6, 3, -1).norm(dim=2) > 0
     assert supports.sum(1).tolist() == [1] * 6
+
+
+@pytest.mark.parametrize("solver", [rs.Lanczos, rs.PowerQR], ids=["lanczos", "powerqr"])
+def test_groups_that_cannot_hold_a_top_value_are_not_waited_for(solver: Callable[..., Any]) -> None:
+    weak, strong = torch.randn(30, 30, dtype=torch.float64), torch.diag(torch.tensor([9.0] + [1.0] * 29, dtype=torch.float64))
+    together = torch.block_diag(strong, 0.1 * weak / torch.linalg.matrix_norm(weak, 2))
+    A = replace(matrix_operator(together), groups=2)
+    alone, both = rs.top_singular(matrix_operator(strong), 1, solver()), rs.top_singular(A, 1, solver())
+    assert both.converged and float(both.values[0]) == pytest.approx(9.0)
+    assert both.steps <= alone.steps + 4
+
+
+def test_lanczos_waits_for_every_group_where_asked() -> None:
+    slow = torch.diag(torch.linspace(1, 0.9, 200, dtype=torch.float64))
+    A = replace(matrix_operator(torch.block_diag(2 * torch.eye(200, dtype=torch.float64), slow)), groups=2)
+    start = random_block(A, 1, 0)
+    once, each = (rs.Lanczos(rtol=1e-4, each_group=each_group).solve(A, 1, start) for each_group in (False, True))
+    assert once.steps < each.steps
+    assert float(each.residuals.max()) <= 1e-4 * 2
