@@ -106,25 +106,9 @@ def convolution_then_batchnorm(
     return replace(composite, build=build, kernel=replace(first.kernel, weight=scaled))
 
 
-def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> Tensor:
-    """∂⟨u_i, module(x_i)⟩/∂weight for every pair of an input x_i and an output u_i: (k, *weight shape), in their type."""
-    weight = _weight(module).to(X.dtype)
-    plain = type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-    if plain and (U[0].numel(), X[0].numel(), weight.numel()) == (len(weight), weight.shape[1], len(weight) * weight.shape[1]):
-        return (U.flatten(1)[:, :, None] * X.flatten(1)[:, None]).reshape(-1, *weight.shape)  # a matrix: outer products
-    settings = _settings(module) if plain and isinstance(module, _ConvNd) else None
-    if settings is not None:
-        pairs, only_weight = zip(U.split(1), X.split(1), strict=True), [False, True, False]
-        backward = torch.ops.aten.convolution_backward
-        return torch.stack([backward(u, x, weight, None, *settings, only_weight)[1] for u, x in pairs])
-    variable = weight.requires_grad_()
-    state = {name: p.detach().to(X.dtype) for name, p in module.named_parameters()} | {"weight": variable}
-    gradients = []
-    with torch.enable_grad(), torch.autocast(X.device.type, enabled=False):
-        for x, u in zip(X.split(1), U.split(1), strict=True):
-            score = (torch.func.functional_call(module, state, (x,)) * u).sum()
-            gradients.append(torch.autograd.grad(score, variable)[0])
-    return torch.stack(gradients)
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module is a dense or convolutional layer of torch.nn itself, of no class derived from one."""
+    return type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
 def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
@@ -253,7 +237,7 @@ def _dense_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> L
 def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
     """Convolutions, transposed ones too; without autograd where padding is by zeros and symmetric."""
     assert isinstance(module, _ConvNd)
-    settings = _settings(module)
+    settings = convolution_settings(module)
     if settings is None:
         operator = _module_operator(module, in_shape, dtype)
         build = lambda other: _convolution_operator(module, in_shape, other)  # noqa: E731
@@ -277,8 +261,11 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     )  # fmt: skip
 
 
-def _settings(module: _ConvNd) -> tuple[Any, ...] | None:
-    """(stride, padding, dilation, transposed, output padding, groups); None where not padded by zeros, alike on both sides."""
+def convolution_settings(module: _ConvNd) -> tuple[Any, ...] | None:
+    """(stride, padding, dilation, transposed, output padding, groups) of a convolution, as torch.convolution takes them.
+
+    None where the padding is not by zeros, alike on both sides.
+    """
     padding = _symmetric_padding(module)
     if padding is None or module.padding_mode != "zeros":
         return None

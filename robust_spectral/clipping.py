@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .affine import batchnorm_scale, is_batchnorm, weight_gradients
+from .affine import is_batchnorm, is_plain
 from .layers import LinearLayer
+from .moves import Move, MoveWeight, add_by_groups_, by_groups
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator, Shape
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, power_step, random_block, to_groups
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, power_step, random_block
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
+_PATIENCE = 50  # rounds without progress, after which a rescale has to do
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What a clip did: the norm before and after, ‖ΔW‖/‖W‖, and the number of updates (0: the weights were left alone)."""
+    """What a clip did: the norm before and after, ‖ΔW‖/‖W‖ of what moved, and the number of updates (0: nothing moved)."""
 
     before: NormInterval
     after: NormInterval
@@ -46,7 +47,8 @@ def clip_(
     A layer already below is not touched, and a norm is never raised.
 
     Args:
-        module: A dense or convolutional layer, or ``nn.Sequential(layer, batch normalisation)``, whose first part moves.
+        module: A dense or convolutional layer, or ``nn.Sequential(layer, batch normalisation)``, whose first part moves. A
+            parametrised weight moves through its parametrisation, that of timm's ``ScaledStdConv2d`` through its gain.
         in_shape: Shape of one input, without the batch axis.
         max_norm: The spectral norm allowed.
         failure_probability: Of the interval ``after``.
@@ -54,7 +56,7 @@ def clip_(
 
     Raises:
         ValueError: ``max_norm`` is not positive, or the weights are not finite.
-        NotImplementedError: the module has no plain weight that its norm is proportional to.
+        NotImplementedError: the module has nothing that its norm follows, or its parametrisation holds it above.
     """
     check_max_norm("clip_", max_norm)
     tracked = TrackedLayer.of(_as_layer(module, tuple(in_shape)), vectors=vectors, composite=True, seed=0)
@@ -66,6 +68,7 @@ class TrackedLayer:
     """A layer with the singular directions that are followed in it."""
 
     layer: LinearLayer
+    move: Move
     vectors: Tensor  # (groups, k, in / groups), orthonormal rows
     composite: bool | None  # None until settled
     operator: LinearOperator
@@ -75,20 +78,17 @@ class TrackedLayer:
     seen: int = field(default=-1)  # clipper step of the estimate
     _proved: _Proved | None = field(default=None)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter that a clip moves."""
-        weight: Any = self.layer.module.weight
-        return weight
-
     @classmethod
-    def of(cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int) -> TrackedLayer:
+    def of(
+        cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None
+    ) -> TrackedLayer:
         """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
-        _check_clippable(layer)
-        operator = layer.operator(composite=bool(composite))
+        move = move or MoveWeight()
+        move.parameters(layer)
+        operator = _operator(layer, bool(composite))
         size = math.prod(layer.in_shape) // operator.groups
         rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
+        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
 
     @property
     def kind(self) -> str:
@@ -98,7 +98,7 @@ class TrackedLayer:
     def resolve(self, composite: bool) -> None:
         """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
         self.composite = composite and self.layer.batchnorm is not None
-        self.operator = self.layer.operator(composite=self.composite)
+        self.operator = _operator(self.layer, self.composite)
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs: plain values and a tensor."""
@@ -116,51 +116,86 @@ class TrackedLayer:
 
     def power_step(self) -> Tensor:
         """One block power step from the warm vectors; the largest value found, as a tensor without a sync."""
-        if self.vectors.device != self.weight.device:
+        device = next(self.layer.module.parameters()).device
+        if self.vectors.device != device:
             self.resolve(bool(self.composite))
-            self.vectors = self.vectors.to(self.operator.device)
+            self.vectors = self.vectors.to(device)
         ritz, image = power_step(self._scaled(), self.vectors)
         return self._follow(ritz, torch.linalg.qr(image.mT)[0].mT)
 
     @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:
-        """Bring every followed direction above ``max_norm`` to it, by the smallest change of the weight that does."""
-        weight = self.weight
+        """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
         excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
-        G = self._weight_gradients()  # (g, k, weight / g)
+        A = self.operator
+        X, U = from_groups(self.ritz.right, A.in_shape), from_groups(self.ritz.left, A.out_shape)
+        G = by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)  # (g, k, numbers / g)
         a = _smallest_change(G @ G.mT, excess)[..., None]
-        change = (a * G).sum(1).reshape(weight.shape)
-        weight.sub_(change.to(weight.dtype))
+        add_by_groups_(self.move.parameters(self.layer), -(a * G).sum(1))
 
     def clip_until_proved_(self, max_norm: float, failure_probability: float, max_rounds: int = 300) -> ClipResult:
-        """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale."""
+        """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale.
+
+        Raises:
+            ValueError: nothing is proved of the norm at the failure probability given.
+            NotImplementedError: the norm does not follow what moves; everything is as it was then.
+        """
         self.resolve(bool(self.composite))
-        limit = (1 + TOLERANCE) * max_norm
-        before = self.enclosure(failure_probability)
-        if before.lower <= max_norm and before.upper > limit:  # undecided: look closer before touching anything
-            before = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
-        if math.isinf(before.upper):
+        before = self._decided(max_norm, failure_probability)
+        if before.upper <= (1 + TOLERANCE) * max_norm:
+            return ClipResult(before, before, 0.0, 0)
+        parameters = self.move.parameters(self.layer)
+        originals = [p.detach().clone() for p in parameters]
+        self.scale = power_of_two(before.upper)
+        rounds = self._clip_rounds_(max_norm, max_rounds, parameters, originals)
+        follows = _distortion(parameters, originals) <= 1
+        after, more = self._rescale_(max_norm, failure_probability) if follows else (before, 0)
+        if after.upper > (1 + TOLERANCE) * max_norm:
+            with torch.no_grad():
+                for parameter, original in zip(parameters, originals, strict=True):
+                    parameter.copy_(original)
+            raise NotImplementedError(
+                f"clipping '{self.layer.name}' ({type(self.layer.module).__name__}): its norm does not follow its "
+                f"parameters down to {max_norm:g}; a parametrisation holds it, remove that first"
+            )
+        return ClipResult(before, after, _distortion(parameters, originals), rounds + more)
+
+    def _clip_rounds_(self, max_norm: float, max_rounds: int, parameters: list[nn.Parameter], originals: list[Tensor]) -> int:
+        """Clip until the search finds nothing above, or makes no progress, or moves further than to zero; rounds taken."""
+        best, since = math.inf, 0
+        for done in range(max_rounds):
+            norm = self._largest(max_norm)
+            if norm <= max_norm * (1 + TOLERANCE / 2) or since == _PATIENCE or not _distortion(parameters, originals) <= 1:
+                return done
+            best, since = (norm, 0) if norm < best * (1 - TOLERANCE / 100) else (best, since + 1)
+            self.clip_directions_(max_norm)
+        return max_rounds
+
+    def _decided(self, max_norm: float, failure_probability: float) -> NormInterval:
+        """The norm, as close as it takes to tell whether it is above ``max_norm``."""
+        norm = self.enclosure(failure_probability)
+        if norm.lower <= max_norm and norm.upper > (1 + TOLERANCE) * max_norm:  # undecided: look closer first
+            norm = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
+        if math.isinf(norm.upper):
             raise ValueError(
                 f"clipping '{self.layer.name}': nothing is proved of its norm with failure_probability 0; allow one"
             )
-        if before.upper <= limit:
-            return ClipResult(before, before, 0.0, 0)
-        weight = self.weight
-        original = weight.detach().clone()
-        self.scale = power_of_two(float(original.abs().max()))
-        rounds = 0
-        while rounds < max_rounds and self._largest(max_norm) > max_norm * (1 + TOLERANCE / 2):
-            rounds += 1
-            self.clip_directions_(max_norm)
+        return norm
+
+    def _rescale_(self, max_norm: float, failure_probability: float, most: int = 20) -> tuple[NormInterval, int]:
+        """Scale down what is still above (1 + TOLERANCE) max_norm; the norm after that, and how many times it took."""
+        parameters = self.move.rescaled(self.layer)
+        smallest = 1 - max(torch.finfo(p.dtype).eps for p in parameters)  # a factor nearer to 1 may be rounded away
         after = self.enclosure(failure_probability)
-        smallest = 1 - torch.finfo(weight.dtype).eps  # a factor nearer to 1 may be rounded away
-        while after.upper > limit:
-            rounds += 1
+        for times in range(most):
+            if after.upper <= (1 + TOLERANCE) * max_norm:
+                return after, times
+            factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
             with torch.no_grad():
-                weight.mul_(min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest))
+                for parameter in parameters:
+                    parameter.mul_(factor)
             after = self.enclosure(failure_probability)
-        moved = float(((weight.detach().double() - original) / self.scale).norm() / (original.double() / self.scale).norm())
-        return ClipResult(before, after, moved, rounds)
+        return after, most
 
     def _scaled(self) -> LinearOperator:
         return self.operator if self.scale == 1 else self.operator.over(self.scale)
@@ -200,14 +235,6 @@ class TrackedLayer:
         """Take over triplets of the scaled operator, and the vectors to go on from; returns the largest value."""
         self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
         return self.ritz.values.max()
-
-    def _weight_gradients(self) -> Tensor:
-        """G_i = ∂⟨u_i, A v_i⟩/∂W of each followed direction: (g, k, weight / g)."""
-        X, U = from_groups(self.ritz.right, self.operator.in_shape), from_groups(self.ritz.left, self.operator.out_shape)
-        if self.composite and self.layer.batchnorm is not None:
-            scale = batchnorm_scale(self.layer.batchnorm).to(U.dtype)
-            U = U * scale.reshape(-1, *[1] * (U.ndim - 2))
-        return to_groups(weight_gradients(self.layer.module, X, U), self.operator.groups)
 
 
 @dataclass(frozen=True)
@@ -251,21 +278,17 @@ def _as_layer(module: nn.Module, in_shape: Shape) -> LinearLayer:
     return LinearLayer(type(module).__name__, module, in_shape)
 
 
-def _check_clippable(layer: LinearLayer) -> None:
-    where = f"clipping '{layer.name}' ({type(layer.module).__name__})"
-    if parametrize.is_parametrized(layer.module, "weight"):
-        raise NotImplementedError(f"{where}: its weight is parametrised; remove the parametrisation first")
-    if is_batchnorm(layer.module):
-        raise NotImplementedError(f"{where}: a batch normalisation is clipped only with the layer in front of it")
-    if not isinstance(getattr(layer.module, "weight", None), nn.Parameter):
-        raise NotImplementedError(f"{where}: it has no weight parameter of its own")
-    if _ignores_scale(layer.module):
-        raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
+def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:
+    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves."""
+    operator = layer.operator(composite=composite)
+    return operator if is_plain(layer.module) else replace(operator, groups=1)
 
 
-def _ignores_scale(module: nn.Module) -> bool:
-    """Whether the layer transforms its weight in forward; by name of the class, as timm is not imported here."""
-    return "StdConv2d" in type(module).__name__
+def _distortion(parameters: list[nn.Parameter], originals: list[Tensor]) -> float:
+    """‖Δp‖ / ‖p‖ over all parameters together, whatever their size."""
+    size = power_of_two(max(float(original.abs().max()) for original in originals))
+    moved = [(p.detach().double() - o.double()) / size for p, o in zip(parameters, originals, strict=True)]
+    return math.hypot(*(float(m.norm()) for m in moved)) / math.hypot(*(float((o.double() / size).norm()) for o in originals))
 
 
 def check_max_norm(call: str, max_norm: float) -> None:

@@ -186,4 +186,4 @@ class FastClip:
         return self.max_norm * (tracked.initial / self.max_norm) ** left
 
     def _shares_weights(self) -> bool:
-        return len({id(t.weight) for t in self._tracked.values()}) < len(self._tracked)
+        return len({id(t.layer.module.weight) for t in self._tracked.values()}) < len(self._tracked)

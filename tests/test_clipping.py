@@ -7,10 +7,14 @@ import pytest
 import torch
 from cases import CASES, CLIPPABLE, Case, mirrored, randomised, scaled
 from reference import dense, norm, same_bits, singular_values, snapshot
-from timm.layers import StdConv2d
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import robust_spectral as rs
+from robust_spectral.clipping import TrackedLayer
+from robust_spectral.layers import LinearLayer
+from robust_spectral.moves import Move, MoveGamma, MoveWeight, MoveWeightAndGamma
 
 every_clippable = pytest.mark.parametrize("case", CLIPPABLE, ids=str)
 same_padding_copies = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -269,8 +273,8 @@ def test_a_target_that_is_not_positive_is_an_error(max_norm: float) -> None:
     [
         (StdConv2d(3, 4, 3), (3, 5, 5), "standardises"),
         (nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4)), (3, 5, 5), "standardises"),
-        (mirrored(nn.Conv2d(3, 4, 3)), (3, 5, 5), "parametris"),
-        (nn.Sequential(mirrored(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)), (3, 5, 5), "parametris"),
+        (parametrizations.orthogonal(nn.Linear(6, 4)), (6,), "parametris"),
+        (parametrizations.spectral_norm(nn.Linear(6, 4)), (6,), "parametris"),
         (torch.nn.utils.spectral_norm(nn.Linear(3, 4)), (3,), "weight"),
         (nn.AvgPool2d(2), (3, 4, 4), "AvgPool2d"),
         (nn.BatchNorm2d(4), (4, 3, 3), "BatchNorm2d"),
@@ -281,9 +285,9 @@ def test_a_target_that_is_not_positive_is_an_error(max_norm: float) -> None:
     ids=[
         "StdConv2d",
         "StdConv2d, BN",
-        "parametrised",
-        "parametrised, BN",
+        "orthogonal",
         "spectral_norm",
+        "spectral_norm, old",
         "pool",
         "batchnorm",
         "LayerNorm",
@@ -317,3 +321,85 @@ def test_a_clip_never_raises_a_singular_value_of_a_circular_convolution_far() ->
     top = norm(module, in_shape)
     rs.clip_(module, in_shape, 0.8 * top)
     assert float(torch.linalg.svdvals(dense(module, in_shape)).max()) <= 0.8 * top * 1.001
+
+
+PARAMETRISED = {
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1)), (3, 6, 6)),
+    "weight norm, groups": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=2)), (4, 6, 6)),
+    "weight norm of all": (lambda: parametrizations.weight_norm(nn.Linear(7, 5), dim=None), (7,)),
+    "linear parametrisation": (lambda: mirrored(nn.Conv2d(2, 3, 3, padding=1)), (2, 5, 5)),
+    "ScaledStdConv2d": (lambda: ScaledStdConv2d(3, 6, 3), (3, 6, 6)),
+    "ScaledStdConv2d, groups": (lambda: ScaledStdConv2d(4, 6, 3, groups=2), (4, 6, 6)),
+    "weight norm, batchnorm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), randomised(nn.BatchNorm2d(4), [2.0] * 4)),
+        (3, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.3])
+@pytest.mark.parametrize("make, in_shape", PARAMETRISED.values(), ids=PARAMETRISED)
+def test_a_weight_that_is_computed_is_clipped_through_what_it_is_computed_from(
+    make: Callable[[], nn.Module], in_shape: tuple[int, ...], factor: float
+) -> None:
+    torch.manual_seed(0)
+    module = make().eval()
+    true = norm(module, in_shape)
+    result = rs.clip_(module, in_shape, factor * true)
+    after = norm(module, in_shape)
+    assert 0.99 * factor * true <= after <= 1.001 * factor * true
+    assert after in result.after and result.after.upper <= 1.001 * factor * true
+    assert rs.clip_(module, in_shape, factor * true).steps == 0
+
+
+MOVES = {"weight": MoveWeight(), "gamma": MoveGamma(), "both": MoveWeightAndGamma()}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize(
+    "make, in_shape",
+    [
+        (lambda: nn.Conv2d(3, 6, 3, padding=1), (3, 6, 6)),
+        (lambda: nn.Conv2d(6, 6, 3, stride=2, groups=3), (6, 7, 7)),
+        (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 4, 4)),
+    ],
+    ids=["conv", "groups", "transposed"],
+)
+def test_a_composite_is_clipped_through_its_weight_its_gamma_or_both(
+    make: Callable[[], nn.Module], in_shape: tuple[int, ...], move: Move
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(make(), randomised(nn.BatchNorm2d(6), [1.5, -2.0, 0.0, 0.3, 1.0, 4.0])).eval()
+    true, before = norm(module, in_shape), snapshot(module)
+    layer = LinearLayer("0", module[0], in_shape, module[1], "1")
+    TrackedLayer.of(layer, vectors=4, composite=True, seed=0, move=move).clip_until_proved_(0.5 * true, 1e-9)
+    assert 0.99 * 0.5 * true <= norm(module, in_shape) <= 1.001 * 0.5 * true
+    moved = {name for name, value in snapshot(module).items() if not torch.equal(value, before[name])}
+    assert (
+        moved
+        == {"weight": {"0.weight"}, "gamma": {"1.weight"}, "both": {"0.weight", "1.weight"}}[
+            next(name for name, one in MOVES.items() if one is move)
+        ]
+    )
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_the_gradients_of_a_move_are_those_of_autograd(move: Move) -> None:
+    torch.manual_seed(0)
+    conv, batchnorm = nn.Conv2d(2, 3, 3, padding=1).double(), randomised(nn.BatchNorm2d(3), [1.5, -2.0, 0.3]).double().eval()
+    layer = LinearLayer("0", conv, (2, 5, 5), batchnorm, "1")
+    X, U = torch.randn(4, 2, 5, 5, dtype=torch.float64), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    found = move.gradients(layer, X, U, True)
+    for row, (x, u) in enumerate(zip(X.split(1), U.split(1), strict=True)):
+        score = ((batchnorm(conv(x)) - batchnorm(conv(torch.zeros_like(x)))) * u).sum()
+        for gradient, true in zip(found, torch.autograd.grad(score, move.parameters(layer)), strict=True):
+            if isinstance(move, MoveWeightAndGamma) and true.ndim > 1:  # without what lies along each filter
+                filters = conv.weight.detach().flatten(1)
+                along = (true.flatten(1) * filters).sum(1) / filters.square().sum(1)
+                true = true - (along[:, None] * filters).reshape(true.shape)
+            torch.testing.assert_close(gradient[row], true)
+
+
+def test_there_is_no_gamma_to_move_where_no_normalisation_follows() -> None:
+    with pytest.raises(NotImplementedError, match=r"'conv'.*γ"):
+        TrackedLayer.of(LinearLayer("conv", nn.Conv2d(2, 2, 3), (2, 5, 5)), vectors=1, composite=True, seed=0, move=MoveGamma())

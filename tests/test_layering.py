@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "numerics", "operators", "affine", "circular", "spectrum", "kernel_bounds", "norms", "layers", "clipping", "fastclip",
-    "graph", "rules", "lipschitz", "certify",
+    "numerics", "operators", "affine", "circular", "spectrum", "kernel_bounds", "norms", "layers", "moves",
+    "clipping", "fastclip", "graph", "rules", "lipschitz", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
