@@ -21,7 +21,7 @@ from .moves import Move, MoveWeight, add_by_groups_, by_groups
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator, Shape
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, power_step, random_block
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, next_block, power_step, random_block
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _PATIENCE = 50  # rounds without progress, after which a rescale has to do
@@ -74,21 +74,24 @@ class TrackedLayer:
     operator: LinearOperator
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
+    target: float = field(default=math.inf)
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
     _proved: _Proved | None = field(default=None)
+    _versions: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None
-    ) -> TrackedLayer:
+        cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None,
+        target: float = math.inf,
+    ) -> TrackedLayer:  # fmt: skip
         """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
         move = move or MoveWeight()
         move.parameters(layer)
         operator = _operator(layer, bool(composite))
         size = math.prod(layer.in_shape) // operator.groups
         rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
+        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target)
 
     @property
     def kind(self) -> str:
@@ -104,7 +107,7 @@ class TrackedLayer:
         """What `restore` needs: plain values and a tensor."""
         return {
             "vectors": self.vectors.clone(), "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
-            "initial": self.initial,
+            "initial": self.initial, "target": self.target,
         }  # fmt: skip
 
     def restore(self, entry: dict[str, Any]) -> None:
@@ -113,6 +116,17 @@ class TrackedLayer:
             self.resolve(entry["composite"])
         self.vectors = entry["vectors"].to(self.vectors)
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
+        self.target = entry["target"]
+
+    def note_changes(self) -> None:
+        """Take what has been done to the parameters so far as seen."""
+        self._versions = [p._version for p in self.move.parameters(self.layer)]
+
+    @property
+    def changes_unseen(self) -> int:
+        """How often a parameter has been changed in place since `note_changes`, as far as torch counts it."""
+        now = [p._version for p in self.move.parameters(self.layer)]
+        return max(new - old for new, old in zip(now, self._versions or now, strict=True))
 
     def power_step(self) -> Tensor:
         """One block power step from the warm vectors; the largest value found, as a tensor without a sync."""
@@ -121,7 +135,7 @@ class TrackedLayer:
             self.resolve(bool(self.composite))
             self.vectors = self.vectors.to(device)
         ritz, image = power_step(self._scaled(), self.vectors)
-        return self._follow(ritz, torch.linalg.qr(image.mT)[0].mT)
+        return self._follow(ritz, next_block(image, self.vectors))
 
     @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:

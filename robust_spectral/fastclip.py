@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -12,118 +15,167 @@ from torch.utils.hooks import RemovableHandle
 
 from .clipping import TOLERANCE, ClipResult, TrackedLayer, check_max_norm
 from .layers import LinearLayer, linear_layers
+from .moves import Move, MoveWeight
 
 Composites = Literal["auto", "always", "never"]
+Patterns = str | Sequence[str]
 
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
+_HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
 
 
 class FastClip:
     """Holds the spectral norms of a model's linear layers at ``max_norm`` while it trains.
 
     Finds the layers itself, and asks nothing of the training loop: `attach` hooks the optimizer, after each of whose steps
-    one warm power step follows the top singular directions of each layer and those above the target are clipped. `finish`
-    ends training with every norm proved. Vectors live here, never in the model or its state dict.
+    one warm power step follows the top singular directions of the layers that are due and those above the target are
+    clipped. `finish` ends training with every norm proved. Vectors live here, never in the model or its state dict.
 
     ``composites="auto"`` clips a convolution together with the batch normalisation behind it where that normalises by
     frozen running statistics, and alone (with one warning) where it trains on batch statistics: such a composite does not
     change when a filter is rescaled, so clipping it through the weight would drive the weight to zero. Which of the two
-    holds is read off the model's mode at the first step.
+    holds is read off the model's mode at the first step. A ``move`` that takes γ along clips composites in either case.
 
     Args:
         model: Any model.
         example_input: A batch the model takes, (n, ...).
         max_norm: The spectral norm allowed, of the composite where one is clipped, else of the layer; inf turns the
-            clipper off.
+            clipper off. Or norms by name pattern, {"conv*": 1.0, "fc": 2.0}: the first that matches holds, layers that none
+            matches are left alone.
         composites: "auto", "always" or "never".
-        warmup_steps: Steps over which the target falls geometrically from each layer's norm at the first step to ``max_norm``.
+        move: What is moved to clip a composite: `MoveWeight` (default), `MoveGamma` or `MoveWeightAndGamma`.
+        include: Name patterns (as in shells) of the layers to hold; default all.
+        exclude: Name patterns of layers to leave alone.
+        relative: Whether ``max_norm`` is a multiple of each layer's own norm at the first step.
+        warmup_steps: Steps over which the target falls geometrically from each layer's norm at the first step to its last.
         vectors: Singular directions followed in each layer (and group).
-        every: Clip after every so many optimizer steps.
+        every: Each layer is due once in so many optimizer steps, the layers taking turns.
+        sweeps: Power steps and clips of a layer that is due.
         failure_probability: Of each layer's proved norm.
         seed: Of the starting vectors.
 
     Raises:
-        ValueError: ``max_norm`` is not positive, or the model applies no linear layer or does not take the input.
+        ValueError: ``max_norm`` is not positive, a pattern matches no layer, or the model applies no linear layer or does not
+            take the input.
         NotImplementedError: a layer cannot be clipped; the message names it.
     """
 
     def __init__(
-        self, model: nn.Module, example_input: Tensor, max_norm: float = 1.0, *, composites: Composites = "auto",
-        warmup_steps: int = 0, vectors: int = 4, every: int = 1, failure_probability: float = 1e-9, seed: int = 0,
+        self, model: nn.Module, example_input: Tensor, max_norm: float | Mapping[str, float] = 1.0, *,
+        composites: Composites = "auto", move: Move | None = None, include: Patterns = "*", exclude: Patterns = (),
+        relative: bool = False, warmup_steps: int = 0, vectors: int = 4, every: int = 1, sweeps: int = 1,
+        failure_probability: float = 1e-9, seed: int = 0,
     ) -> None:  # fmt: skip
-        check_max_norm("FastClip", max_norm)
         if composites not in ("auto", "always", "never"):
             raise ValueError(f"FastClip(composites={composites!r}): expected 'auto', 'always' or 'never'")
+        if every < 1 or sweeps < 1 or vectors < 1:
+            raise ValueError(f"FastClip(every={every}, sweeps={sweeps}, vectors={vectors}): must be at least 1")
         self.max_norm = max_norm
         self.steps = 0
-        self._composites, self._warmup_steps, self._every = composites, warmup_steps, every
+        self._composites, self._move = composites, move or MoveWeight()
+        self._relative, self._warmup_steps, self._every, self._sweeps = relative, warmup_steps, every, sweeps
         self._failure_probability = failure_probability
         self._results: dict[str, ClipResult] = {}
+        self._handles: list[RemovableHandle] = []
+        layers = linear_layers(model, example_input)
+        targets = _targets([layer.name for layer in layers], max_norm, include, exclude)
         self._tracked = {
-            layer.name: TrackedLayer.of(layer, vectors=vectors, composite=None, seed=seed + index)
-            for index, layer in enumerate(linear_layers(model, example_input))
-        }
+            layer.name: TrackedLayer.of(
+                layer, vectors=vectors, composite=None, seed=seed + index, target=targets[layer.name],
+                move=self._move if layer.batchnorm is not None else None,
+            )
+            for index, layer in enumerate(layers)
+            if layer.name in targets
+        }  # fmt: skip
 
     @property
     def layers(self) -> list[LinearLayer]:
-        """The layers found, in the order of the forward pass."""
+        """The layers held, in the order of the forward pass."""
         return [tracked.layer for tracked in self._tracked.values()]
 
+    @property
+    def off(self) -> bool:
+        """Whether every target is infinite, so that nothing is ever done."""
+        return all(math.isinf(tracked.target) for tracked in self._tracked.values())
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer that is still alive calls this clipper."""
+        return any(_alive(handle) for handle in self._handles)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Clip after every step of an optimizer; ``remove()`` of the handle ends it."""
+        """Clip after every step of an optimizer; ``remove()`` of the handle ends it.
+
+        A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again.
+
+        Raises:
+            ValueError: another clipper is attached and holds a layer of this one.
+        """
+        for name, tracked in self._tracked.items():
+            other = _HELD_BY.get(tracked.layer.module, lambda: None)()
+            if other is not None and other is not self and other.attached and not self.off and not other.off:
+                raise ValueError(
+                    f"FastClip.attach: layer '{name}' is held by another clipper already; remove the handle of that one first"
+                )
+        for tracked in self._tracked.values():
+            _HELD_BY[tracked.layer.module] = ref(self)
         handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: self.step())
+        self._handles = [*(h for h in self._handles if _alive(h)), handle]
+        self._note_weights()
         return handle
 
     def step(self) -> None:
-        """One warm power step on every layer, then a clip of the directions above the target.
+        """One warm power step on every layer that is due, then a clip of the directions above its target.
 
         Raises:
             ValueError: a layer's weights are not finite; nothing is clipped then.
         """
         self.steps += 1
-        if math.isinf(self.max_norm) or self.steps % self._every:
+        if self.off:
             return
         self._resolve()
-        values = []
-        for name, tracked in self._tracked.items():
-            try:
-                values.append(tracked.power_step())
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise ValueError(_NON_FINITE.format(name)) from None
-        for (name, tracked), norm in zip(self._tracked.items(), torch.stack(values).tolist(), strict=True):
-            if not math.isfinite(norm):
-                raise ValueError(_NON_FINITE.format(name))
-            tracked.estimate, tracked.seen = norm, self.steps
-            target = self._target(tracked, norm)
-            if norm > target:
-                tracked.clip_directions_(target)
-                tracked.seen = -1  # measured again when asked for
+        due = [t for index, t in enumerate(self._tracked.values()) if (self.steps + index) % self._every == 0]
+        for _ in range(self._sweeps if due else 0):
+            for tracked, norm in zip(due, self._measure(due), strict=True):
+                target = self._target(tracked, norm)
+                if norm > target:
+                    tracked.clip_directions_(target)
+                    tracked.seen = -1  # measured again when asked for
+        self._note_weights()
 
     def norms(self) -> dict[str, float]:
-        """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}."""
-        self._resolve()
-        for tracked in self._tracked.values():
-            if tracked.seen != self.steps:
-                tracked.estimate, tracked.seen = float(tracked.power_step()), self.steps
-        return {name: tracked.estimate for name, tracked in self._tracked.items()}
-
-    def finish(self) -> dict[str, ClipResult]:
-        """Clip every layer until its norm is proved to be at most 1.001 ``max_norm``; what moved, by layer name.
+        """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
 
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        if math.isinf(self.max_norm):
+        self._resolve()
+        unknown = [tracked for tracked in self._tracked.values() if tracked.seen < max(0, self.steps - self._every + 1)]
+        if unknown:
+            self._measure(unknown)
+        return {name: tracked.estimate for name, tracked in self._tracked.items()}
+
+    def finish(self) -> dict[str, ClipResult]:
+        """Clip every layer until its norm is proved to be at most 1.001 of its target; what moved, by layer name.
+
+        Warns where the weights have changed more than once since the hook last fired, as they do when the optimizer that
+        was attached to has been replaced or copied.
+
+        Raises:
+            ValueError: a layer's weights are not finite.
+        """
+        if self.off:
             return {}
         self._resolve()
-        first = {name: t.clip_until_proved_(self.max_norm, self._failure_probability) for name, t in self._tracked.items()}
+        self._warn_if_dead()
+        first = self._finish_once()
         self._results = first
         if any(result.steps for result in first.values()) and self._shares_weights():
-            again = {name: t.clip_until_proved_(self.max_norm, self._failure_probability) for name, t in self._tracked.items()}
             self._results = {
                 name: ClipResult(first[name].before, last.after, first[name].distortion, first[name].steps + last.steps)
-                for name, last in again.items()
+                for name, last in self._finish_once().items()
             }
+        self._note_weights()
         return dict(self._results)
 
     def report(self, rtol: float = TOLERANCE / 4) -> list[dict[str, Any]]:
@@ -137,7 +189,7 @@ class FastClip:
         for name, tracked in self._tracked.items():
             norm = tracked.enclosure(self._failure_probability, rtol)
             moved = self._results[name].distortion if name in self._results else None
-            target = None if math.isinf(self.max_norm) else self.max_norm
+            target = None if math.isinf(tracked.target) else tracked.target
             rows.append({"name": name, "kind": tracked.kind, "lower": norm.lower, "upper": norm.upper,
                          "target": target, "distortion": moved})  # fmt: skip
         return rows
@@ -161,15 +213,42 @@ class FastClip:
         self.steps = int(state["steps"])
         for name, entry in state["layers"].items():
             self._tracked[name].restore(entry)
+        self._note_weights()
+
+    def _measure(self, layers: list[TrackedLayer]) -> list[float]:
+        """One power step on each layer; what is found, with a single wait for the device.
+
+        Raises:
+            ValueError: a layer's weights are not finite.
+        """
+        values = []
+        for tracked in layers:
+            try:
+                values.append(tracked.power_step())
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise ValueError(_NON_FINITE.format(tracked.layer.name)) from None
+        found: list[float] = torch.stack([value.to(values[0].device) for value in values]).tolist()
+        for tracked, norm in zip(layers, found, strict=True):
+            if not math.isfinite(norm):
+                raise ValueError(_NON_FINITE.format(tracked.layer.name))
+            tracked.estimate, tracked.seen = norm, self.steps
+        return found
+
+    def _finish_once(self) -> dict[str, ClipResult]:
+        held = {name: tracked for name, tracked in self._tracked.items() if not math.isinf(tracked.target)}
+        return {name: t.clip_until_proved_(t.target, self._failure_probability) for name, t in held.items()}
 
     def _resolve(self) -> None:
-        """Settle for every layer, once, whether it is clipped together with its batch normalisation."""
+        """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
         open_layers = [t for t in self._tracked.values() if t.composite is None]
         training = [t.layer.name for t in open_layers if t.layer.batchnorm is not None and t.layer.batchnorm.training]
+        either_way = not isinstance(self._move, MoveWeight)
         for tracked in open_layers:
             frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
-            tracked.resolve(self._composites == "always" or (self._composites == "auto" and frozen))
-        if training and self._composites == "auto" and not math.isinf(self.max_norm):
+            tracked.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
+            if self._relative and not math.isinf(tracked.target):
+                tracked.target *= tracked.enclosure(self._failure_probability, rtol=1e-2).lower
+        if training and self._composites == "auto" and not either_way and not self.off:
             warnings.warn(
                 f"FastClip: {len(training)} layers (first: '{training[0]}') feed a batch normalisation that trains on batch "
                 "statistics, so the layers alone are clipped and the normalisation can undo it. Freeze its statistics "
@@ -178,12 +257,61 @@ class FastClip:
             )
 
     def _target(self, tracked: TrackedLayer, norm: float) -> float:
-        if self._warmup_steps <= 0:
-            return self.max_norm
+        if self._warmup_steps <= 0 or math.isinf(tracked.target):
+            return tracked.target
         if math.isnan(tracked.initial):
-            tracked.initial = max(norm, self.max_norm)
+            tracked.initial = max(norm, tracked.target)
         left = max(0.0, 1 - self.steps / self._warmup_steps)
-        return self.max_norm * (tracked.initial / self.max_norm) ** left
+        return tracked.target * (tracked.initial / tracked.target) ** left
+
+    def _note_weights(self) -> None:
+        """Remember how often each weight has been changed in place so far."""
+        for tracked in self._tracked.values():
+            tracked.note_changes()
+
+    def _warn_if_dead(self) -> None:
+        moved = [name for name, tracked in self._tracked.items() if tracked.changes_unseen > 1]
+        if self._handles and moved:
+            warnings.warn(
+                f"FastClip.finish: {len(moved)} layers (first: '{moved[0]}') changed more than once since the hook last fired, "
+                f"at step {self.steps}. If that was training, its optimizer no longer calls this clipper (replaced, copied or "
+                "unpickled optimizers lose the hook); attach the clipper to the one that trains.",
+                stacklevel=3,
+            )
 
     def _shares_weights(self) -> bool:
         return len({id(t.layer.module.weight) for t in self._tracked.values()}) < len(self._tracked)
+
+
+def _targets(names: list[str], max_norm: float | Mapping[str, float], include: Patterns, exclude: Patterns) -> dict[str, float]:
+    """The target of every layer that is to be held, by name; a layer applied to several shapes goes by its plain name too."""
+    by_pattern = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}
+    wanted, unwanted = _as_list(include), _as_list(exclude)
+    for value in by_pattern.values():
+        check_max_norm("FastClip", value)
+    for argument, patterns in (("max_norm", list(by_pattern)), ("include", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                raise ValueError(f"FastClip({argument}=...): the pattern {pattern!r} matches none of the layers {names}")
+    targets = {}
+    for name in names:
+        if any(_matches(name, p) for p in wanted) and not any(_matches(name, p) for p in unwanted):
+            found = [value for pattern, value in by_pattern.items() if _matches(name, pattern)]
+            targets |= {name: float(found[0])} if found else {}
+    if not targets:
+        raise ValueError(f"FastClip(include={include!r}, exclude={exclude!r}): no layer is left of {names}")
+    return targets
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.split("#")[0], pattern)
+
+
+def _as_list(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _alive(handle: RemovableHandle) -> bool:
+    """Whether the optimizer of a hook still lives, and the hook in it."""
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks

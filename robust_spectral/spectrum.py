@@ -220,6 +220,11 @@ def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
     Returns the Ritz triplets and ``A.H A right``, the block the next power step starts from. Costs 2 k applications.
     """
     Y = apply_grouped(A, X)
+    if Y.shape[1] == 1:  # one vector needs no decomposition
+        size = Y.norm(dim=2, keepdim=True)
+        left = Y / size.clamp_min(torch.finfo(Y.dtype).tiny)
+        back = apply_grouped(A.H, left)
+        return Ritz(size[..., 0], left, X, (back - size * X).norm(dim=-1), 1), size * back
     P, values, Q = torch.linalg.svd(Y.mT, full_matrices=False)  # Y.mT: (g, out, k) = P diag(values) Q
     right = Q @ X
     left = P.mT
@@ -326,6 +331,14 @@ class _Basis:
 
 def _shrunk(after: Tensor, before: Tensor) -> bool:
     return bool((after.norm(dim=2) < 0.5 * before.norm(dim=2)).any())
+
+
+def next_block(image: Tensor, previous: Tensor) -> Tensor:
+    """Orthonormal rows for the next power step, from the image of the last one; where that is zero, those of before."""
+    if image.shape[1] > 1:
+        return torch.linalg.qr(image.mT)[0].mT
+    size = image.norm(dim=2, keepdim=True)
+    return torch.where(size == 0, previous, image / size.clamp_min(torch.finfo(image.dtype).tiny))
 
 
 def orthonormal_rows(X: Tensor) -> Tensor:

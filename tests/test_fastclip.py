@@ -1,7 +1,9 @@
 """The training hook: norms held under any optimizer, proved at the end, and nothing else changed."""
 
 import copy
+import gc
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 import robust_spectral as rs
+from robust_spectral.moves import Move, MoveGamma, MoveWeightAndGamma
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int = 3) -> None:
@@ -106,15 +109,16 @@ def test_a_skipped_step_of_a_gradient_scaler_skips_the_clip(convnet: nn.Module, 
     assert clipper.steps == 0
 
 
-def test_every_so_many_steps_means_that(convnet: nn.Module, images: Tensor) -> None:
+def test_layers_take_turns_where_each_is_due_once_in_so_many_steps(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     clipper = rs.FastClip(convnet, images, max_norm=0.1, every=3)
     clipper.attach(optimizer)
-    before = snapshot(convnet)
-    train(convnet, optimizer, images, 2)
-    assert same_bits(before, snapshot(convnet))
-    train(convnet, optimizer, images, 1)
-    assert not torch.equal(before["0.weight"], convnet[0].weight)
+    for last in (2, 1, 0):  # at step n the layers whose place plus n divides by 3
+        before = snapshot(convnet)
+        train(convnet, optimizer, images, 1)
+        weights = [layer.module.weight for layer in clipper.layers]
+        moved = [not torch.equal(w, before[f"{layer.name}.weight"]) for layer, w in zip(clipper.layers, weights, strict=True)]
+        assert moved == [index == last for index in range(3)]
 
 
 def test_the_composite_is_clipped_where_its_statistics_are_frozen(convnet: nn.Module, images: Tensor) -> None:
@@ -467,3 +471,128 @@ def test_a_timm_resnet_is_clipped_whole() -> None:
     results = clipper.finish()
     assert max(result.after.upper for result in results.values()) <= 1.001
     assert norm(model.fc, (96,)) <= 1.001
+
+
+def test_norms_are_set_by_name_and_layers_without_one_are_left_alone(convnet: nn.Module, images: Tensor) -> None:
+    before = snapshot(convnet)
+    clipper = rs.FastClip(convnet, images, max_norm={"0": 0.3, "[1-7]": 0.5})
+    clipper.finish()
+    assert [(row["name"], row["target"]) for row in clipper.report()] == [("0", 0.3), ("3", 0.5)]
+    assert [row["upper"] <= 1.001 * row["target"] for row in clipper.report()] == [True, True]
+    assert torch.equal(before["8.weight"], convnet[8].weight)
+
+
+@pytest.mark.parametrize(
+    "chosen, names",
+    [({"include": "3"}, ["3"]), ({"exclude": ["8", "0"]}, ["3"]), ({"include": ["0", "8"], "exclude": "8"}, ["0"])],
+    ids=str,
+)
+def test_layers_are_chosen_by_pattern(chosen: dict, names: list[str], convnet: nn.Module, images: Tensor) -> None:
+    assert [layer.name for layer in rs.FastClip(convnet, images, **chosen).layers] == names
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"include": "convs.*"}, "include.*convs"),
+        ({"exclude": ["head"]}, "exclude.*head"),
+        ({"max_norm": {"head": 1.0}}, "max_norm.*head"),
+        ({"exclude": "*"}, "no layer is left"),
+        ({"max_norm": {"0": 0.0}}, "must be positive"),
+        ({"max_norm": math.nan}, "must be positive"),
+        ({"every": 0}, "at least 1"),
+        ({"sweeps": 0}, "at least 1"),
+        ({"vectors": 0}, "at least 1"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_makes_no_sense_is_an_error(wrong: dict, words: str, convnet: nn.Module, images: Tensor) -> None:
+    before = snapshot(convnet)
+    with pytest.raises(ValueError, match=words):
+        rs.FastClip(convnet, images, **wrong)
+    assert same_bits(before, snapshot(convnet))
+
+
+def test_a_relative_target_is_a_multiple_of_each_layers_own_norm(convnet: nn.Module, images: Tensor) -> None:
+    own = true_norms(convnet)
+    clipper = rs.FastClip(convnet, images, max_norm=0.5, relative=True)
+    clipper.finish()
+    assert true_norms(convnet) == pytest.approx([0.5 * value for value in own], rel=2e-2)
+    assert [row["target"] for row in clipper.report()] == pytest.approx([0.5 * value for value in own], rel=2e-2)
+
+
+def test_more_sweeps_bring_a_layer_nearer_to_its_target_in_one_step(convnet: nn.Module, images: Tensor) -> None:
+    reached = []
+    for sweeps in (1, 20):
+        model = copy.deepcopy(convnet)
+        rs.FastClip(model, images, max_norm=0.3, vectors=1, sweeps=sweeps).step()
+        reached.append(max(true_norms(model)))
+    assert reached[1] < reached[0] and reached[1] <= 0.36
+
+
+@pytest.mark.parametrize("move", [MoveGamma(), MoveWeightAndGamma()], ids=["gamma", "both"])
+def test_composites_are_held_while_their_normalisation_trains_where_gamma_moves(
+    move: Move, convnet: nn.Module, images: Tensor
+) -> None:
+    convnet.train()
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.05)
+    clipper = rs.FastClip(convnet, images, max_norm=1.5, move=move)
+    clipper.attach(optimizer)
+    labels = torch.arange(len(images)) % 5
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(convnet(images), labels).backward()
+        optimizer.step()
+    convnet.eval()
+    clipper.finish()
+    assert [row["kind"] for row in clipper.report()] == ["conv+bn", "conv+bn", "dense"]
+    assert max(true_norms(convnet)) <= 1.5 * 1.001
+    assert float(convnet[0].weight.detach().norm()) > 0.1
+
+
+def test_a_second_clipper_on_the_same_layers_is_refused_until_the_first_is_gone(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    handle = rs.FastClip(convnet, images).attach(optimizer)
+    with pytest.raises(ValueError, match="'0' is held by another clipper"):
+        rs.FastClip(convnet, images).attach(optimizer)
+    rs.FastClip(convnet, images, max_norm=math.inf).attach(optimizer)
+    handle.remove()
+    rs.FastClip(convnet, images).attach(optimizer)
+
+
+def test_clippers_of_different_layers_go_together(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    rs.FastClip(convnet, images, 0.3, include="0").attach(optimizer)
+    rs.FastClip(convnet, images, 0.6, exclude="0").attach(optimizer)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "replaced", "pickled"])
+def test_a_hook_that_no_longer_fires_is_noticed(how: str, convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.01)
+    clipper = rs.FastClip(convnet, images)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images, 2)
+    assert clipper.attached
+    other = {
+        "deepcopy": lambda: copy.deepcopy(optimizer),
+        "replaced": lambda: torch.optim.AdamW(convnet.parameters(), lr=0.01),
+        "pickled": lambda: pickle.loads(pickle.dumps(optimizer)),
+    }[how]()
+    if how != "replaced":  # a copy carries copies of the parameters, too
+        other.param_groups[0]["params"] = list(convnet.parameters())
+    train(convnet, other, images, 4)
+    assert clipper.steps == 2
+    with pytest.warns(UserWarning, match="no longer calls this clipper"):
+        clipper.finish()
+    assert max(true_norms(convnet)) <= 1.001
+
+
+def test_a_clipper_whose_optimizer_is_gone_is_not_attached(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images)
+    assert not clipper.attached
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.01)
+    clipper.attach(optimizer)
+    assert clipper.attached
+    del optimizer
+    gc.collect()
+    assert not clipper.attached
