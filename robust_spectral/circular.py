@@ -146,7 +146,7 @@ def representation_gap(module: nn.Module, in_shape: Sequence[int], max_norm: flo
     if set(convolution.stride) != {1}:
         raise NotImplementedError(f"representation_gap: {module} has a stride; only stride 1 is covered")
     grid, groups, stride = kernel.shape[2:], convolution.groups, convolution.stride
-    kept, counts, mirror = _representatives(grid)
+    kept, counts, mirror = representatives(grid)
     U, S, Vh = torch.linalg.svd(_blocks(kernel, groups, stride)[kept], full_matrices=False)
     excess = (S - max_norm / scale).clamp_min(0)
     half = (U * excess[..., None, :]) @ Vh  # (kept, g, out/g, in/g)
@@ -167,7 +167,7 @@ def representation_gap(module: nn.Module, in_shape: Sequence[int], max_norm: flo
 
 def _on_grid(call: str, module: nn.Module, in_shape: Sequence[int]) -> tuple[_ConvNd, Tensor, Tensor, float]:
     """The convolution, its kernel / scale laid around the grid (out, in/g, *grid), where its window lies (*grid), the scale."""
-    convolution, grid = _circular(call, module, in_shape), tuple(in_shape)[1:]
+    convolution, grid = plain_circular(call, module, in_shape), tuple(in_shape)[1:]
     with torch.no_grad(), evaluating(module):
         weight = convolution.weight.detach()
     if weight.is_complex():
@@ -198,7 +198,7 @@ def _blocks(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
 
 
 def _values(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
-    kept, counts, _ = _representatives([n // s for n, s in zip(kernel.shape[2:], stride, strict=True)])
+    kept, counts, _ = representatives([n // s for n, s in zip(kernel.shape[2:], stride, strict=True)])
     blocks = _blocks(kernel, groups, stride)[kept]
     if 1 in blocks.shape[-2:]:
         values = torch.linalg.vector_norm(blocks, dim=(-2, -1))
@@ -207,7 +207,7 @@ def _values(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
     return values.repeat_interleave(counts.to(values.device), dim=0).flatten().sort(descending=True).values
 
 
-def _representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """One frequency of each conjugate pair, how many it stands for (1 or 2), and the mirror image of every frequency."""
     flat, axes = torch.arange(prod(grid)), tuple(range(len(grid)))
     mirror = flat.reshape(*grid).flip(axes).roll([1] * len(grid), axes).flatten()
@@ -215,7 +215,7 @@ def _representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return kept, 1 + (mirror > flat)[kept].long(), mirror
 
 
-def _circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _ConvNd:
+def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _ConvNd:
     """Refuse all but plain convolutions that map the cyclic grid onto every s-th of its points."""
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)

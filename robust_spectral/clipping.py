@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from .moves import Move, MoveWeight, add_by_groups_, by_groups
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator, Shape
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, from_groups, next_block, power_step, random_block
+from .projection import projected_weight
+from .spectrum import Lanczos, Ritz, apply_grouped, dense_ritz, dense_work, from_groups, next_block, power_step, random_block
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
+_REACH = 5e-3  # above its target, what a training step takes down along the directions followed
+_STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
 _PATIENCE = 50  # rounds without progress, after which a rescale has to do
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
@@ -39,8 +42,9 @@ class ClipResult:
 
 
 def clip_(
-    module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, failure_probability: float = 1e-9, vectors: int = 8
-) -> ClipResult:
+    module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, method: Literal["update", "projection"] = "update",
+    failure_probability: float = 1e-9, vectors: int = 8,
+) -> ClipResult:  # fmt: skip
     """Clip the spectral norm of a layer to ``max_norm``, in place and as near to its weights as the update gets.
 
     Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``; what the updates leave above it is closed by a rescale.
@@ -51,16 +55,21 @@ def clip_(
             parametrised weight moves through its parametrisation, that of timm's ``ScaledStdConv2d`` through its gain.
         in_shape: Shape of one input, without the batch axis.
         max_norm: The spectral norm allowed.
+        method: "update", this module's; or "projection", the nearest weight of all (`projected_weight`), for dense layers and
+            convolutions of stride 1 with zero or circular padding: slower, and the better the more singular values are above.
         failure_probability: Of the interval ``after``.
         vectors: How many singular directions are clipped together.
 
     Raises:
-        ValueError: ``max_norm`` is not positive, or the weights are not finite.
+        ValueError: ``max_norm`` is not positive, the method is unknown, or the weights are not finite.
         NotImplementedError: the module has nothing that its norm follows, or its parametrisation holds it above.
     """
     check_max_norm("clip_", max_norm)
+    if method not in ("update", "projection"):
+        raise ValueError(f"clip_(method={method!r}): expected 'update' or 'projection'")
     tracked = TrackedLayer.of(_as_layer(module, tuple(in_shape)), vectors=vectors, composite=True, seed=0)
-    return tracked.clip_until_proved_(max_norm, failure_probability)
+    clip = tracked.project_until_proved_ if method == "projection" else tracked.clip_until_proved_
+    return clip(max_norm, failure_probability)
 
 
 @dataclass(eq=False)
@@ -72,11 +81,14 @@ class TrackedLayer:
     vectors: Tensor  # (groups, k, in / groups), orthonormal rows
     composite: bool | None  # None until settled
     operator: LinearOperator
+    left: Tensor | None = field(default=None)  # (groups, 1, out / groups) where the last half of a power step was forward
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
     target: float = field(default=math.inf)
+    missed: float = field(default=1.0)  # factor by which power steps fall short
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
+    ritz: Ritz = field(init=False)  # what the last power step or search found
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
 
@@ -106,8 +118,9 @@ class TrackedLayer:
     def entry(self) -> dict[str, Any]:
         """What `restore` needs: plain values and a tensor."""
         return {
-            "vectors": self.vectors.clone(), "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
-            "initial": self.initial, "target": self.target,
+            "vectors": self.vectors.clone(), "left": None if self.left is None else self.left.clone(),
+            "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
+            "initial": self.initial, "target": self.target, "missed": self.missed,
         }  # fmt: skip
 
     def restore(self, entry: dict[str, Any]) -> None:
@@ -115,8 +128,9 @@ class TrackedLayer:
         if entry["composite"] is not None:
             self.resolve(entry["composite"])
         self.vectors = entry["vectors"].to(self.vectors)
+        self.left = None if entry["left"] is None else entry["left"].to(self.vectors)
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
-        self.target = entry["target"]
+        self.target, self.missed = entry["target"], entry["missed"]
 
     def note_changes(self) -> None:
         """Take what has been done to the parameters so far as seen."""
@@ -128,14 +142,51 @@ class TrackedLayer:
         now = [p._version for p in self.move.parameters(self.layer)]
         return max(new - old for new, old in zip(now, self._versions or now, strict=True))
 
+    def search(self, steps: int, seed: int) -> Tensor:
+        """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
+
+        The run starts from where the vectors are, stirred, so that it sees what they are blind to. How much more it finds than
+        they did is what power steps are taken to miss from then on, less with every search that finds them right.
+        """
+        start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
+        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), self.vectors.shape[1], start)
+        return self._follow(ritz, next_block(ritz.right, self.vectors))
+
+    def learn(self, found: float, searched: float) -> None:
+        """Remember by which factor a power step fell short of a search."""
+        self.missed = max(1 + 0.9 * (self.missed - 1), searched / found if found > 0 else 1.0)
+
     def power_step(self) -> Tensor:
-        """One block power step from the warm vectors; the largest value found, as a tensor without a sync."""
+        """A warm power step; the largest value found, as a tensor without a sync.
+
+        A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
+        pair u, v and a value ⟨u, A v⟩ of the weights as they are.
+        """
         device = next(self.layer.module.parameters()).device
         if self.vectors.device != device:
             self.resolve(bool(self.composite))
-            self.vectors = self.vectors.to(device)
-        ritz, image = power_step(self._scaled(), self.vectors)
-        return self._follow(ritz, next_block(image, self.vectors))
+            self.vectors, self.left = self.vectors.to(device), None
+        if self.vectors.shape[1] > 1:
+            ritz, image = power_step(self._scaled(), self.vectors)
+            return self._follow(ritz, next_block(image, self.vectors))
+        if self.left is None:
+            right, (left, size) = self.vectors, _unit(apply_grouped(self._scaled(), self.vectors), None)
+        else:
+            left, (right, size) = self.left, _unit(apply_grouped(self._scaled().H, self.left), self.vectors)
+        ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
+        return self._follow(ritz, right, forward=self.left is None)
+
+    def hold_(self, target: float, norm: float) -> None:
+        """Take a norm just measured down to the target: most of it by a rescale, the last bit along the directions followed.
+
+        What is far above the target is spread over more directions than are followed, as it is where training starts.
+        """
+        most = target * (1 + _REACH)
+        if norm > most:
+            self._multiply_(most / norm)
+            self.ritz = replace(self.ritz, values=self.ritz.values * (most / norm))
+        self.clip_directions_(target)
+        self.seen = -1  # measured again when asked for
 
     @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:
@@ -144,8 +195,13 @@ class TrackedLayer:
         A = self.operator
         X, U = from_groups(self.ritz.right, A.in_shape), from_groups(self.ritz.left, A.out_shape)
         G = by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)  # (g, k, numbers / g)
-        a = _smallest_change(G @ G.mT, excess)[..., None]
-        add_by_groups_(self.move.parameters(self.layer), -(a * G).sum(1))
+        a = _smallest_change(G @ G.mT, excess)
+        add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
+
+    @torch.no_grad()
+    def _multiply_(self, factor: float) -> None:
+        for parameter in self.move.rescaled(self.layer):
+            parameter.mul_(factor)
 
     def clip_until_proved_(self, max_norm: float, failure_probability: float, max_rounds: int = 300) -> ClipResult:
         """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale.
@@ -173,6 +229,21 @@ class TrackedLayer:
                 f"parameters down to {max_norm:g}; a parametrisation holds it, remove that first"
             )
         return ClipResult(before, after, _distortion(parameters, originals), rounds + more)
+
+    def project_until_proved_(self, max_norm: float, failure_probability: float) -> ClipResult:
+        """Replace the weight by the nearest one of no larger norm; what its roundings leave above is closed by a rescale."""
+        if self.layer.batchnorm is not None:
+            raise NotImplementedError(f"clipping '{self.layer.name}': a composite has no projection; project the layer alone")
+        before = self._decided(max_norm, failure_probability)
+        if before.upper <= (1 + TOLERANCE) * max_norm:
+            return ClipResult(before, before, 0.0, 0)
+        nearest = projected_weight(self.layer.module, self.layer.in_shape, max_norm)
+        parameters = self.move.parameters(self.layer)
+        originals = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            parameters[0].copy_(nearest)
+        after, more = self._rescale_(max_norm, failure_probability)
+        return ClipResult(before, after, _distortion(parameters, originals), 1 + more)
 
     def _clip_rounds_(self, max_norm: float, max_rounds: int, parameters: list[nn.Parameter], originals: list[Tensor]) -> int:
         """Clip until the search finds nothing above, or makes no progress, or moves further than to zero; rounds taken."""
@@ -205,9 +276,7 @@ class TrackedLayer:
             if after.upper <= (1 + TOLERANCE) * max_norm:
                 return after, times
             factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.mul_(factor)
+            self._multiply_(factor)
             after = self.enclosure(failure_probability)
         return after, most
 
@@ -245,9 +314,13 @@ class TrackedLayer:
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
         return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))
 
-    def _follow(self, ritz: Ritz, vectors: Tensor) -> Tensor:
-        """Take over triplets of the scaled operator, and the vectors to go on from; returns the largest value."""
+    def _follow(self, ritz: Ritz, vectors: Tensor, forward: bool = False) -> Tensor:
+        """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
+
+        Returns the largest value.
+        """
         self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
+        self.left = ritz.left if forward else None
         return self.ritz.values.max()
 
 
@@ -267,12 +340,21 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     )
 
 
+def _unit(image: Tensor, fallback: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows (g, 1, n) at unit length, the fallback (or zeros) where they vanish, and their lengths (g, 1, 1)."""
+    size = image.norm(dim=2, keepdim=True)
+    unit = image / size.clamp_min(torch.finfo(image.dtype).tiny)
+    return (unit if fallback is None else torch.where(size == 0, fallback, unit)), size
+
+
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
     """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
 
     The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
     lower them more than enough), so that nearly dependent directions cannot blow the change up.
     """
+    if gram.shape[-1] == 1:
+        return excess / (gram[..., 0] + torch.finfo(gram.dtype).tiny)
     active = excess > 0
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)

@@ -20,6 +20,8 @@ from .moves import Move, MoveWeight
 Composites = Literal["auto", "always", "never"]
 Patterns = str | Sequence[str]
 
+_LOOK, _LOOK_EVERY = 8, 2  # steps of the closer look that one layer gets, and optimizer steps from one to the next
+_IDLE = 2e-3  # above its target, what is not worth a clip
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
 
@@ -29,7 +31,8 @@ class FastClip:
 
     Finds the layers itself, and asks nothing of the training loop: `attach` hooks the optimizer, after each of whose steps
     one warm power step follows the top singular directions of the layers that are due and those above the target are
-    clipped. `finish` ends training with every norm proved. Vectors live here, never in the model or its state dict.
+    clipped; every other step one layer, in turn, gets a closer look, from which the clipper learns what its power steps
+    miss. `finish` ends training with every norm proved. Vectors live here, never in the model or its state dict.
 
     ``composites="auto"`` clips a convolution together with the batch normalisation behind it where that normalises by
     frozen running statistics, and alone (with one warning) where it trains on batch statistics: such a composite does not
@@ -63,7 +66,7 @@ class FastClip:
     def __init__(
         self, model: nn.Module, example_input: Tensor, max_norm: float | Mapping[str, float] = 1.0, *,
         composites: Composites = "auto", move: Move | None = None, include: Patterns = "*", exclude: Patterns = (),
-        relative: bool = False, warmup_steps: int = 0, vectors: int = 4, every: int = 1, sweeps: int = 1,
+        relative: bool = False, warmup_steps: int = 0, vectors: int = 1, every: int = 1, sweeps: int = 1,
         failure_probability: float = 1e-9, seed: int = 0,
     ) -> None:  # fmt: skip
         if composites not in ("auto", "always", "never"):
@@ -134,14 +137,27 @@ class FastClip:
         if self.off:
             return
         self._resolve()
-        due = [t for index, t in enumerate(self._tracked.values()) if (self.steps + index) % self._every == 0]
-        for _ in range(self._sweeps if due else 0):
+        layers = list(self._tracked.values())
+        looked_at = layers[self.steps // _LOOK_EVERY % len(layers)] if self.steps % _LOOK_EVERY == 0 else None
+        due = [t for index, t in enumerate(layers) if (self.steps + index) % self._every == 0 and t is not looked_at]
+        for _ in range(self._sweeps):
             for tracked, norm in zip(due, self._measure(due), strict=True):
-                target = self._target(tracked, norm)
-                if norm > target:
-                    tracked.clip_directions_(target)
-                    tracked.seen = -1  # measured again when asked for
+                self._hold(tracked, norm, tracked.missed)
+        if looked_at is not None:
+            self._look(looked_at)
         self._note_weights()
+
+    def _look(self, tracked: TrackedLayer) -> None:
+        """A closer look at one layer, and at what its power steps miss."""
+        found = self._measure([tracked])[0]
+        searched = self._search(tracked, _LOOK)
+        tracked.learn(found, searched)
+        self._hold(tracked, searched, 1.0)
+
+    def _hold(self, tracked: TrackedLayer, norm: float, missed: float) -> None:
+        target = self._target(tracked, norm * missed) / missed
+        if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a weight that is shared has been taken down already
+            tracked.hold_(target, norm)
 
     def norms(self) -> dict[str, float]:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
@@ -222,6 +238,8 @@ class FastClip:
             ValueError: a layer's weights are not finite.
         """
         values = []
+        if not layers:
+            return []
         for tracked in layers:
             try:
                 values.append(tracked.power_step())
@@ -232,6 +250,17 @@ class FastClip:
             if not math.isfinite(norm):
                 raise ValueError(_NON_FINITE.format(tracked.layer.name))
             tracked.estimate, tracked.seen = norm, self.steps
+            tracked.note_changes()
+        return found
+
+    def _search(self, tracked: TrackedLayer, steps: int) -> float:
+        """What a short Krylov run finds; raises ValueError where a layer's weights are not finite."""
+        try:
+            found = float(tracked.search(steps, self.steps))
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise ValueError(_NON_FINITE.format(tracked.layer.name))
         return found
 
     def _finish_once(self) -> dict[str, ClipResult]:
@@ -246,6 +275,8 @@ class FastClip:
         for tracked in open_layers:
             frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
             tracked.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
+            if not self.off:
+                self._search(tracked, 2 * _LOOK)
             if self._relative and not math.isinf(tracked.target):
                 tracked.target *= tracked.enclosure(self._failure_probability, rtol=1e-2).lower
         if training and self._composites == "auto" and not either_way and not self.off:
@@ -293,7 +324,7 @@ def _targets(names: list[str], max_norm: float | Mapping[str, float], include: P
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
                 raise ValueError(f"FastClip({argument}=...): the pattern {pattern!r} matches none of the layers {names}")
-    targets = {}
+    targets: dict[str, float] = {}
     for name in names:
         if any(_matches(name, p) for p in wanted) and not any(_matches(name, p) for p in unwanted):
             found = [value for pattern, value in by_pattern.items() if _matches(name, pattern)]

@@ -170,7 +170,8 @@ def _through_batchnorm(layer: LinearLayer, U: Tensor) -> Tensor:
 
 def by_groups(gradients: Sequence[Tensor], groups: int) -> Tensor:
     """Gradients of one layer beside each other, (groups, k, numbers / groups)."""
-    return torch.cat([g.reshape(len(g), groups, -1).transpose(0, 1) for g in gradients], dim=2)
+    parts = [g.reshape(len(g), groups, -1).transpose(0, 1) for g in gradients]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Clipping: the norm meets its target by a dense float64 reference, and what needs no change keeps its bits."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -403,3 +404,36 @@ def test_the_gradients_of_a_move_are_those_of_autograd(move: Move) -> None:
 def test_there_is_no_gamma_to_move_where_no_normalisation_follows() -> None:
     with pytest.raises(NotImplementedError, match=r"'conv'.*γ"):
         TrackedLayer.of(LinearLayer("conv", nn.Conv2d(2, 2, 3), (2, 5, 5)), vectors=1, composite=True, seed=0, move=MoveGamma())
+
+
+@pytest.mark.parametrize(
+    "make, in_shape",
+    [
+        (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (4, 8, 8)),
+        (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 8, 8)),
+        (lambda: nn.Conv1d(4, 4, 3, padding=1, groups=2), (4, 12)),
+        (lambda: nn.Linear(9, 7), (9,)),
+    ],
+    ids=["circular", "zeros", "groups", "dense"],
+)
+def test_the_projection_moves_no_further_than_the_update_and_is_proved_too(
+    make: Callable[[], nn.Module], in_shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    module = make()
+    twin, target = copy.deepcopy(module), 0.5 * norm(module, in_shape)
+    update, projection = rs.clip_(module, in_shape, target), rs.clip_(twin, in_shape, target, method="projection")
+    assert norm(twin, in_shape) <= projection.after.upper <= 1.001 * target
+    zeros = getattr(module, "padding_mode", "") == "zeros"  # whose projection is conservative
+    assert projection.distortion <= update.distortion * (1.05 if zeros else 1.005)
+    assert rs.clip_(twin, in_shape, target, method="projection").steps == 0
+
+
+def test_only_what_has_a_projection_is_projected() -> None:
+    for module in (nn.Conv2d(3, 3, 3, stride=2), nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))):
+        before = snapshot(module)
+        with pytest.raises(NotImplementedError):
+            rs.clip_(module, (3, 6, 6), 0.1, method="projection")
+        assert same_bits(before, snapshot(module))
+    with pytest.raises(ValueError, match="method"):
+        rs.clip_(nn.Linear(2, 2), (2,), method="gradient descent")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "numerics", "operators", "affine", "circular", "spectrum", "kernel_bounds", "norms", "layers", "moves",
+    "numerics", "operators", "affine", "circular", "projection", "spectrum", "kernel_bounds", "norms", "layers", "moves",
     "clipping", "fastclip", "graph", "rules", "lipschitz", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))

@@ -1,11 +1,11 @@
 """What holding norms costs: the time of a clipped training step over that of a plain one, paired in one run, and peak memory.
 
     python evaluations/benchmarks/training_overhead.py --out evaluations/benchmarks/results/training_overhead.json
-    python evaluations/benchmarks/training_overhead.py --reference PATH     # with a checkout of the authors' code (Ali-E/FastClip)
+    python evaluations/benchmarks/training_overhead.py --reference PATH   # with a checkout of the authors' code
 
 Every method trains a model of its own from the same weights on the same random batches; the methods take turns step by step,
-so that a slow moment of the machine hits all of them alike, and the ratio is the median over the rounds. Peak memory comes from a
-process of its own for each method.
+so that a slow moment of the machine hits all of them alike, and the ratio is the median over the rounds. Peak memory comes
+from a process of its own for each method.
 """
 
 from __future__ import annotations
