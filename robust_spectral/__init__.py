@@ -20,9 +20,13 @@ from .layers import spectral_norms as spectral_norms
 from .lipschitz import LipschitzBound as LipschitzBound
 from .lipschitz import lipschitz_bound as lipschitz_bound
 from .lipschitz import lipschitz_estimate as lipschitz_estimate
+from .moves import MoveGamma as MoveGamma
+from .moves import MoveWeight as MoveWeight
+from .moves import MoveWeightAndGamma as MoveWeightAndGamma
 from .norms import NormInterval as NormInterval
 from .norms import spectral_norm as spectral_norm
 from .operators import LinearOperator as LinearOperator
+from .projection import projected_weight as projected_weight
 from .spectrum import Lanczos as Lanczos
 from .spectrum import PowerQR as PowerQR
 from .spectrum import SingularTriplets as SingularTriplets

@@ -7,7 +7,6 @@ autograd and without the second forward for the offset.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .operators import Kernel, LinearOperator, Shape, compose
+from .convolutions import bounding_kernel, convolution_settings, symmetric_padding
+from .operators import LinearOperator, Shape, compose
 
 _FROZEN_BATCHNORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}  # of torchvision and timm, which are no _BatchNorm
 
@@ -120,7 +120,7 @@ def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
     if isinstance(module, nn.Linear):
         return tuple(in_shape[-1:])
     pointwise = type(module) in _CONVOLUTIONS and isinstance(module, _ConvNd) and set(module.kernel_size) == {1}
-    if pointwise and not any(_symmetric_padding(module) or ()):  # type: ignore[arg-type]
+    if pointwise and not any(symmetric_padding(module) or ()):  # type: ignore[arg-type]
         return (in_shape[0], *[1] * (len(in_shape) - 1))
     return tuple(in_shape)
 
@@ -241,7 +241,7 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     if settings is None:
         operator = _module_operator(module, in_shape, dtype)
         build = lambda other: _convolution_operator(module, in_shape, other)  # noqa: E731
-        return replace(operator, kernel=_kernel(module, in_shape, dtype), build=build)
+        return replace(operator, kernel=bounding_kernel(module, _weight(module).to(dtype), in_shape), build=build)
     axes = len(module.kernel_size)
     if len(in_shape) != axes + 1 or in_shape[0] != module.in_channels:
         raise ValueError(f"linear_operator(in_shape={in_shape}): {module} takes ({module.in_channels}, {axes} spatial axes)")
@@ -257,43 +257,8 @@ def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype
     return LinearOperator(
         in_shape, _out_shape(forward, in_shape, dtype, module), dtype, _device(module), forward, adjoint,
         build=lambda other: _convolution_operator(module, in_shape, other),
-        groups=module.groups, kernel=_kernel(module, in_shape, dtype), label=type(module).__name__,
+        groups=module.groups, kernel=bounding_kernel(module, _weight(module).to(dtype), in_shape), label=type(module).__name__,
     )  # fmt: skip
-
-
-def convolution_settings(module: _ConvNd) -> tuple[Any, ...] | None:
-    """(stride, padding, dilation, transposed, output padding, groups) of a convolution, as torch.convolution takes them.
-
-    None where the padding is not by zeros, alike on both sides.
-    """
-    padding = _symmetric_padding(module)
-    if padding is None or module.padding_mode != "zeros":
-        return None
-    return module.stride, padding, module.dilation, module.transposed, module.output_padding, module.groups
-
-
-def _kernel(module: _ConvNd, in_shape: Shape, dtype: torch.dtype) -> Kernel:
-    """The kernel for bounds, with the stride turned into channels: its phases see inputs of their own (polyphase).
-
-    A circular padding wraps phases onto themselves only where the stride divides the input; elsewhere the stride is left out,
-    which drops rows and is a bound all the same. A transposed convolution is the adjoint of one.
-    """
-    weight = _weight(module).to(dtype)
-    wraps = module.padding_mode == "circular"
-    for axis, (stride, dilation) in enumerate(zip(module.stride, module.dilation, strict=True)):
-        if stride > 1 and not (wraps and in_shape[1 + axis] % stride):
-            weight = _phases(weight, 2 + axis, stride, dilation)
-    kernel = Kernel(weight, module.groups, _padding_gain(module, in_shape))
-    return kernel.H if module.transposed else kernel
-
-
-def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
-    """Every stride-th tap of an axis as channels of their own, (out, in * stride, *window) with a window that much shorter."""
-    places = torch.arange(weight.shape[axis], device=weight.device) * dilation
-    length = -(-(int(places[-1]) + 1) // stride)
-    spread = weight.new_zeros(*weight.shape[:axis], length * stride, *weight.shape[axis + 1 :])
-    spread = spread.index_add(axis, places, weight)
-    return spread.unflatten(axis, (length, stride)).movedim(axis + 1, 2).flatten(1, 2)
 
 
 def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, module: nn.Module) -> Shape:
@@ -302,37 +267,6 @@ def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torc
             return tuple(forward(torch.zeros(1, *in_shape, dtype=dtype, device=_device(module))).shape[1:])
     except RuntimeError as error:
         raise ValueError(f"linear_operator(in_shape={in_shape}): {module} does not take it: {error}") from error
-
-
-def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
-    """Norm of the padding where the kernel's own bounds do not cover it, rounded up.
-
-    A padding that repeats inputs is a matrix with a single 1 in each row, so its norm along an axis is the root of the
-    number of times the most repeated input appears. Circular padding so narrow that no input meets one kernel entry twice,
-    around a window that does not meet itself, is covered by the kernel's own bounds, and zeros add nothing.
-    """
-    if module.padding_mode == "zeros":
-        return 1.0
-    reversed_padding: Any = module._reversed_padding_repeated_twice
-    gain = 1.0
-    for axis, size in enumerate(in_shape[1:]):
-        before, after = reversed_padding[2 * (len(in_shape) - 2 - axis) :][:2]
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
-        if module.padding_mode == "circular" and before + after <= reach < size:
-            continue
-        cells = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=module.padding_mode)
-        gain *= math.sqrt(int(torch.bincount(cells.flatten().long()).max())) * (1 + 1e-15)
-    return gain
-
-
-def _symmetric_padding(module: _ConvNd) -> Shape | None:
-    """The zeros added at both ends of each spatial axis; None where the two ends differ ('same' with an even window)."""
-    if not isinstance(module.padding, str):
-        return tuple(module.padding)
-    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    if module.padding == "valid":
-        return (0,) * len(reach)
-    return tuple(r // 2 for r in reach) if all(r % 2 == 0 for r in reach) else None
 
 
 def _batchnorm_module(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:

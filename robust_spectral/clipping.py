@@ -14,19 +14,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .affine import is_batchnorm, is_plain
+from .krylov import apply_grouped, from_groups, random_block
 from .layers import LinearLayer
-from .moves import Move, MoveWeight, add_by_groups_, by_groups
+from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator, Shape
 from .projection import projected_weight
-from .spectrum import Lanczos, Ritz, apply_grouped, dense_ritz, dense_work, from_groups, next_block, power_step, random_block
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions followed
 _STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
+_MOST_MISSED = 1.1
 _PATIENCE = 50  # rounds without progress, after which a rescale has to do
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
@@ -114,6 +117,8 @@ class TrackedLayer:
         """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
         self.composite = composite and self.layer.batchnorm is not None
         self.operator = _operator(self.layer, self.composite)
+        self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
+        self.left = None if self.left is None else self.left.to(self.operator.device, self.operator.dtype)
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs: plain values and a tensor."""
@@ -125,8 +130,9 @@ class TrackedLayer:
 
     def restore(self, entry: dict[str, Any]) -> None:
         """Go on from the entry of a clipper's state dict."""
-        if entry["composite"] is not None:
-            self.resolve(entry["composite"])
+        self.composite = entry["composite"]
+        if self.composite is not None:
+            self.resolve(self.composite)
         self.vectors = entry["vectors"].to(self.vectors)
         self.left = None if entry["left"] is None else entry["left"].to(self.vectors)
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
@@ -153,8 +159,9 @@ class TrackedLayer:
         return self._follow(ritz, next_block(ritz.right, self.vectors))
 
     def learn(self, found: float, searched: float) -> None:
-        """Remember by which factor a power step fell short of a search."""
-        self.missed = max(1 + 0.9 * (self.missed - 1), searched / found if found > 0 else 1.0)
+        """Remember by which factor a power step fell short of a search; of vectors gone cold, which tell nothing, a little."""
+        short = min(searched / found, _MOST_MISSED) if found > 0 else 1.0
+        self.missed = max(1 + 0.9 * (self.missed - 1), short)
 
     def power_step(self) -> Tensor:
         """A warm power step; the largest value found, as a tensor without a sync.
@@ -162,10 +169,8 @@ class TrackedLayer:
         A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
         pair u, v and a value ⟨u, A v⟩ of the weights as they are.
         """
-        device = next(self.layer.module.parameters()).device
-        if self.vectors.device != device:
+        if self.vectors.device != next(self.layer.module.parameters()).device:
             self.resolve(bool(self.composite))
-            self.vectors, self.left = self.vectors.to(device), None
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
             return self._follow(ritz, next_block(image, self.vectors))
@@ -176,15 +181,18 @@ class TrackedLayer:
         ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
         return self._follow(ritz, right, forward=self.left is None)
 
-    def hold_(self, target: float, norm: float) -> None:
-        """Take a norm just measured down to the target: most of it by a rescale, the last bit along the directions followed.
+    @torch.no_grad()
+    def hold_(self, target: float) -> None:
+        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions followed.
 
-        What is far above the target is spread over more directions than are followed, as it is where training starts.
+        What is far above the target is spread over more directions than are followed, as it is where training starts. Each
+        group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
         """
-        most = target * (1 + _REACH)
-        if norm > most:
-            self._multiply_(most / norm)
-            self.ritz = replace(self.ritz, values=self.ritz.values * (most / norm))
+        if not parametrize.is_parametrized(self.layer.module, "weight"):
+            largest = self.ritz.values.amax(1, keepdim=True)
+            factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
+            multiply_by_groups_(self.move.rescaled(self.layer), factors)
+            self.ritz = replace(self.ritz, values=self.ritz.values * factors)
         self.clip_directions_(target)
         self.seen = -1  # measured again when asked for
 
@@ -197,11 +205,6 @@ class TrackedLayer:
         G = by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)  # (g, k, numbers / g)
         a = _smallest_change(G @ G.mT, excess)
         add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
-
-    @torch.no_grad()
-    def _multiply_(self, factor: float) -> None:
-        for parameter in self.move.rescaled(self.layer):
-            parameter.mul_(factor)
 
     def clip_until_proved_(self, max_norm: float, failure_probability: float, max_rounds: int = 300) -> ClipResult:
         """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale.
@@ -232,8 +235,10 @@ class TrackedLayer:
 
     def project_until_proved_(self, max_norm: float, failure_probability: float) -> ClipResult:
         """Replace the weight by the nearest one of no larger norm; what its roundings leave above is closed by a rescale."""
-        if self.layer.batchnorm is not None:
-            raise NotImplementedError(f"clipping '{self.layer.name}': a composite has no projection; project the layer alone")
+        if self.layer.batchnorm is not None or not is_plain(self.layer.module):
+            raise NotImplementedError(
+                f"clipping '{self.layer.name}' ({type(self.layer.module).__name__}): only plain layers alone have a projection"
+            )
         before = self._decided(max_norm, failure_probability)
         if before.upper <= (1 + TOLERANCE) * max_norm:
             return ClipResult(before, before, 0.0, 0)
@@ -276,7 +281,9 @@ class TrackedLayer:
             if after.upper <= (1 + TOLERANCE) * max_norm:
                 return after, times
             factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
-            self._multiply_(factor)
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(factor)
             after = self.enclosure(failure_probability)
         return after, most
 

@@ -71,6 +71,8 @@ class FastClip:
     ) -> None:  # fmt: skip
         if composites not in ("auto", "always", "never"):
             raise ValueError(f"FastClip(composites={composites!r}): expected 'auto', 'always' or 'never'")
+        if composites == "never" and not isinstance(move or MoveWeight(), MoveWeight):
+            raise ValueError(f"FastClip(composites='never', move={move!r}): γ moves composites only")
         if every < 1 or sweeps < 1 or vectors < 1:
             raise ValueError(f"FastClip(every={every}, sweeps={sweeps}, vectors={vectors}): must be at least 1")
         self.max_norm = max_norm
@@ -138,26 +140,23 @@ class FastClip:
             return
         self._resolve()
         layers = list(self._tracked.values())
-        looked_at = layers[self.steps // _LOOK_EVERY % len(layers)] if self.steps % _LOOK_EVERY == 0 else None
-        due = [t for index, t in enumerate(layers) if (self.steps + index) % self._every == 0 and t is not looked_at]
+        turn = self.steps // _LOOK_EVERY % len(layers)
+        looked_at = [layers[turn]] if self.steps % _LOOK_EVERY == 0 else []
+        due = [t for index, t in enumerate(layers) if (self.steps + index) % self._every == 0 and t not in looked_at]
         for _ in range(self._sweeps):
-            for tracked, norm in zip(due, self._measure(due), strict=True):
+            found = self._measure([*due, *looked_at])
+            for tracked, norm in zip(due, found, strict=False):
                 self._hold(tracked, norm, tracked.missed)
-        if looked_at is not None:
-            self._look(looked_at)
+        for tracked in looked_at:
+            searched = self._search(tracked, _LOOK)
+            tracked.learn(found[-1], searched)
+            self._hold(tracked, searched, 1.0)
         self._note_weights()
-
-    def _look(self, tracked: TrackedLayer) -> None:
-        """A closer look at one layer, and at what its power steps miss."""
-        found = self._measure([tracked])[0]
-        searched = self._search(tracked, _LOOK)
-        tracked.learn(found, searched)
-        self._hold(tracked, searched, 1.0)
 
     def _hold(self, tracked: TrackedLayer, norm: float, missed: float) -> None:
         target = self._target(tracked, norm * missed) / missed
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a weight that is shared has been taken down already
-            tracked.hold_(target, norm)
+            tracked.hold_(target)
 
     def norms(self) -> dict[str, float]:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
@@ -191,6 +190,8 @@ class FastClip:
                 name: ClipResult(first[name].before, last.after, first[name].distortion, first[name].steps + last.steps)
                 for name, last in self._finish_once().items()
             }
+        for tracked in self._tracked.values():
+            tracked.seen = -1  # whatever was known before
         self._note_weights()
         return dict(self._results)
 
@@ -254,7 +255,8 @@ class FastClip:
         return found
 
     def _search(self, tracked: TrackedLayer, steps: int) -> float:
-        """What a short Krylov run finds; raises ValueError where a layer's weights are not finite."""
+        """A closer look at one layer: what a short Krylov run finds. Raises ValueError where its weights are not finite."""
+        tracked.note_changes()
         try:
             found = float(tracked.search(steps, self.steps))
         except ValueError:
@@ -278,7 +280,8 @@ class FastClip:
             if not self.off:
                 self._search(tracked, 2 * _LOOK)
             if self._relative and not math.isinf(tracked.target):
-                tracked.target *= tracked.enclosure(self._failure_probability, rtol=1e-2).lower
+                own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
+                tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by
         if training and self._composites == "auto" and not either_way and not self.off:
             warnings.warn(
                 f"FastClip: {len(training)} layers (first: '{training[0]}') feed a batch normalisation that trains on batch "

@@ -52,7 +52,7 @@ def symbol_bound(kernel: Kernel, most_work: float = SYMBOL_WORK) -> float:
     scale = power_of_two(float(kernel.weight.abs().max()))
     pieces = [largest_singular_value(piece) for piece in _symbols(kernel.weight.double() / scale, grid, kernel.groups)]
     largest, operations = max(pieces)[0], max(operations for _, operations in pieces) + kernel.weight[0].numel() + prod(grid)
-    return round_up(kernel.gain * scale * slack * largest, operations)
+    return round_up(kernel.gain * slack * largest * scale, operations)
 
 
 def _grids(degrees: list[int]) -> Iterator[list[int]]:

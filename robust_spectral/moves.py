@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .affine import batchnorm_scale, convolution_settings, evaluating, is_batchnorm, is_plain, linear_operator
+from .affine import batchnorm_scale, evaluating, is_batchnorm, is_plain, linear_operator
+from .convolutions import convolution_settings
 from .layers import LinearLayer
+
+_HOLDING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
 
 
 class Move(Protocol):
@@ -75,7 +78,7 @@ class MoveGamma:
         gamma = self.parameters(layer)[0].detach().double()
         inverse_std = torch.where(gamma == 0, 0.0, batchnorm_scale(layer.batchnorm) / torch.where(gamma == 0, 1.0, gamma))
         Y = linear_operator(layer.module, layer.in_shape, X.dtype).matmat(X)
-        return [(Y * U).flatten(2).sum(2) * inverse_std.to(X.dtype)]
+        return [(Y * U).reshape(*Y.shape[:2], -1).sum(2) * inverse_std.to(X.dtype)]
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
         """γ."""
@@ -117,6 +120,9 @@ def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Paramet
     """
     kind, where = type(module).__name__, f"clipping '{name or type(module).__name__}' ({type(module).__name__})"
     if parametrize.is_parametrized(module, "weight"):
+        holding = [type(part).__name__ for part in module.parametrizations.weight if type(part).__name__ in _HOLDING]  # type: ignore
+        if holding:
+            raise NotImplementedError(f"{where}: the parametrisation {holding[0]} holds its norm; remove that first")
         prefix = "parametrizations.weight."
         return {key: value for key, value in module.named_parameters() if key.startswith(prefix)}
     if is_batchnorm(module):
@@ -179,3 +185,10 @@ def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor) -> None:
     parts = change.split([p.numel() // len(change) for p in parameters], dim=1)
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.add_(part.reshape(parameter.shape).to(parameter.dtype))
+
+
+def multiply_by_groups_(parameters: Sequence[nn.Parameter], factors: Tensor) -> None:
+    """Multiply each group's part of the parameters by its factor, (groups, 1)."""
+    for parameter in parameters:
+        each = factors.to(parameter.dtype).expand(len(factors), parameter.numel() // len(factors))
+        parameter.mul_(each.reshape(parameter.shape))

@@ -18,9 +18,10 @@ import torch
 from scipy.special import betaincinv
 
 from .kernel_bounds import SYMBOL_WORK, frobenius_bound, schur_bound, symbol_bound
+from .krylov import golub_kahan, random_block
 from .numerics import largest_singular_value, power_of_two, round_down, round_up
 from .operators import LinearOperator, direct_sum
-from .spectrum import dense_blocks, dense_work, golub_kahan, random_block, size_of
+from .spectrum import dense_blocks, dense_work, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
 _DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take a quarter of a second on two cores
@@ -192,7 +193,8 @@ def lanczos_intervals(
             if last or (nothing_to_wait_for | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
                 break
     margin = n * B.groups // len(sizes) + prod(B.out_shape) // len(sizes)
-    return [(round_down(s * low, margin), round_up(s * high, margin)) for s, low, high in zip(sizes, lower, upper, strict=True)]
+    ends = zip((sizes * lower).tolist(), (sizes * upper).tolist(), strict=True)
+    return [(round_down(low, margin), round_up(high, margin)) for low, high in ends]
 
 
 def _size(A: LinearOperator, seed: int) -> float:

@@ -363,14 +363,16 @@ MOVES = {"weight": MoveWeight(), "gamma": MoveGamma(), "both": MoveWeightAndGamm
         (lambda: nn.Conv2d(3, 6, 3, padding=1), (3, 6, 6)),
         (lambda: nn.Conv2d(6, 6, 3, stride=2, groups=3), (6, 7, 7)),
         (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 4, 4)),
+        (lambda: nn.Linear(5, 6), (5,)),
     ],
-    ids=["conv", "groups", "transposed"],
+    ids=["conv", "groups", "transposed", "dense"],
 )
 def test_a_composite_is_clipped_through_its_weight_its_gamma_or_both(
     make: Callable[[], nn.Module], in_shape: tuple[int, ...], move: Move
 ) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(make(), randomised(nn.BatchNorm2d(6), [1.5, -2.0, 0.0, 0.3, 1.0, 4.0])).eval()
+    kind = nn.BatchNorm1d if len(in_shape) == 1 else nn.BatchNorm2d
+    module = nn.Sequential(make(), randomised(kind(6), [1.5, -2.0, 0.0, 0.3, 1.0, 4.0])).eval()
     true, before = norm(module, in_shape), snapshot(module)
     layer = LinearLayer("0", module[0], in_shape, module[1], "1")
     TrackedLayer.of(layer, vectors=4, composite=True, seed=0, move=move).clip_until_proved_(0.5 * true, 1e-9)
@@ -430,7 +432,8 @@ def test_the_projection_moves_no_further_than_the_update_and_is_proved_too(
 
 
 def test_only_what_has_a_projection_is_projected() -> None:
-    for module in (nn.Conv2d(3, 3, 3, stride=2), nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))):
+    parametrised = parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
+    for module in (nn.Conv2d(3, 3, 3, stride=2), nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), parametrised):
         before = snapshot(module)
         with pytest.raises(NotImplementedError):
             rs.clip_(module, (3, 6, 6), 0.1, method="projection")

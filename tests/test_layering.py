@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "numerics", "operators", "affine", "circular", "projection", "spectrum", "kernel_bounds", "norms", "layers", "moves",
-    "clipping", "fastclip", "graph", "rules", "lipschitz", "certify",
+    "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
+    "norms", "layers", "moves", "clipping", "fastclip", "graph", "rules", "lipschitz", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

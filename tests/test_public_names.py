@@ -14,7 +14,8 @@ CORE = [
     "linear_operator", "top_singular", "spectral_norm", "spectral_norms", "clip_", "FastClip", "lipschitz_bound",
     "lipschitz_estimate", "certified_radius", "Lanczos", "PowerQR", "NormInterval", "LinearOperator", "LipschitzBound",
     "ClipResult", "SingularTriplets", "LinearLayer", "linear_layers", "circular_singular_values",
-    "duplicate_structure", "representation_gap", "DuplicateStructure", "RepresentationGap", "__version__",
+    "duplicate_structure", "representation_gap", "DuplicateStructure", "RepresentationGap", "MoveWeight",
+    "MoveGamma", "MoveWeightAndGamma", "projected_weight", "__version__",
 ]  # fmt: skip
 HOMES = {
     "operators": ["LinearOperator"],
@@ -29,6 +30,8 @@ HOMES = {
     "spectrum": ["PowerQR", "Lanczos", "top_singular", "SingularTriplets"],
     "norms": ["spectral_norm", "NormInterval"],
     "layers": ["linear_layers", "LinearLayer", "spectral_norms"],
+    "moves": ["MoveWeight", "MoveGamma", "MoveWeightAndGamma"],
+    "projection": ["projected_weight"],
     "clipping": ["clip_", "ClipResult"],
     "fastclip": ["FastClip"],
     "lipschitz": ["lipschitz_bound", "lipschitz_estimate", "LipschitzBound"],

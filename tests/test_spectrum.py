@@ -11,8 +11,8 @@ from reference import singular_values, tolerance
 from torch import Tensor, nn
 
 import robust_spectral as rs
+from robust_spectral.krylov import golub_kahan, random_block
 from robust_spectral.operators import LinearOperator
-from robust_spectral.spectrum import golub_kahan, random_block
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_solver = pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Block Golub-Kahan bidiagonalisation of an operator, all of its groups at once, with full reorthogonalisation.
+
+Blocks are kept as (groups, k, elements / groups), one row a vector; a grouped operator takes those of all groups in one
+application.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .operators import LinearOperator
+
+
+@dataclass(frozen=True)
+class Bidiagonalization:
+    """A V = U B after some block steps (rows of U and V are the vectors), and the coupling to the next right block."""
+
+    U: Tensor  # (g, m, out/g)
+    V: Tensor  # (g, m, in/g)
+    B: Tensor  # (g, m, m), B[l, j] = <U_l, A V_j>
+    coupling: Tensor  # (g, b, b): A.H U_last = (within V) + coupling @ V_next
+    block: int
+    exhausted: bool
+
+
+def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> Iterator[Bidiagonalization]:
+    """Block Golub-Kahan bidiagonalisation of every group, one block a step, with full reorthogonalisation.
+
+    A direction that is spent (its group's Krylov space is invariant) continues as a zero vector, which does no harm. With
+    ``basis`` the bases hold about that many vectors: they are then compressed to the leading half of the Ritz vectors, from
+    where A V = U B goes on to hold with a diagonal B, and the next block joins them.
+    """
+    block = start.shape[1]
+    V, U = _Basis(start), _Basis(start.new_empty(*start.shape[:2], prod(A.out_shape) // A.groups))
+    V.extend(start)
+    B = start.new_zeros(A.groups, 0, 0)
+    while True:
+        size = V.size
+        H = U.extend(apply_grouped(A, V.last))
+        B = torch.cat([torch.nn.functional.pad(B, (0, 0, 0, block)), H.mT], dim=2)
+        coupling = V.extend(apply_grouped(A.H, U.last))[:, :, size:]
+        exhausted = not bool(coupling.any())
+        yield Bidiagonalization(U.rows[:, :size], V.rows[:, :size], B, coupling, block, exhausted)
+        if basis is not None and size + block > basis:
+            left, values, rightH = torch.linalg.svd(B)
+            kept = max(basis // 2, 2 * block)
+            U.compress(left[:, :, :kept].mT)
+            V.compress(rightH[:, :kept], following=block)
+            B = torch.diag_embed(values[:, :kept])
+
+
+class _Basis:
+    """Orthonormal rows of each group in a buffer (g, capacity, n) that doubles when full."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.block, self.size = like.shape[1], 0
+        self.rows = like.new_zeros(like.shape[0], 16 * self.block, like.shape[2])
+
+    @property
+    def last(self) -> Tensor:
+        return self.rows[:, self.size - self.block : self.size]
+
+    def extend(self, W: Tensor) -> Tensor:
+        """Append a block Q with W = H @ cat(rows, Q) and return H. A row of W that vanishes gives a zero row of Q.
+
+        The coupling to the last block goes first, so that one pass over the whole basis is enough; where a row loses more
+        than half its length all the same, the pass is repeated (Daniel, Gragg, Kaufman and Stewart 1976).
+        """
+        if self.size + self.block > self.rows.shape[1]:
+            self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)], dim=1)
+        m = self.size
+        H = W.new_zeros(*W.shape[:2], m + self.block)
+        threshold = 20 * torch.finfo(W.dtype).eps * W.norm(dim=2)
+        W = self._remove(W, H, max(m - self.block, 0), m)
+        W = self._remove_carefully(W, H, 0, m)
+        for i in range(self.block):
+            w, h = W[:, i : i + 1], H[:, i : i + 1]
+            shortened = self._remove(w, h, m, m + i)
+            if i and _shrunk(shortened, w):
+                shortened = self._remove(shortened, h, 0, m + i)
+            norm = shortened[:, 0].norm(dim=1)
+            if not bool(torch.isfinite(norm).all()):
+                raise ValueError("the operator returned NaN or infinite values, or they overflow")
+            keep = norm > threshold[:, i]
+            H[:, i, m + i] = torch.where(keep, norm, 0)
+            self.rows[:, m + i] = torch.where(keep[:, None], shortened[:, 0] / norm[:, None], 0)
+        self.size += self.block
+        return H
+
+    def compress(self, weights: Tensor, following: int = 0) -> None:
+        """Replace all rows but the ``following`` last by fewer combinations of them, weights (g, kept, rows)."""
+        kept, combined = weights.shape[1], self.size - following
+        rest = self.rows[:, combined : self.size].clone()
+        self.rows[:, :kept] = weights @ self.rows[:, :combined]
+        self.rows[:, kept : kept + following] = rest
+        self.size = kept + following
+
+    def _remove(self, W: Tensor, H: Tensor, low: int, high: int) -> Tensor:
+        """W less its components along rows low to high, which are added to H."""
+        known = self.rows[:, low:high]
+        C = W @ known.mT
+        H[:, :, low:high] += C
+        return W - C @ known
+
+    def _remove_carefully(self, W: Tensor, H: Tensor, low: int, high: int) -> Tensor:
+        once = self._remove(W, H, low, high)
+        return self._remove(once, H, low, high) if _shrunk(once, W) else once
+
+
+def _shrunk(after: Tensor, before: Tensor) -> bool:
+    return bool((after.norm(dim=2) < 0.5 * before.norm(dim=2)).any())
+
+
+def orthonormal_rows(X: Tensor) -> Tensor:
+    """Orthonormal rows that span those of X (g, k, n); a zero row stays zero."""
+    basis = _Basis(X)
+    basis.extend(X)
+    return basis.last
+
+
+def random_block(A: LinearOperator, block: int, seed: int) -> Tensor:
+    """A Gaussian block (g, block, in/g), the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (A.groups, block, prod(A.in_shape) // A.groups)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=A.device, dtype=A.dtype)
+
+
+def apply_grouped(A: LinearOperator, X: Tensor) -> Tensor:
+    """Apply a grouped operator to the blocks of all groups at once: (g, k, in/g) -> (g, k, out/g)."""
+    return to_groups(A.matmat(from_groups(X, A.in_shape)), A.groups)
+
+
+def to_groups(X: Tensor, groups: int) -> Tensor:
+    """(k, channels, ...) -> (g, k, elements / g)."""
+    return X.reshape(len(X), groups, -1).transpose(0, 1)
+
+
+def from_groups(X: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(g, k, elements / g) -> (k, *shape)."""
+    return X.transpose(0, 1).reshape(X.shape[1], *shape)

@@ -1,0 +1,186 @@
+"""The hook in the loops people train with: whatever they do, the norms stay held, and the loops need not know."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import timm.optim
+import torch
+import torch.nn.functional as F
+from reference import norm
+from timm.utils import ModelEmaV3, NativeScaler
+from torch import Tensor, nn
+
+import robust_spectral as rs
+
+HELD, PROVED = 1.02, 1.001
+
+
+def convnet() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+
+
+def true_norms(model: nn.Module) -> list[float]:
+    return [norm(copy.deepcopy(model[index]), shape) for index, shape in {0: (3, 8, 8), 2: (8, 8, 8), 6: (32,)}.items()]
+
+
+def batches(count: int = 16) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 16, 3, 8, 8, generator=generator)
+    return list(zip(images, torch.randint(5, (count, 16), generator=generator), strict=True))
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(20 * model(x).float(), y)
+
+
+def ordinary(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        optimizer.step()
+    return 16
+
+
+def accumulating(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    for index, (x, y) in enumerate(batches()):
+        (loss(model, x, y) / 4).backward()
+        if index % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    return 4
+
+
+def half_precision(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    for x, y in batches():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, x, y)
+        value.backward()
+        optimizer.step()
+    return 16
+
+
+def timms_scaler(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    scaler = NativeScaler(device="cpu")
+    for index, (x, y) in enumerate(batches()):
+        scaler(loss(model, x, y), optimizer, parameters=model.parameters(), clip_grad=1.0, need_update=index % 2 == 1)
+        if index % 2 == 1:
+            optimizer.zero_grad()
+    return 8
+
+
+def sharpness_aware(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Two backward passes a step, the second at weights that were moved and are moved back."""
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        with torch.no_grad():
+            moves = [0.05 * p.grad / (p.grad.norm() + 1e-12) for p in model.parameters()]
+            for p, move in zip(model.parameters(), moves, strict=True):
+                p.add_(move)
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        with torch.no_grad():
+            for p, move in zip(model.parameters(), moves, strict=True):
+                p.sub_(move)
+        optimizer.step()
+    return 16
+
+
+def compiled(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    return ordinary(torch.compile(model, backend="eager"), optimizer)
+
+
+def averaging(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    x, y = batches()[0]
+    loss(model, x, y).backward()
+    optimizer.step()
+    averages = ModelEmaV3(model, decay=0.9), torch.optim.swa_utils.AveragedModel(model)  # of weights that are held already
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        optimizer.step()
+        averages[0].update(model)
+        averages[1].update_parameters(model)
+    for average in averages:  # norms are convex, so that an average of held weights is held
+        assert max(true_norms(average.module)) <= HELD
+    return 17
+
+
+def copying(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    steps = ordinary(model, optimizer)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.state_dict().keys() == convnet().state_dict().keys()
+        assert true_norms(twin) == true_norms(model)
+    return steps
+
+
+LOOPS = [ordinary, accumulating, half_precision, timms_scaler, sharpness_aware, compiled, averaging, copying]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_the_norms_are_held_in(loop: Callable[[nn.Module, torch.optim.Optimizer], int]) -> None:
+    model = convnet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    clipper.attach(optimizer)
+    assert loop(model, optimizer) == clipper.steps
+    assert max(true_norms(model)) <= HELD
+    clipper.finish()
+    assert max(true_norms(model)) <= PROVED
+
+
+OPTIMIZERS = {
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, foreach=True),
+    "Adam, one by one": lambda p: torch.optim.Adam(p, lr=2e-3, foreach=False),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=2e-3, fused=True),
+    "lamb": lambda p: timm.optim.create_optimizer_v2(p, "lamb", lr=2e-3),
+    "lion": lambda p: timm.optim.create_optimizer_v2(p, "lion", lr=5e-4),
+    "muon": lambda p: timm.optim.create_optimizer_v2(p, "muon", lr=2e-3),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_norms_are_held_with(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = convnet()
+    optimizer = make(list(model.parameters()))
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    clipper.attach(optimizer)
+    assert ordinary(model, optimizer) == clipper.steps
+    assert max(true_norms(model)) <= HELD
+
+
+def test_lookahead_moves_the_weights_after_the_hook_and_finish_proves_them_all_the_same() -> None:
+    model = convnet()
+    optimizer = timm.optim.create_optimizer_v2(model, "lookahead_adamw", lr=2e-3)
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    clipper.attach(optimizer)
+    ordinary(model, optimizer)
+    assert clipper.steps == 16
+    clipper.finish()
+    assert max(true_norms(model)) <= PROVED
+
+
+def test_a_model_in_channels_last_is_held_and_stays_so() -> None:
+    model = convnet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    rs.FastClip(model, torch.zeros(1, 3, 8, 8)).attach(optimizer)
+    ordinary(model, optimizer)
+    assert max(true_norms(model)) <= HELD
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_layers_are_held_and_stay_frozen() -> None:
+    model = convnet()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    rs.FastClip(model, torch.zeros(1, 3, 8, 8), max_norm=0.3).attach(optimizer)
+    ordinary(model, optimizer)
+    assert max(true_norms(model)) <= 0.3 * HELD
+    assert not model[0].weight.requires_grad and model[0].weight.grad is None
