@@ -220,7 +220,8 @@ def follow(make: Callable[[Counted], Trace], layer: Counted, truth: float, limit
             return {"refused": f"{type(error).__name__}: {error}"[:200]}
     applications, seconds, error = points[-1]
     return {"reached": error <= TARGET, "applications": applications, "seconds": seconds, "error": error,
-            "memory_mib": round(memory.peak, 1), "trace": points[:: max(1, len(points) // 60)]}  # fmt: skip
+            "memory_mib": round(memory.peak, 1),
+            "trace": [(a, round(s, 4), float(f"{e:.3g}")) for a, s, e in points[:: max(1, len(points) // 20)]]}  # fmt: skip
 
 
 def convolutions(name: str, size: int, most: int | None) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
