@@ -24,12 +24,12 @@ from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator, Shape
 from .projection import projected_weight
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions followed
 _STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
-_MOST_MISSED = 1.1
+_MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 _PATIENCE = 50  # rounds without progress, after which a rescale has to do
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
@@ -151,15 +151,17 @@ class TrackedLayer:
     def search(self, steps: int, seed: int) -> Tensor:
         """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
 
-        The run starts from where the vectors are, stirred, so that it sees what they are blind to. How much more it finds than
-        they did is what power steps are taken to miss from then on, less with every search that finds them right.
+        The run starts from where the vectors are, stirred, so that it sees what they are blind to.
         """
         start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
         ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), self.vectors.shape[1], start)
         return self._follow(ritz, next_block(ritz.right, self.vectors))
 
     def learn(self, found: float, searched: float) -> None:
-        """Remember by which factor a power step fell short of a search; of vectors gone cold, which tell nothing, a little."""
+        """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
+
+        Every search that finds them right makes it less. Of vectors gone cold, which tell nothing of warm ones, little counts.
+        """
         short = min(searched / found, _MOST_MISSED) if found > 0 else 1.0
         self.missed = max(1 + 0.9 * (self.missed - 1), short)
 
@@ -175,9 +177,9 @@ class TrackedLayer:
             ritz, image = power_step(self._scaled(), self.vectors)
             return self._follow(ritz, next_block(image, self.vectors))
         if self.left is None:
-            right, (left, size) = self.vectors, _unit(apply_grouped(self._scaled(), self.vectors), None)
+            right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
         else:
-            left, (right, size) = self.left, _unit(apply_grouped(self._scaled().H, self.left), self.vectors)
+            left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
         ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
         return self._follow(ritz, right, forward=self.left is None)
 
@@ -345,13 +347,6 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
-
-
-def _unit(image: Tensor, fallback: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows (g, 1, n) at unit length, the fallback (or zeros) where they vanish, and their lengths (g, 1, 1)."""
-    size = image.norm(dim=2, keepdim=True)
-    unit = image / size.clamp_min(torch.finfo(image.dtype).tiny)
-    return (unit if fallback is None else torch.where(size == 0, fallback, unit)), size
 
 
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:

@@ -165,9 +165,8 @@ class FastClip:
             ValueError: a layer's weights are not finite.
         """
         self._resolve()
-        unknown = [tracked for tracked in self._tracked.values() if tracked.seen < max(0, self.steps - self._every + 1)]
-        if unknown:
-            self._measure(unknown)
+        oldest = max(0, self.steps - self._every + 1)
+        self._measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest])
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -238,9 +237,9 @@ class FastClip:
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        values = []
         if not layers:
             return []
+        values = []
         for tracked in layers:
             try:
                 values.append(tracked.power_step())

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from .affine import batchnorm_scale, evaluating, is_batchnorm, is_plain, linear_operator
 from .convolutions import convolution_settings
+from .krylov import to_groups
 from .layers import LinearLayer
 
 _HOLDING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
@@ -176,7 +177,7 @@ def _through_batchnorm(layer: LinearLayer, U: Tensor) -> Tensor:
 
 def by_groups(gradients: Sequence[Tensor], groups: int) -> Tensor:
     """Gradients of one layer beside each other, (groups, k, numbers / groups)."""
-    parts = [g.reshape(len(g), groups, -1).transpose(0, 1) for g in gradients]
+    parts = [to_groups(g, groups) for g in gradients]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -31,6 +31,12 @@ def round_down(value: float, operations: float) -> float:
     return max(0.0, math.nextafter(value * (1 - 8 * operations * _EPS), 0.0)) if value > 0 else value
 
 
+def smaller_gram(matrices: Tensor) -> Tensor:
+    """M Mᴴ or Mᴴ M, whichever is smaller, of matrices (..., m, n)."""
+    rows, columns = matrices.shape[-2:]
+    return matrices @ matrices.mH if rows <= columns else matrices.mH @ matrices
+
+
 def largest_singular_value(matrices: Tensor) -> tuple[float, float]:
     """The largest singular value of a batch of matrices, and how many roundings its error amounts to.
 
@@ -43,7 +49,7 @@ def largest_singular_value(matrices: Tensor) -> tuple[float, float]:
         matrices: (..., m, n), float64 or complex128, with a largest entry of the order of 1, so that squares stay finite.
     """
     m, n = matrices.shape[-2:]
-    gram = matrices @ matrices.mH if m <= n else matrices.mH @ matrices
+    gram = smaller_gram(matrices)
     largest = float(torch.linalg.eigvalsh(gram)[..., -1].max()) if min(m, n) > 1 else float(gram.real.max())
     energy = float(gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).max())
     return math.sqrt(max(largest, 0.0)), m + n + (max(m, n) * energy / largest / 8 if largest > 0 else 0.0)

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .affine import evaluating
 from .circular import plain_circular, representatives
-from .numerics import power_of_two
+from .numerics import power_of_two, smaller_gram
 from .operators import Shape
 
 _RELAXATION = 1.8  # anything in (0, 2) converges
@@ -176,7 +176,7 @@ def _cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     if min(rows, columns) == 1:
         sizes = torch.linalg.vector_norm(symbols, dim=(-2, -1), keepdim=True)
         return symbols * (1 - limit / sizes.clamp_min(limit)), (sizes[..., 0] - limit).clamp_min(0)
-    squares, vectors = torch.linalg.eigh(_gram(symbols))
+    squares, vectors = torch.linalg.eigh(smaller_gram(symbols))
     sizes = squares.clamp_min(0).sqrt().clamp_min(limit)
     rest = int((sizes == limit).sum(-1).min())  # the largest come last
     top, part = vectors[..., rest:], vectors[..., rest:] * (1 - limit / sizes[..., None, rest:])
@@ -188,16 +188,12 @@ def _norms(symbols: Tensor) -> Tensor:
     """The largest singular value of each group over all frequencies: (frequencies, g, o, i) -> (g,)."""
     if min(symbols.shape[-2:]) == 1:
         return torch.linalg.vector_norm(symbols, dim=(-2, -1)).amax(0)
-    return torch.linalg.eigvalsh(_gram(symbols))[..., -1].amax(0).clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(smaller_gram(symbols))[..., -1].amax(0).clamp_min(0).sqrt()
 
 
 def _shrinking(symbols: Tensor, limit: float) -> Tensor:
     """The factors that make each group feasible, (g, 1, 1)."""
     return (limit / _norms(symbols).clamp_min(limit))[:, None, None]
-
-
-def _gram(symbols: Tensor) -> Tensor:
-    return symbols @ symbols.mH if symbols.shape[-2] <= symbols.shape[-1] else symbols.mH @ symbols
 
 
 def _half_square(kernel: Tensor) -> float:

@@ -221,8 +221,7 @@ def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
     """
     Y = apply_grouped(A, X)
     if Y.shape[1] == 1:  # one vector needs no decomposition
-        size = Y.norm(dim=2, keepdim=True)
-        left = Y / size.clamp_min(torch.finfo(Y.dtype).tiny)
+        left, size = unit_rows(Y)
         back = apply_grouped(A.H, left)
         return Ritz(size[..., 0], left, X, (back - size * X).norm(dim=-1), 1), size * back
     P, values, Q = torch.linalg.svd(Y.mT, full_matrices=False)  # Y.mT: (g, out, k) = P diag(values) Q
@@ -235,10 +234,14 @@ def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
 
 def next_block(image: Tensor, previous: Tensor) -> Tensor:
     """Orthonormal rows for the next power step, from the image of the last one; where that is zero, those of before."""
-    if image.shape[1] > 1:
-        return torch.linalg.qr(image.mT)[0].mT
+    return torch.linalg.qr(image.mT)[0].mT if image.shape[1] > 1 else unit_rows(image, previous)[0]
+
+
+def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (g, k, n) at unit length, the fallback (or zeros) where they vanish, and their lengths (g, k, 1)."""
     size = image.norm(dim=2, keepdim=True)
-    return torch.where(size == 0, previous, image / size.clamp_min(torch.finfo(image.dtype).tiny))
+    unit = image / size.clamp_min(torch.finfo(image.dtype).tiny)
+    return (unit if fallback is None else torch.where(size == 0, fallback, unit)), size
 
 
 def _qr_rows(X: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
