@@ -32,8 +32,19 @@ from robust_spectral.fastclip import Composites
 from robust_spectral.plugins.timm import PixelModel, load
 
 from .data import ImageData, check_pixels, data_hash, load_data, stack
-from .runs import all_finite, check_device, environment, file_hash, open_run, save_weights, write_atomically, write_json
+from .runs import (
+    all_finite,
+    check_device,
+    environment,
+    file_hash,
+    open_run,
+    remove_scratch,
+    save_weights,
+    write_atomically,
+    write_json,
+)
 
+_MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
 _STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
 
 
@@ -106,14 +117,16 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     Args:
         config: What to do.
         out: The folder; it must not hold another run.
-        resume: Go on from the last complete epoch of an interrupted run with this very configuration.
+        resume: Go on from the last complete epoch of an interrupted run with this very configuration; one that is finished
+            stays as it is.
 
     Raises:
-        ValueError: bad input, a folder that holds a run already, or a loss or weights that stopped being finite (the last
-            complete epoch is kept).
+        ValueError: bad input, a folder that holds a run already, a loss or weights that were not finite for ten steps in a
+            row, or weights that are not at an epoch's end (the last complete epoch is kept).
     """
     check_device(config.device)
-    _claim(out, config, resume)
+    if not _claim(out, config, resume):
+        return out
     data = load_data(config.data, config.image_size)
     example = data.example().to(config.device)
     model = create_model(config, data).to(config.device)
@@ -138,6 +151,7 @@ class _Training:
     def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path) -> None:
         self.config, self.data, self.model, self.out = config, data, model, out
         self.epoch, self.rows, self.started = 0, list[dict[str, Any]](), time.time()
+        self.skipped = self.skipped_in_a_row = 0
         self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.batches = max(1, len(data.train) // config.batch_size)  # type: ignore[arg-type]
         self.scheduler, _ = create_scheduler_v2(
@@ -179,9 +193,11 @@ class _Training:
             logits = self.model(images)
             loss = F.cross_entropy(config.logit_scale * logits.float(), labels)
         value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(f"{self.out}: the loss became {value}; {_STOPPED}")
         self.optimizer.zero_grad()
+        if not math.isfinite(value):
+            self._skip(value)
+            return value, 0
+        self.skipped_in_a_row = 0
         self.scaler.scale(loss).backward()
         try:
             self.scaler.step(self.optimizer)
@@ -192,6 +208,12 @@ class _Training:
             self.ema.update(self.model)
         return value, int((logits.argmax(1) == labels).sum())
 
+    def _skip(self, loss: float) -> None:
+        """Count a batch whose loss is not finite, and leave the weights as they are."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= _MOST_SKIPPED:
+            raise ValueError(f"{self.out}: the loss was {loss} for {_MOST_SKIPPED} steps in a row; {_STOPPED}")
+
     def save(self, epoch: int) -> None:
         """Write the state after an epoch, unless the weights are no longer finite."""
         if not all_finite(self.model.state_dict()):
@@ -200,7 +222,7 @@ class _Training:
             "epoch": epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "clipper": self.clipper.state_dict(), "scaler": self.scaler.state_dict(), "rows": self.rows,
             "before": self.before, "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "seconds": time.time() - self.started,
+            "seconds": time.time() - self.started, "skipped": self.skipped,
         }  # fmt: skip
         write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
 
@@ -208,7 +230,7 @@ class _Training:
         """Go on from the saved state."""
         state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
         self.epoch, self.rows, self.before = state["epoch"], state["rows"], state["before"]
-        self.started = time.time() - state["seconds"]
+        self.started, self.skipped = time.time() - state["seconds"], state["skipped"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clipper.load_state_dict(state["clipper"])
@@ -238,7 +260,7 @@ class _Training:
             "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
             "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
             "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in after],
-            "seconds": round(time.time() - self.started, 1), **environment(config.device),
+            "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(config.device),
         })  # fmt: skip
         (self.out / "state.pt").unlink(missing_ok=True)
 
@@ -275,7 +297,7 @@ class _Training:
     def _log(self, epoch: int, step: int, loss: float, accuracy: float, progress: Progress, task: Any) -> None:
         try:
             norms = self.clipper.norms()
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        except ValueError as error:
             raise ValueError(f"{self.out}: the weights are not finite any more; {_STOPPED}") from error
         largest = max(norms, key=lambda name: norms[name])
         self.rows.append({
@@ -285,11 +307,15 @@ class _Training:
         progress.update(task, stats=f"loss {loss:.3f}  acc {100 * accuracy:.1f} %  largest norm {norms[largest]:.3f}")
 
 
-def _claim(out: Path, config: FinetuneConfig, resume: bool) -> None:
-    """See that the folder is free, or holds the interrupted run that is to be resumed."""
+def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
+    """See that the folder is free, or holds the run that is to be resumed; whether there is anything left to do."""
     marker = out / "config.json"
     wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
+    remove_scratch(out)
     if (out / "run.json").exists():
+        if resume and marker.exists() and marker.read_text() == wanted:
+            (out / "state.pt").unlink(missing_ok=True)
+            return False
         raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
     interrupted = marker.exists() and (out / "state.pt").exists()
     if interrupted and not resume:
@@ -299,6 +325,7 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> None:
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run; give another --out")
     write_atomically(marker, lambda scratch: scratch.write_text(wanted))
+    return True
 
 
 def _progress() -> Progress:

@@ -45,6 +45,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
+def remove_scratch(folder: Path) -> None:
+    """Remove what writers that were killed have left half done in a folder."""
+    for scratch in folder.glob(".*"):
+        if scratch.is_file() and scratch.suffix[1:].isdigit():
+            scratch.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any reader takes: no NaN, no infinity (they become null)."""
     text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"

@@ -16,7 +16,7 @@ def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: boo
     Raises:
         ValueError: as `finetune`; ``out`` holds a finished run already.
     """
-    if (out / "run.json").exists():
+    if (out / "run.json").exists() and not resume:
         raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
     finished = {name for name in configs if (out / name / "run.json").exists()}
     if finished and not resume:

@@ -14,6 +14,7 @@ from .circular import representation_gap as representation_gap
 from .clipping import ClipResult as ClipResult
 from .clipping import clip_ as clip_
 from .fastclip import FastClip as FastClip
+from .folding import fold_batchnorms_ as fold_batchnorms_
 from .layers import LinearLayer as LinearLayer
 from .layers import linear_layers as linear_layers
 from .layers import spectral_norms as spectral_norms

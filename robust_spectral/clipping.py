@@ -1,37 +1,34 @@
-"""Spectral-norm clipping without a step size: the smallest change of a weight that lowers its top singular values.
+"""Spectral-norm clipping of one layer, until a norm no larger than asked is proved.
 
-For weights W in which the operator A is linear, with top triplets (σ_i, u_i, v_i) and G_i = ∂⟨u_i, A v_i⟩/∂W, the update
-W - Σ a_i G_i with the a >= 0 that solves Σ_j ⟨G_i, G_j⟩ a_j = σ_i - c brings every ⟨u_i, A v_i⟩ above c to c, and is the
-smallest change of W that does. For a dense layer it is the exact clip of those singular values. Elsewhere other directions
-take over, so it is repeated from warm vectors. Groups of a grouped convolution are clipped separately, all at once.
+The change of a weight that lowers the top singular values followed is the smallest there is (`TrackedLayer`), but other
+directions then take over, so it is repeated from warm vectors. Where many values are far above, all of them are brought down
+together on a coarse grid of frequencies first (`coarse_start`). What is left above at the end is closed by a rescale.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .affine import is_batchnorm, is_plain
-from .krylov import apply_grouped, from_groups, random_block
+from .coarse import coarse_start
 from .layers import LinearLayer
-from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
+from .moves import MoveWeight, add_by_groups_
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
-from .operators import LinearOperator, Shape
+from .operators import Shape
 from .projection import projected_weight
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
+from .tracking import TOLERANCE, TrackedLayer
 
-_SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
-_REACH = 5e-3  # above its target, what a training step takes down along the directions followed
-_STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
-_MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
-_PATIENCE = 50  # rounds without progress, after which a rescale has to do
-TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
+Method = Literal["update", "projection", "paper"]
+
+_MANY = 0.97  # of its norm, below which a target has many singular values above it
+_ROUNDS, _PATIENCE = 300, 50  # at most, and without progress, after which a rescale has to do
+_PAPER_STEP, _PAPER_POWER_STEPS, _PAPER_ROUNDS = 0.35, 10, 200
 
 
 @dataclass(frozen=True)
@@ -45,341 +42,159 @@ class ClipResult:
 
 
 def clip_(
-    module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, method: Literal["update", "projection"] = "update",
-    failure_probability: float = 1e-9, vectors: int = 8,
+    module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, method: Method = "update", failure_probability: float = 1e-9,
+    vectors: int = 8,
 ) -> ClipResult:  # fmt: skip
-    """Clip the spectral norm of a layer to ``max_norm``, in place and as near to its weights as the update gets.
+    """Clip the spectral norm of a layer to ``max_norm``, in place and near to the weights it has.
 
-    Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``; what the updates leave above it is closed by a rescale.
-    A layer already below is not touched, and a norm is never raised.
+    Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``: what the updates leave above is closed by a rescale, which
+    replaces them where it moves less. A layer already below is not touched, and a norm is never raised.
 
     Args:
         module: A dense or convolutional layer, or ``nn.Sequential(layer, batch normalisation)``, whose first part moves. A
             parametrised weight moves through its parametrisation, that of timm's ``ScaledStdConv2d`` through its gain.
         in_shape: Shape of one input, without the batch axis.
         max_norm: The spectral norm allowed.
-        method: "update", this module's; or "projection", the nearest weight of all (`projected_weight`), for dense layers and
-            convolutions of stride 1 with zero or circular padding: slower, and the better the more singular values are above.
+        method: "update", this module's, mostly within a few percent of the smallest change there is; or "projection", that
+            one itself (`projected_weight`), for dense layers and convolutions of stride 1 with zero or circular padding; or,
+            for comparison, "paper", the paper's gradient descent with its published step size, which proves nothing and stops,
+            with no rescale, when its own estimate is below ``max_norm`` or after 200 rounds.
         failure_probability: Of the interval ``after``.
-        vectors: How many singular directions are clipped together.
+        vectors: How many singular directions are clipped together; "paper" follows one.
 
     Raises:
         ValueError: ``max_norm`` is not positive, the method is unknown, or the weights are not finite.
         NotImplementedError: the module has nothing that its norm follows, or its parametrisation holds it above.
+
+    Source: the gradient descent is Algorithm 2 of Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024).
     """
     check_max_norm("clip_", max_norm)
-    if method not in ("update", "projection"):
-        raise ValueError(f"clip_(method={method!r}): expected 'update' or 'projection'")
-    tracked = TrackedLayer.of(_as_layer(module, tuple(in_shape)), vectors=vectors, composite=True, seed=0)
-    clip = tracked.project_until_proved_ if method == "projection" else tracked.clip_until_proved_
-    return clip(max_norm, failure_probability)
-
-
-@dataclass(eq=False)
-class TrackedLayer:
-    """A layer with the singular directions that are followed in it."""
-
-    layer: LinearLayer
-    move: Move
-    vectors: Tensor  # (groups, k, in / groups), orthonormal rows
-    composite: bool | None  # None until settled
-    operator: LinearOperator
-    left: Tensor | None = field(default=None)  # (groups, 1, out / groups) where the last half of a power step was forward
-    estimate: float = field(default=math.nan)
-    initial: float = field(default=math.nan)
-    target: float = field(default=math.inf)
-    missed: float = field(default=1.0)  # factor by which power steps fall short
-    scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
-    seen: int = field(default=-1)  # clipper step of the estimate
-    ritz: Ritz = field(init=False)  # what the last power step or search found
-    _proved: _Proved | None = field(default=None)
-    _versions: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None,
-        target: float = math.inf,
-    ) -> TrackedLayer:  # fmt: skip
-        """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
-        move = move or MoveWeight()
-        move.parameters(layer)
-        operator = _operator(layer, bool(composite))
-        size = math.prod(layer.in_shape) // operator.groups
-        rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target)
-
-    @property
-    def kind(self) -> str:
-        """The layer's kind, "+bn" only where the composite is what is clipped."""
-        return self.layer.kind if self.composite else self.layer.kind.removesuffix("+bn")
-
-    def resolve(self, composite: bool) -> None:
-        """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
-        self.composite = composite and self.layer.batchnorm is not None
-        self.operator = _operator(self.layer, self.composite)
-        self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
-        self.left = None if self.left is None else self.left.to(self.operator.device, self.operator.dtype)
-
-    def entry(self) -> dict[str, Any]:
-        """What `restore` needs: plain values and a tensor."""
-        return {
-            "vectors": self.vectors.clone(), "left": None if self.left is None else self.left.clone(),
-            "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
-            "initial": self.initial, "target": self.target, "missed": self.missed,
-        }  # fmt: skip
-
-    def restore(self, entry: dict[str, Any]) -> None:
-        """Go on from the entry of a clipper's state dict."""
-        self.composite = entry["composite"]
-        if self.composite is not None:
-            self.resolve(self.composite)
-        self.vectors = entry["vectors"].to(self.vectors)
-        self.left = None if entry["left"] is None else entry["left"].to(self.vectors)
-        self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
-        self.target, self.missed = entry["target"], entry["missed"]
-
-    def note_changes(self) -> None:
-        """Take what has been done to the parameters so far as seen."""
-        self._versions = [p._version for p in self.move.parameters(self.layer)]
-
-    @property
-    def changes_unseen(self) -> int:
-        """How often a parameter has been changed in place since `note_changes`, as far as torch counts it."""
-        now = [p._version for p in self.move.parameters(self.layer)]
-        return max(new - old for new, old in zip(now, self._versions or now, strict=True))
-
-    def search(self, steps: int, seed: int) -> Tensor:
-        """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
-
-        The run starts from where the vectors are, stirred, so that it sees what they are blind to.
-        """
-        start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
-        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), self.vectors.shape[1], start)
-        return self._follow(ritz, next_block(ritz.right, self.vectors))
-
-    def learn(self, found: float, searched: float) -> None:
-        """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
-
-        Every search that finds them right makes it less. Of vectors gone cold, which tell nothing of warm ones, little counts.
-        """
-        short = min(searched / found, _MOST_MISSED) if found > 0 else 1.0
-        self.missed = max(1 + 0.9 * (self.missed - 1), short)
-
-    def power_step(self) -> Tensor:
-        """A warm power step; the largest value found, as a tensor without a sync.
-
-        A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
-        pair u, v and a value ⟨u, A v⟩ of the weights as they are.
-        """
-        if self.vectors.device != next(self.layer.module.parameters()).device:
-            self.resolve(bool(self.composite))
-        if self.vectors.shape[1] > 1:
-            ritz, image = power_step(self._scaled(), self.vectors)
-            return self._follow(ritz, next_block(image, self.vectors))
-        if self.left is None:
-            right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
-        else:
-            left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
-        ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
-        return self._follow(ritz, right, forward=self.left is None)
-
-    @torch.no_grad()
-    def hold_(self, target: float) -> None:
-        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions followed.
-
-        What is far above the target is spread over more directions than are followed, as it is where training starts. Each
-        group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
-        """
-        if not parametrize.is_parametrized(self.layer.module, "weight"):
-            largest = self.ritz.values.amax(1, keepdim=True)
-            factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
-            multiply_by_groups_(self.move.rescaled(self.layer), factors)
-            self.ritz = replace(self.ritz, values=self.ritz.values * factors)
-        self.clip_directions_(target)
-        self.seen = -1  # measured again when asked for
-
-    @torch.no_grad()
-    def clip_directions_(self, max_norm: float) -> None:
-        """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
-        excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
-        A = self.operator
-        X, U = from_groups(self.ritz.right, A.in_shape), from_groups(self.ritz.left, A.out_shape)
-        G = by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)  # (g, k, numbers / g)
-        a = _smallest_change(G @ G.mT, excess)
-        add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
-
-    def clip_until_proved_(self, max_norm: float, failure_probability: float, max_rounds: int = 300) -> ClipResult:
-        """Clip until the enclosure is at most (1 + TOLERANCE) max_norm; the last bit by a rescale.
-
-        Raises:
-            ValueError: nothing is proved of the norm at the failure probability given.
-            NotImplementedError: the norm does not follow what moves; everything is as it was then.
-        """
-        self.resolve(bool(self.composite))
-        before = self._decided(max_norm, failure_probability)
-        if before.upper <= (1 + TOLERANCE) * max_norm:
-            return ClipResult(before, before, 0.0, 0)
-        parameters = self.move.parameters(self.layer)
-        originals = [p.detach().clone() for p in parameters]
-        self.scale = power_of_two(before.upper)
-        rounds = self._clip_rounds_(max_norm, max_rounds, parameters, originals)
-        follows = _distortion(parameters, originals) <= 1
-        after, more = self._rescale_(max_norm, failure_probability) if follows else (before, 0)
-        if after.upper > (1 + TOLERANCE) * max_norm:
-            with torch.no_grad():
-                for parameter, original in zip(parameters, originals, strict=True):
-                    parameter.copy_(original)
-            raise NotImplementedError(
-                f"clipping '{self.layer.name}' ({type(self.layer.module).__name__}): its norm does not follow its "
-                f"parameters down to {max_norm:g}; a parametrisation holds it, remove that first"
-            )
-        return ClipResult(before, after, _distortion(parameters, originals), rounds + more)
-
-    def project_until_proved_(self, max_norm: float, failure_probability: float) -> ClipResult:
-        """Replace the weight by the nearest one of no larger norm; what its roundings leave above is closed by a rescale."""
-        if self.layer.batchnorm is not None or not is_plain(self.layer.module):
-            raise NotImplementedError(
-                f"clipping '{self.layer.name}' ({type(self.layer.module).__name__}): only plain layers alone have a projection"
-            )
-        before = self._decided(max_norm, failure_probability)
-        if before.upper <= (1 + TOLERANCE) * max_norm:
-            return ClipResult(before, before, 0.0, 0)
-        nearest = projected_weight(self.layer.module, self.layer.in_shape, max_norm)
-        parameters = self.move.parameters(self.layer)
-        originals = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            parameters[0].copy_(nearest)
-        after, more = self._rescale_(max_norm, failure_probability)
-        return ClipResult(before, after, _distortion(parameters, originals), 1 + more)
-
-    def _clip_rounds_(self, max_norm: float, max_rounds: int, parameters: list[nn.Parameter], originals: list[Tensor]) -> int:
-        """Clip until the search finds nothing above, or makes no progress, or moves further than to zero; rounds taken."""
-        best, since = math.inf, 0
-        for done in range(max_rounds):
-            norm = self._largest(max_norm)
-            if norm <= max_norm * (1 + TOLERANCE / 2) or since == _PATIENCE or not _distortion(parameters, originals) <= 1:
-                return done
-            best, since = (norm, 0) if norm < best * (1 - TOLERANCE / 100) else (best, since + 1)
-            self.clip_directions_(max_norm)
-        return max_rounds
-
-    def _decided(self, max_norm: float, failure_probability: float) -> NormInterval:
-        """The norm, as close as it takes to tell whether it is above ``max_norm``."""
-        norm = self.enclosure(failure_probability)
-        if norm.lower <= max_norm and norm.upper > (1 + TOLERANCE) * max_norm:  # undecided: look closer first
-            norm = spectral_norm(self.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
-        if math.isinf(norm.upper):
-            raise ValueError(
-                f"clipping '{self.layer.name}': nothing is proved of its norm with failure_probability 0; allow one"
-            )
-        return norm
-
-    def _rescale_(self, max_norm: float, failure_probability: float, most: int = 20) -> tuple[NormInterval, int]:
-        """Scale down what is still above (1 + TOLERANCE) max_norm; the norm after that, and how many times it took."""
-        parameters = self.move.rescaled(self.layer)
-        smallest = 1 - max(torch.finfo(p.dtype).eps for p in parameters)  # a factor nearer to 1 may be rounded away
-        after = self.enclosure(failure_probability)
-        for times in range(most):
-            if after.upper <= (1 + TOLERANCE) * max_norm:
-                return after, times
-            factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.mul_(factor)
-            after = self.enclosure(failure_probability)
-        return after, most
-
-    def _scaled(self) -> LinearOperator:
-        return self.operator if self.scale == 1 else self.operator.over(self.scale)
-
-    def enclosure(self, failure_probability: float, rtol: float = TOLERANCE / 4) -> NormInterval:
-        """The norm now; computed anew only when a tensor has changed or a closer interval is asked for.
-
-        The default width is close enough to hold the norm against a target.
-        """
-        parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
-        tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
-        asked = self.composite, failure_probability
-        known = self._proved
-        if known is None or known.asked != asked or known.rtol > rtol or not _same(known.tensors, tensors):
-            norm = spectral_norm(self.operator, failure_probability, rtol=rtol)
-            known = self._proved = _Proved(norm, rtol, asked, [t.clone() for t in tensors])
-        return known.norm
-
-    def _largest(self, max_norm: float) -> float:
-        """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
-
-        A small layer is decomposed instead, and all its directions above ``max_norm`` are followed (up to 64).
-        """
-        if dense_work(self.operator) <= _SMALL:
-            ritz = dense_ritz(self._scaled(), 64)
-            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]))
-        largest = float(self.power_step())
-        if largest > max_norm * (1 + TOLERANCE / 4):
-            return largest
-        steps = 32 if self.operator.groups == 1 else 12
-        search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
-        start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
-        ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
-        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))
-
-    def _follow(self, ritz: Ritz, vectors: Tensor, forward: bool = False) -> Tensor:
-        """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
-
-        Returns the largest value.
-        """
-        self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
-        self.left = ritz.left if forward else None
-        return self.ritz.values.max()
-
-
-@dataclass(frozen=True)
-class _Proved:
-    """An interval, the width it was computed for, what was asked, and the tensors it holds for."""
-
-    norm: NormInterval
-    rtol: float
-    asked: tuple[Any, ...]
-    tensors: list[Tensor]
-
-
-def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
-    return len(kept) == len(tensors) and all(
-        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
+    if method not in ("update", "projection", "paper"):
+        raise ValueError(f"clip_(method={method!r}): expected 'update', 'projection' or 'paper'")
+    tracked = TrackedLayer.of(
+        _as_layer(module, tuple(in_shape)), vectors=1 if method == "paper" else vectors, composite=True, seed=0
     )
+    return clip_until_proved_(tracked, max_norm, failure_probability, method)
 
 
-def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
-    """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
+def clip_until_proved_(
+    tracked: TrackedLayer, max_norm: float, failure_probability: float, method: Method = "update"
+) -> ClipResult:
+    """Clip until the enclosure is at most (1 + TOLERANCE) max_norm (but for "paper").
 
-    The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
-    lower them more than enough), so that nearly dependent directions cannot blow the change up.
+    Raises:
+        ValueError: nothing is proved of the norm at the failure probability given.
+        NotImplementedError: the norm does not follow what moves; everything is as it was then.
     """
-    if gram.shape[-1] == 1:
-        return excess / (gram[..., 0] + torch.finfo(gram.dtype).tiny)
-    active = excess > 0
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)
-    for _ in range(gram.shape[-1]):
-        pairs = active[:, :, None] & active[:, None, :]
-        a = torch.linalg.solve(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))
-        negative = a < 0
-        if not bool(negative.any()):
-            break
-        active = active & ~negative
-    return a
+    tracked.resolve(bool(tracked.composite))
+    before = _decided(tracked, max_norm, failure_probability)
+    if before.upper <= (1 + TOLERANCE) * max_norm:
+        return ClipResult(before, before, 0.0, 0)
+    parameters = tracked.move.parameters(tracked.layer)
+    originals = [p.detach().clone() for p in parameters]
+    tracked.scale = power_of_two(before.upper)
+    rounds = {"update": _update_, "projection": _project_, "paper": _descend_}[method](tracked, max_norm, before.upper)
+    if method == "paper":
+        return ClipResult(before, tracked.enclosure(failure_probability), _distortion(parameters, originals), rounds)
+    after, more = _rescale_(tracked, max_norm, failure_probability)
+    by_rescale = 1 - max_norm / before.upper
+    scales_all = len(tracked.move.rescaled(tracked.layer)) == len(parameters)
+    if scales_all and not _distortion(parameters, originals) <= by_rescale + TOLERANCE:
+        _put_back_(parameters, originals)
+        after, more = _rescale_(tracked, max_norm, failure_probability)
+    if after.upper > (1 + TOLERANCE) * max_norm:
+        _put_back_(parameters, originals)
+        raise NotImplementedError(
+            f"clipping '{tracked.layer.name}' ({type(tracked.layer.module).__name__}): its norm does not follow its "
+            f"parameters down to {max_norm:g}; a parametrisation holds it, remove that first"
+        )
+    return ClipResult(before, after, _distortion(parameters, originals), rounds + more)
+
+
+def _update_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
+    """Clip until the search finds nothing above, or makes no progress; rounds taken."""
+    best, since, done = math.inf, 0, 0
+    if isinstance(tracked.move, MoveWeight) and max_norm < _MANY * norm:
+        start = coarse_start(tracked.layer, bool(tracked.composite), norm, max_norm)
+        if start is not None:
+            done = _replace_(tracked, start)
+    for rounds in range(done, _ROUNDS):
+        largest = tracked.largest(max_norm)
+        if largest <= max_norm * (1 + TOLERANCE / 2) or since == _PATIENCE or not math.isfinite(largest):
+            return rounds
+        best, since = (largest, 0) if largest < best * (1 - TOLERANCE / 100) else (best, since + 1)
+        tracked.clip_directions_(max_norm)
+    return _ROUNDS
+
+
+def _project_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
+    """Replace the weight by the nearest one of no larger norm."""
+    layer = tracked.layer
+    if layer.batchnorm is not None or not is_plain(layer.module):
+        raise NotImplementedError(
+            f"clipping '{layer.name}' ({type(layer.module).__name__}): only plain layers alone have a projection"
+        )
+    return _replace_(tracked, projected_weight(layer.module, layer.in_shape, max_norm))
+
+
+@torch.no_grad()
+def _descend_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
+    """The paper's gradient descent on ‖A v - (c / σ) A₀ v‖², averaged as its code does; rounds taken."""
+    parameters = tracked.move.parameters(tracked.layer)
+    step = 2 * _PAPER_STEP / math.prod(tracked.operator.out_shape[2:])
+    for done in range(_PAPER_ROUNDS):
+        largest = [float(tracked.power_step()) for _ in range(_PAPER_POWER_STEPS)][-1]
+        if not largest > max_norm:
+            return done
+        excess = (tracked.ritz.values - max_norm).clamp_min(0)
+        add_by_groups_(parameters, (-step * excess[:, None] @ tracked.gradients())[:, 0])
+    return _PAPER_ROUNDS
+
+
+def _replace_(tracked: TrackedLayer, weight: Tensor) -> int:
+    with torch.no_grad():
+        tracked.move.parameters(tracked.layer)[0].copy_(weight)
+    return 1
+
+
+def _put_back_(parameters: list[nn.Parameter], originals: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.copy_(original)
+
+
+def _decided(tracked: TrackedLayer, max_norm: float, failure_probability: float) -> NormInterval:
+    """The norm, as close as it takes to tell whether it is above ``max_norm``."""
+    norm = tracked.enclosure(failure_probability)
+    if norm.lower <= max_norm and norm.upper > (1 + TOLERANCE) * max_norm:  # undecided: look closer first
+        norm = spectral_norm(tracked.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
+    if math.isinf(norm.upper):
+        raise ValueError(
+            f"clipping '{tracked.layer.name}': nothing is proved of its norm with failure_probability 0; allow one"
+        )
+    return norm
+
+
+def _rescale_(tracked: TrackedLayer, max_norm: float, failure_probability: float, most: int = 20) -> tuple[NormInterval, int]:
+    """Scale down what is still above (1 + TOLERANCE) max_norm; the norm after that, and how many times it took."""
+    parameters = tracked.move.rescaled(tracked.layer)
+    smallest = 1 - max(torch.finfo(p.dtype).eps for p in parameters)  # a factor nearer to 1 may be rounded away
+    after = tracked.enclosure(failure_probability)
+    for times in range(most):
+        if after.upper <= (1 + TOLERANCE) * max_norm:
+            return after, times
+        factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(factor)
+        after = tracked.enclosure(failure_probability)
+    return after, most
 
 
 def _as_layer(module: nn.Module, in_shape: Shape) -> LinearLayer:
     if isinstance(module, nn.Sequential) and len(module) == 2 and is_batchnorm(module[1]):
         return LinearLayer("0", module[0], in_shape, module[1], "1")
     return LinearLayer(type(module).__name__, module, in_shape)
-
-
-def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:
-    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves."""
-    operator = layer.operator(composite=composite)
-    return operator if is_plain(layer.module) else replace(operator, groups=1)
 
 
 def _distortion(parameters: list[nn.Parameter], originals: list[Tensor]) -> float:

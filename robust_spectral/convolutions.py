@@ -34,8 +34,22 @@ def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
     for axis, (stride, dilation) in enumerate(zip(module.stride, module.dilation, strict=True)):
         if stride > 1 and not (wraps and in_shape[1 + axis] % stride):
             weight = _phases(weight, 2 + axis, stride, dilation)
-    kernel = Kernel(weight, module.groups, _padding_gain(module, in_shape))
+    gain = _padding_gain(module, in_shape)
+    kernel = Kernel(weight, module.groups, gain, _cyclic_grid(module, in_shape) if wraps and gain == 1 else None)
     return kernel.H if module.transposed else kernel
+
+
+def _cyclic_grid(module: _ConvNd, in_shape: Shape) -> Shape | None:
+    """The output's size where a convolution with circular padding commutes with shifts by its stride; else None."""
+    reversed_padding: Any = module._reversed_padding_repeated_twice
+    sizes = zip(in_shape[1:], module.kernel_size, module.stride, module.dilation, strict=True)
+    grid = []
+    for axis, (n, k, s, d) in enumerate(sizes):
+        added = sum(reversed_padding[2 * (len(in_shape) - 2 - axis) :][:2])
+        if n % s or d != 1 or (n + added - k) // s + 1 != n // s:
+            return None
+        grid.append(n // s)
+    return tuple(grid)
 
 
 def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:

@@ -13,17 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .clipping import TOLERANCE, ClipResult, TrackedLayer, check_max_norm
+from .clipping import ClipResult, check_max_norm, clip_until_proved_
 from .layers import LinearLayer, linear_layers
 from .moves import Move, MoveWeight
+from .tracking import TOLERANCE, TrackedLayer
 
 Composites = Literal["auto", "always", "never"]
 Patterns = str | Sequence[str]
 
 _LOOK, _LOOK_EVERY = 8, 2  # steps of the closer look that one layer gets, and optimizer steps from one to the next
 _IDLE = 2e-3  # above its target, what is not worth a clip
+_MOST_SKIPPED = 10  # steps in a row that weights may be without finite values
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
+
+
+class _NotFinite(ValueError):
+    """Weights hold NaN or infinite values."""
 
 
 class FastClip:
@@ -38,6 +44,8 @@ class FastClip:
     frozen running statistics, and alone (with one warning) where it trains on batch statistics: such a composite does not
     change when a filter is rescaled, so clipping it through the weight would drive the weight to zero. Which of the two
     holds is read off the model's mode at the first step. A ``move`` that takes γ along clips composites in either case.
+
+    Where weights hold NaN or infinite values nothing is clipped, and ``skipped`` counts the step; after ten in a row, an error.
 
     Args:
         model: Any model.
@@ -76,7 +84,7 @@ class FastClip:
         if every < 1 or sweeps < 1 or vectors < 1:
             raise ValueError(f"FastClip(every={every}, sweeps={sweeps}, vectors={vectors}): must be at least 1")
         self.max_norm = max_norm
-        self.steps = 0
+        self.steps = self.skipped = self._skipped_in_a_row = 0
         self._composites, self._move = composites, move or MoveWeight()
         self._relative, self._warmup_steps, self._every, self._sweeps = relative, warmup_steps, every, sweeps
         self._failure_probability = failure_probability
@@ -115,8 +123,10 @@ class FastClip:
 
         Raises:
             ValueError: another clipper is attached and holds a layer of this one.
+            NotImplementedError: a weight has been sharded since the clipper was made.
         """
         for name, tracked in self._tracked.items():
+            tracked.move.parameters(tracked.layer)  # refuses weights that were sharded meanwhile
             other = _HELD_BY.get(tracked.layer.module, lambda: None)()
             if other is not None and other is not self and other.attached and not self.off and not other.off:
                 raise ValueError(
@@ -133,12 +143,25 @@ class FastClip:
         """One warm power step on every layer that is due, then a clip of the directions above its target.
 
         Raises:
-            ValueError: a layer's weights are not finite; nothing is clipped then.
+            ValueError: a layer's weights were not finite for the tenth time in a row. Nothing is clipped in such steps.
         """
         self.steps += 1
         if self.off:
             return
-        self._resolve()
+        kept = [(t, t.vectors, t.left, t.estimate) for t in self._tracked.values()]
+        try:
+            self._resolve()
+            self._step()
+            self._skipped_in_a_row = 0
+        except _NotFinite:
+            for tracked, vectors, left, estimate in kept:
+                tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
+            self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+            if self._skipped_in_a_row >= _MOST_SKIPPED:
+                raise
+        self._note_weights()
+
+    def _step(self) -> None:
         layers = list(self._tracked.values())
         turn = self.steps // _LOOK_EVERY % len(layers)
         looked_at = [layers[turn]] if self.steps % _LOOK_EVERY == 0 else []
@@ -151,7 +174,6 @@ class FastClip:
             searched = self._search(tracked, _LOOK)
             tracked.learn(found[-1], searched)
             self._hold(tracked, searched, 1.0)
-        self._note_weights()
 
     def _hold(self, tracked: TrackedLayer, norm: float, missed: float) -> None:
         target = self._target(tracked, norm * missed) / missed
@@ -214,6 +236,7 @@ class FastClip:
         """What `load_state_dict` needs to go on exactly where this clipper stands: plain values and tensors."""
         return {
             "steps": self.steps,
+            "skipped": self.skipped,
             "layers": {name: tracked.entry() for name, tracked in self._tracked.items()},
         }
 
@@ -226,7 +249,7 @@ class FastClip:
         if state["layers"].keys() != self._tracked.keys():
             differing = sorted(state["layers"].keys() ^ self._tracked.keys())
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")
-        self.steps = int(state["steps"])
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         for name, entry in state["layers"].items():
             self._tracked[name].restore(entry)
         self._note_weights()
@@ -244,11 +267,11 @@ class FastClip:
             try:
                 values.append(tracked.power_step())
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise ValueError(_NON_FINITE.format(tracked.layer.name)) from None
+                raise _NotFinite(_NON_FINITE.format(tracked.layer.name)) from None
         found: list[float] = torch.stack([value.to(values[0].device) for value in values]).tolist()
         for tracked, norm in zip(layers, found, strict=True):
             if not math.isfinite(norm):
-                raise ValueError(_NON_FINITE.format(tracked.layer.name))
+                raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
             tracked.estimate, tracked.seen = norm, self.steps
             tracked.note_changes()
         return found
@@ -261,12 +284,12 @@ class FastClip:
         except ValueError:
             found = math.nan
         if not math.isfinite(found):
-            raise ValueError(_NON_FINITE.format(tracked.layer.name))
+            raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
         return found
 
     def _finish_once(self) -> dict[str, ClipResult]:
         held = {name: tracked for name, tracked in self._tracked.items() if not math.isinf(tracked.target)}
-        return {name: t.clip_until_proved_(t.target, self._failure_probability) for name, t in held.items()}
+        return {name: clip_until_proved_(t, t.target, self._failure_probability) for name, t in held.items()}
 
     def _resolve(self) -> None:
         """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
@@ -274,6 +297,8 @@ class FastClip:
         training = [t.layer.name for t in open_layers if t.layer.batchnorm is not None and t.layer.batchnorm.training]
         either_way = not isinstance(self._move, MoveWeight)
         for tracked in open_layers:
+            if not all(bool(torch.isfinite(p).all()) for p in tracked.move.parameters(tracked.layer)):
+                raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
             frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
             tracked.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
             if not self.off:

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .numerics import largest_singular_value, power_of_two, round_up
+from .numerics import largest_singular_value, power_of_two, round_down, round_up
 from .operators import Kernel, LinearOperator
 
 SYMBOL_WORK = 8e9  # multiply-adds that take a few seconds on two cores
@@ -49,10 +49,29 @@ def symbol_bound(kernel: Kernel, most_work: float = SYMBOL_WORK) -> float:
     if grid is None or len(window) > 2:
         return math.inf
     slack = prod(1 / math.cos(math.pi * d / n) for d, n in zip(degrees, grid, strict=True))
+    largest, operations = _largest_symbol(kernel, grid)
+    return round_up(kernel.gain * slack * largest, operations)
+
+
+def fourier_norm(kernel: Kernel, most_work: float = SYMBOL_WORK) -> tuple[float, float] | None:
+    """The norm of a circular convolution, rounded down and up; None of any other, and where it costs more than ``most_work``.
+
+    The Fourier transform makes it block diagonal, with the symbols at the frequencies of its grid for blocks.
+    """
+    c_out, c_in = kernel.weight.shape[:2]
+    per_out = c_out // kernel.groups
+    if kernel.grid is None or prod(kernel.grid) * c_out * c_in * min(per_out, c_in) / 2 > most_work:
+        return None
+    value, operations = _largest_symbol(kernel, list(kernel.grid))
+    return round_down(value, operations), round_up(value, operations)
+
+
+def _largest_symbol(kernel: Kernel, grid: list[int]) -> tuple[float, float]:
+    """The largest norm of the symbols on a grid no smaller than the window, and how many roundings its error amounts to."""
     scale = power_of_two(float(kernel.weight.abs().max()))
     pieces = [largest_singular_value(piece) for piece in _symbols(kernel.weight.double() / scale, grid, kernel.groups)]
-    largest, operations = max(pieces)[0], max(operations for _, operations in pieces) + kernel.weight[0].numel() + prod(grid)
-    return round_up(kernel.gain * slack * largest * scale, operations)
+    operations = max(operations for _, operations in pieces) + kernel.weight[0].numel() + prod(grid)
+    return max(pieces)[0] * scale, operations
 
 
 def _grids(degrees: list[int]) -> Iterator[list[int]]:

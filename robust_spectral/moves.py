@@ -92,16 +92,22 @@ class MoveWeightAndGamma:
 
     A change along a filter is one that the running variance follows and takes back, so it is left to γ; what is orthogonal to
     the filter turns it, which the normalisation does not undo.
+
+    Attributes:
+        along: Whether the weight moves along its filters too, as in the published code of the paper, whose composites lose
+            their weight while the normalisation trains on batch statistics. For comparison, or with frozen statistics.
     """
+
+    along: bool = False
 
     def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
         """The weight and γ."""
         return [*MoveWeight().parameters(layer), *MoveGamma().parameters(layer)]
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
-        """By the weight, without its components along the filters, and by γ."""
+        """By the weight, without its components along the filters (unless ``along``), and by γ."""
         by_weight = MoveWeight().gradients(layer, X, U, composite)
-        if is_plain(layer.module) and not getattr(layer.module, "transposed", False):
+        if not self.along and is_plain(layer.module) and not getattr(layer.module, "transposed", False):
             weight: Any = layer.module.weight
             filters = weight.detach().to(X.dtype).flatten(1)
             along = (by_weight[0].flatten(2) * filters).sum(2) / filters.square().sum(1).clamp_min(torch.finfo(X.dtype).tiny)
@@ -134,6 +140,8 @@ def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Paramet
     if "StdConv2d" in kind:
         raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
     weight: Any = getattr(module, "weight", None)
+    if hasattr(weight, "full_tensor"):  # a DTensor, whose package is not imported for this
+        raise NotImplementedError(f"{where}: its weight is sharded (FSDP, tensor parallel); train under DDP to clip")
     if not isinstance(weight, nn.Parameter):
         raise NotImplementedError(f"{where}: it has no weight parameter of its own")
     return {"weight": weight}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.special import betaincinv
 
-from .kernel_bounds import SYMBOL_WORK, frobenius_bound, schur_bound, symbol_bound
+from .kernel_bounds import SYMBOL_WORK, fourier_norm, frobenius_bound, schur_bound, symbol_bound
 from .krylov import golub_kahan, random_block
 from .numerics import largest_singular_value, power_of_two, round_down, round_up
 from .operators import LinearOperator, direct_sum
@@ -94,7 +94,7 @@ def norm_intervals(
     found = [dense_interval(A) if dense_work(A) <= _DENSE_WORK else _kernel_interval(A, most_work) for A in exact]
     alike: dict[Any, list[int]] = {}
     for index, (A, interval) in enumerate(zip(exact, found, strict=True)):
-        if interval.method != "dense":
+        if interval.method not in ("dense", "fourier"):
             shared = together if together is not None else A.device.type != "cpu"
             alike.setdefault((A.in_shape, A.out_shape, A.groups, A.device) if shared else index, []).append(index)
     for members in alike.values():
@@ -108,9 +108,12 @@ def norm_intervals(
 
 
 def _kernel_interval(A: LinearOperator, most_work: float) -> NormInterval:
-    """The smallest deterministic upper bound that the operator's kernel gives; nothing is said of the lower end."""
+    """The norm itself where the kernel has it; else the smallest upper bound it gives, and nothing of the lower end."""
     if A.kernel is None:
         return NormInterval(0.0, math.inf, "none")
+    ends = fourier_norm(A.kernel)
+    if ends is not None:
+        return NormInterval(*ends, "fourier")
     candidates = [
         (schur_bound(A.kernel), "schur"),
         (symbol_bound(A.kernel, most_work), "symbol"),

@@ -26,11 +26,13 @@ class Kernel:
         weight: (out channels, in channels / groups, *window); of a stride s, s times as many input channels an axis.
         groups: Groups of channels.
         gain: Norm of the padding in front of it where that repeats inputs (reflect, replicate, wide circular); else 1.
+        grid: Where the convolution is circular, the size of its output, on whose frequencies its symbols are the whole of it.
     """
 
     weight: Tensor
     groups: int
     gain: float = 1.0
+    grid: Shape | None = None
 
     @property
     def H(self) -> Kernel:

@@ -24,7 +24,7 @@ from .circular import plain_circular, representatives
 from .numerics import power_of_two, smaller_gram
 from .operators import Shape
 
-_RELAXATION = 1.8  # anything in (0, 2) converges
+RELAXATION = 1.8  # anything in (0, 2) converges
 _CHECK_EVERY = 5  # rounds from one look at the norm and the bound from below to the next
 
 
@@ -68,16 +68,15 @@ def projected_weight(
     transform, groups = _transform(module, weight, tuple(in_shape)), getattr(module, "groups", 1)
     scale = power_of_two(float(weight.abs().max()))
     limit = max(max_norm / scale / math.sqrt(transform.places), torch.finfo(torch.float64).tiny)
-    kernel = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).movedim(-1, 0)
-    kernel = kernel.clone(memory_format=torch.contiguous_format)  # (entries, g, out/g, in/g)
-    above = _norms(transform.symbols(kernel / scale)) > limit * (1 + rtol)
+    kernel = by_entries(weight, groups).clone()
+    above = symbol_norms(transform.symbols(kernel / scale)) > limit * (1 + rtol)
     if bool(above.any()):
         kernel[:, above] = _project(kernel[:, above] / scale, transform, limit, rtol, max_rounds) * scale
     return kernel.movedim(0, -1).reshape(weight.shape).contiguous()
 
 
 @dataclass(frozen=True)
-class _Transform:
+class Transform:
     """The Fourier transform S of the kernels of a window on a cyclic grid, for one frequency of each conjugate pair.
 
     Kernels are (entries, g, o, i), symbols (frequencies, g, o, i). With every pair counted twice S is an isometry, but for
@@ -96,7 +95,7 @@ class _Transform:
     places: int
 
     @classmethod
-    def of(cls, size: Sequence[int], dilation: Sequence[int], grid: Sequence[int], device: torch.device) -> _Transform:
+    def of(cls, size: Sequence[int], dilation: Sequence[int], grid: Sequence[int], device: torch.device) -> Transform:
         """That of a window of some size and dilation."""
         kept, counts, _ = (index.to(device) for index in representatives(grid))
         waves = []
@@ -117,7 +116,7 @@ class _Transform:
         return (self.cosine.mT @ flat.real + self.sine.mT @ flat.imag).unflatten(1, symbols.shape[1:])
 
 
-def _project(start: Tensor, transform: _Transform, limit: float, rtol: float, max_rounds: int) -> Tensor:
+def _project(start: Tensor, transform: Transform, limit: float, rtol: float, max_rounds: int) -> Tensor:
     """The kernel K nearest to K₀ = ``start`` whose symbols have no singular value above ``limit``.
 
     Minimises ½ ‖K - K₀‖² subject to S K = Z and ‖Z‖ <= limit by the alternating direction method of multipliers, over-relaxed.
@@ -127,32 +126,32 @@ def _project(start: Tensor, transform: _Transform, limit: float, rtol: float, ma
     Source: Eckstein and Bertsekas, On the Douglas-Rachford splitting method and the proximal point algorithm (1992).
     """
     symbols = relaxed = transform.symbols(start)
-    penalty = _penalty(symbols, limit, transform.places / len(start))
+    weight = penalty(symbols, limit, transform.places / len(start))
     eye = torch.eye(len(start), dtype=start.dtype, device=start.device)
-    inverse = torch.linalg.inv(eye + penalty * transform.kernel(transform.symbols(eye)))
+    inverse = torch.linalg.inv(eye + weight * transform.kernel(transform.symbols(eye)))
     multipliers = torch.zeros_like(symbols)
     nearest = start * _shrinking(symbols, limit)
     for done in range(1, max_rounds + 1):
         wanted = relaxed + multipliers
-        multipliers, excess = _cut(wanted, limit)
+        multipliers, excess = cut(wanted, limit)
         clipped = wanted - multipliers
-        pulled = start + penalty * transform.kernel(clipped - multipliers)
+        pulled = start + weight * transform.kernel(clipped - multipliers)
         kernel = (inverse @ pulled.flatten(1)).view_as(start)
         symbols = transform.symbols(kernel)
-        relaxed = _RELAXATION * symbols + (1 - _RELAXATION) * clipped
+        relaxed = RELAXATION * symbols + (1 - RELAXATION) * clipped
         if done % _CHECK_EVERY == 1 or done == max_rounds:
             feasible = kernel * _shrinking(symbols, limit)
-            distance, y = _half_square(feasible - start), penalty * transform.kernel(multipliers)
+            distance, y = _half_square(feasible - start), weight * transform.kernel(multipliers)
             if distance < _half_square(nearest - start):
                 nearest = feasible
-            trace_norm = penalty * float((transform.counts * excess.flatten(1)).sum())
+            trace_norm = weight * float((transform.counts * excess.flatten(1)).sum())
             gap = _half_square(feasible - start + y) + limit * trace_norm - float((feasible * y).sum())
             if gap <= rtol * min(distance, _half_square(feasible)):
                 break
     return nearest
 
 
-def _penalty(symbols: Tensor, limit: float, spread: float) -> float:
+def penalty(symbols: Tensor, limit: float, spread: float) -> float:
     """The penalty: any converges, this one fast. ``spread`` is how many places the grid has per entry of the window.
 
     A single frequency has a share of 1 / spread in the window's entries, and multipliers compare to kernels as what a clip
@@ -161,12 +160,12 @@ def _penalty(symbols: Tensor, limit: float, spread: float) -> float:
     """
     if spread <= 1:
         return spread
-    taken = _cut(symbols, limit)[0]
+    taken = cut(symbols, limit)[0]
     ratio = float(taken.norm() / (symbols - taken).norm().clamp_min(1e-15 * taken.norm()))
     return spread * ratio**0.25 * (1 + ratio) ** 0.75
 
 
-def _cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """What a clip at ``limit`` takes from each symbol (frequencies, g, o, i), and from each singular value, 0 where nothing.
 
     By the eigenvectors of the smaller Gram matrix, faster than a singular value decomposition, and as exact while the largest
@@ -184,7 +183,7 @@ def _cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return cut, (sizes - limit).clamp_min(0)
 
 
-def _norms(symbols: Tensor) -> Tensor:
+def symbol_norms(symbols: Tensor) -> Tensor:
     """The largest singular value of each group over all frequencies: (frequencies, g, o, i) -> (g,)."""
     if min(symbols.shape[-2:]) == 1:
         return torch.linalg.vector_norm(symbols, dim=(-2, -1)).amax(0)
@@ -193,7 +192,12 @@ def _norms(symbols: Tensor) -> Tensor:
 
 def _shrinking(symbols: Tensor, limit: float) -> Tensor:
     """The factors that make each group feasible, (g, 1, 1)."""
-    return (limit / _norms(symbols).clamp_min(limit))[:, None, None]
+    return (limit / symbol_norms(symbols).clamp_min(limit))[:, None, None]
+
+
+def by_entries(kernel: Tensor, groups: int) -> Tensor:
+    """(out, in/g, *window) -> (entries, g, out/g, in/g)."""
+    return kernel.reshape(groups, len(kernel) // groups, kernel.shape[1], -1).movedim(-1, 0).contiguous()
 
 
 def _half_square(kernel: Tensor) -> float:
@@ -211,7 +215,7 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.detach().double()
 
 
-def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> _Transform:
+def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> Transform:
     """The transform on a grid where the circular convolution has the layer's norm or more.
 
     Along an axis on which the window has a single entry all frequencies are alike, and one place will do.
@@ -220,7 +224,7 @@ def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> _Transform
     if not isinstance(module, _ConvNd):
         if in_shape[-1:] != weight.shape[1:]:
             raise ValueError(f"{where} takes {weight.shape[1]} features on the last axis")
-        return _Transform.of((1,), (1,), (1,), weight.device)
+        return Transform.of((1,), (1,), (1,), weight.device)
     window, dilation = module.kernel_size, module.dilation
     if set(module.stride) != {1}:
         raise NotImplementedError(f"{where} has a stride; only stride 1 is covered")
@@ -233,7 +237,7 @@ def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> _Transform
         plain_circular("projected_weight", module, in_shape)  # refuses what changes the size
         reach = [0] * len(reach)
     grid = [n + r if k > 1 else 1 for n, r, k in zip(in_shape[1:], reach, window, strict=True)]
-    return _Transform.of(window, dilation, grid, weight.device)
+    return Transform.of(window, dilation, grid, weight.device)
 
 
 def _check_plain(module: nn.Module) -> None:

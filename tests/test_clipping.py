@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import robust_spectral as rs
-from robust_spectral.clipping import TrackedLayer
+from robust_spectral.clipping import clip_until_proved_
 from robust_spectral.layers import LinearLayer
 from robust_spectral.moves import Move, MoveGamma, MoveWeight, MoveWeightAndGamma
+from robust_spectral.tracking import TrackedLayer
 
 every_clippable = pytest.mark.parametrize("case", CLIPPABLE, ids=str)
 same_padding_copies = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -375,7 +376,7 @@ def test_a_composite_is_clipped_through_its_weight_its_gamma_or_both(
     module = nn.Sequential(make(), randomised(kind(6), [1.5, -2.0, 0.0, 0.3, 1.0, 4.0])).eval()
     true, before = norm(module, in_shape), snapshot(module)
     layer = LinearLayer("0", module[0], in_shape, module[1], "1")
-    TrackedLayer.of(layer, vectors=4, composite=True, seed=0, move=move).clip_until_proved_(0.5 * true, 1e-9)
+    clip_until_proved_(TrackedLayer.of(layer, vectors=4, composite=True, seed=0, move=move), 0.5 * true, 1e-9)
     assert 0.99 * 0.5 * true <= norm(module, in_shape) <= 1.001 * 0.5 * true
     moved = {name for name, value in snapshot(module).items() if not torch.equal(value, before[name])}
     assert (
@@ -429,6 +430,59 @@ def test_the_projection_moves_no_further_than_the_update_and_is_proved_too(
     zeros = getattr(module, "padding_mode", "") == "zeros"  # whose projection is conservative
     assert projection.distortion <= update.distortion * (1.05 if zeros else 1.005)
     assert rs.clip_(twin, in_shape, target, method="projection").steps == 0
+
+
+@pytest.mark.parametrize("mode", ["circular", "zeros"])
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
+def test_where_many_values_are_above_the_update_comes_near_to_the_projection(mode: str, fraction: float) -> None:
+    module, in_shape = nn.Conv2d(16, 16, 3, padding=1, padding_mode=mode), (16, 10, 10)
+    twin, target = copy.deepcopy(module), fraction * norm(module, in_shape)
+    update, projection = rs.clip_(module, in_shape, target), rs.clip_(twin, in_shape, target, method="projection")
+    assert norm(module, in_shape) <= 1.001 * target
+    assert update.distortion <= min(1.15 * projection.distortion, 0.97 * (1 - fraction))
+
+
+def composite(module: nn.Module, gamma: list[float]) -> nn.Module:
+    return nn.Sequential(module, randomised(nn.BatchNorm2d(len(gamma)), gamma)).eval()
+
+
+@pytest.mark.parametrize(
+    "make, in_shape",
+    [
+        (lambda: nn.Conv2d(3, 24, 7, stride=2, padding=3), (3, 24, 24)),
+        (lambda: nn.Conv2d(12, 24, 3, padding=1, groups=2), (12, 12, 12)),
+        (lambda: nn.ConvTranspose2d(12, 12, 4, stride=2, padding=1), (12, 8, 8)),
+        (lambda: nn.Conv2d(3, 48, 8, stride=8), (3, 32, 32)),
+        (lambda: composite(nn.Conv2d(12, 12, 3, padding=1), [0.5, 2.0, 0.0, -1.0] * 3), (12, 12, 12)),
+    ],
+    ids=["stride", "groups", "transposed", "patches", "composite"],
+)  # fmt: skip
+def test_where_many_values_are_above_less_moves_than_in_a_rescale(
+    make: Callable[[], nn.Module], in_shape: tuple[int, ...]
+) -> None:
+    module = make()
+    target = 0.5 * norm(module, in_shape)
+    result = rs.clip_(module, in_shape, target)
+    assert 0.98 * target <= norm(module, in_shape) <= 1.001 * target
+    assert result.distortion <= 0.43
+
+
+def test_a_wide_dense_layer_is_clipped_far_below_its_norm_as_its_singular_values_are() -> None:
+    module = nn.Linear(700, 800)
+    U, S, Vh = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
+    target = 0.1 * float(S[0])
+    rs.clip_(module, (700,), target)
+    nearest = (U * S.clamp(max=target)) @ Vh
+    assert float((module.weight.detach() - nearest).norm() / nearest.norm()) <= 2e-3
+
+
+def test_the_papers_descent_lowers_the_norm_by_its_step_and_leaves_it_at_what_it_is() -> None:
+    module = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    true = norm(module, (4, 8, 8))
+    result = rs.clip_(module, (4, 8, 8), 0.7 * true, method="paper")
+    after = norm(module, (4, 8, 8))
+    assert after in result.after and 0.7 * true * 0.99 <= after < 0.9 * true
+    assert result.steps > 1
 
 
 def test_only_what_has_a_projection_is_projected() -> None:

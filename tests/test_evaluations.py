@@ -153,6 +153,36 @@ def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    config = FinetuneConfig(**SMALL, epochs=0, max_norm=None)
+    finetune(config, tmp_path / "run")
+    (tmp_path / "run" / "state.pt").touch()  # as where the last step of all was cut off
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert finetune(config, tmp_path / "run", resume=True) == tmp_path / "run"
+    assert (tmp_path / "run" / "run.json").read_bytes() == before and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_what_a_killed_writer_left_is_no_hindrance(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.4711").write_text("{")
+    finetune(FinetuneConfig(**SMALL, epochs=0, max_norm=None), tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_batches_with_a_loss_that_is_not_finite_are_skipped_counted_and_ended(tmp_path, monkeypatch):
+    calls, cross_entropy = [0], torch.nn.functional.cross_entropy
+
+    def sometimes(logits, labels):
+        calls[0] += 1
+        return cross_entropy(logits, labels) * (float("nan") if calls[0] in (2, 3) or calls[0] > 14 else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", sometimes)
+    _, _, run = load_run(finetune(FinetuneConfig(**SMALL, epochs=1), tmp_path / "two"))
+    assert run["skipped"] == 2
+    with pytest.raises(ValueError, match="10 steps in a row"):
+        finetune(FinetuneConfig(**SMALL, epochs=3), tmp_path / "many")
+
+
 def test_resume_with_another_configuration_is_refused(tmp_path):
     config = FinetuneConfig(**SMALL, epochs=1)
     write_atomically(tmp_path / "config.json", lambda path: path.write_text("{}"))

@@ -38,6 +38,39 @@ def test_the_interval_contains_the_norm(case: Case) -> None:
     assert found.upper <= true * (1 + 1e-10)
 
 
+@pytest.mark.parametrize(
+    "module, in_shape",
+    [
+        (nn.Conv2d(12, 9, 3, padding=1, padding_mode="circular"), (12, 24, 25)),
+        (nn.Conv2d(12, 10, 3, stride=2, padding=1, padding_mode="circular", groups=2), (12, 24, 24)),
+        (nn.Sequential(nn.Conv2d(12, 10, 5, padding=2, padding_mode="circular"), nn.BatchNorm2d(10)), (12, 24, 23)),
+        (nn.Conv1d(6, 6, 2, padding="same", padding_mode="circular"), (6, 500)),
+    ],
+    ids=["plain", "stride and groups", "composite", "even window"],
+)
+@same_padding_copies
+def test_the_norm_of_a_circular_convolution_is_read_off_its_symbols(module: nn.Module, in_shape: tuple[int, ...]) -> None:
+    A = rs.linear_operator(module.eval(), in_shape)
+    found = rs.spectral_norm(A, 0)
+    assert found.method == "fourier" and found.failure_probability == 0
+    assert found.lower <= norm(module, in_shape) <= found.upper <= found.lower * (1 + 1e-10)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(8, 8, 3, padding=2, padding_mode="circular"),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="circular"),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="circular"),
+        nn.Conv2d(8, 8, 3, padding=1),
+    ],
+    ids=["another size", "dilation", "a stride that does not divide", "zeros"],
+)
+def test_no_other_norm_is_read_off_the_symbols_of_a_grid(module: nn.Module) -> None:
+    found = rs.spectral_norm(rs.linear_operator(module, (8, 17, 17)))
+    assert found.method != "fourier" and found.lower <= norm(module, (8, 17, 17)) <= found.upper
+
+
 @same_padding_copies
 @pytest.mark.parametrize("max_steps", [1, 4, 200])
 @every_case

@@ -15,7 +15,7 @@ CORE = [
     "lipschitz_estimate", "certified_radius", "Lanczos", "PowerQR", "NormInterval", "LinearOperator", "LipschitzBound",
     "ClipResult", "SingularTriplets", "LinearLayer", "linear_layers", "circular_singular_values",
     "duplicate_structure", "representation_gap", "DuplicateStructure", "RepresentationGap", "MoveWeight",
-    "MoveGamma", "MoveWeightAndGamma", "projected_weight", "__version__",
+    "MoveGamma", "MoveWeightAndGamma", "projected_weight", "fold_batchnorms_", "__version__",
 ]  # fmt: skip
 HOMES = {
     "operators": ["LinearOperator"],
@@ -30,6 +30,7 @@ HOMES = {
     "spectrum": ["PowerQR", "Lanczos", "top_singular", "SingularTriplets"],
     "norms": ["spectral_norm", "NormInterval"],
     "layers": ["linear_layers", "LinearLayer", "spectral_norms"],
+    "folding": ["fold_batchnorms_"],
     "moves": ["MoveWeight", "MoveGamma", "MoveWeightAndGamma"],
     "projection": ["projected_weight"],
     "clipping": ["clip_", "ClipResult"],

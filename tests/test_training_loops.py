@@ -3,14 +3,20 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm.optim
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from reference import norm
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import robust_spectral as rs
 
@@ -184,3 +190,72 @@ def test_frozen_layers_are_held_and_stay_frozen() -> None:
     ordinary(model, optimizer)
     assert max(true_norms(model)) <= 0.3 * HELD
     assert not model[0].weight.requires_grad and model[0].weight.grad is None
+
+
+def test_a_lazy_model_is_settled_by_the_first_look_at_it() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    rs.FastClip(model, torch.zeros(1, 2, 6, 6), max_norm=0.1).finish()
+    assert norm(copy.deepcopy(model[0]), (2, 6, 6)) <= 0.1 * PROVED
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten())
+        example = torch.zeros(1, 2, 6, 6)
+    with pytest.raises(ValueError, match="meta device"):
+        rs.FastClip(model, example)
+
+
+def test_a_model_moved_to_another_type_is_followed_there() -> None:
+    model = convnet()
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8), max_norm=0.3)
+    clipper.step()
+    model.double()
+    for _ in range(5):
+        clipper.step()
+    assert max(true_norms(model)) <= 0.3 * HELD
+    assert model[0].weight.dtype == torch.float64
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """Train under DDP, with and without its buffers sent around, then try FSDP2; what came of it goes into files."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for broadcast in (True, False):
+        model = convnet()
+        model.insert(1, nn.BatchNorm2d(8))
+        replica = DistributedDataParallel(model, broadcast_buffers=broadcast)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8), composites="never")
+        clipper.attach(optimizer)
+        for x, y in batches(8):
+            optimizer.zero_grad()
+            loss(replica, x[rank::2], y[rank::2]).backward()
+            optimizer.step()
+        clipper.finish()
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        torch.save({"parameters": parameters, "clipper": clipper.state_dict()}, f"{folder}/{broadcast}-{rank}.pt")
+    model = convnet()
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    fully_shard(model)
+    try:
+        clipper.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    except NotImplementedError as error:
+        torch.save(str(error), f"{folder}/sharded-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_stay_identical_under_ddp_and_sharded_weights_are_refused(tmp_path: Path) -> None:
+    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b or (a != a and b != b)
+
+    for broadcast in (True, False):
+        first, second = (torch.load(tmp_path / f"{broadcast}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert equal(first, second)
+        kernel = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        kernel.load_state_dict({"weight": first["parameters"]["0.weight"]})
+        assert norm(kernel, (3, 8, 8)) <= PROVED
+    assert all("sharded" in torch.load(tmp_path / f"sharded-{rank}.pt") for rank in (0, 1))

@@ -1,0 +1,110 @@
+"""How well the hook alone holds the norms: the true norm of every clipped layer at each epoch's end, without `finish`.
+
+    python evaluations/benchmarks/held_norms.py --out evaluations/benchmarks/results/held_norms.json
+
+A ResNet-18 with a 3 x 3 stem and timm's test_resnet train on MNIST-5k, with SGD and with AdamW, convolutions alone (batch
+normalisations train) and composites (their statistics frozen), everything else at the clipper's defaults. The norms come from
+proved intervals in float64, within 1e-3, of which the lower ends are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robust_spectral as rs
+from robust_spectral.affine import is_batchnorm
+from robust_spectral.evaluations.data import load_data
+from robust_spectral.evaluations.runs import environment, write_json
+
+MODELS = {
+    "test_resnet": lambda: timm.create_model("test_resnet", in_chans=1, num_classes=10),
+    "resnet18": lambda: small_stem(timm.create_model("resnet18", in_chans=1, num_classes=10)),
+}
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+}
+WHAT = {"layers": False, "composites": True}
+
+
+def small_stem(model: Any) -> nn.Module:
+    """A ResNet for small images: a 3 x 3 first convolution, no pooling behind it."""
+    model.conv1, model.maxpool = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+def set_mode(model: nn.Module, frozen: bool) -> None:
+    """Training mode, with the batch normalisations' statistics frozen or not."""
+    model.train()
+    for module in model.modules():
+        if frozen and is_batchnorm(module):
+            module.eval()
+
+
+def epochs(images: Tensor, labels: Tensor, count: int, batch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Shuffled batches, epoch by epoch."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        order = torch.randperm(len(images), generator=generator)[: len(images) // batch * batch]
+        yield [(images[part], labels[part]) for part in order.split(batch)]
+
+
+def held(name: str, optimizer_name: str, composites: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """One training run; the largest true norm over target at each epoch's end."""
+    torch.manual_seed(0)
+    data = load_data("mnist5k", options.size)
+    pairs = [data.train[i] for i in range(len(data.train))]  # type: ignore[arg-type]
+    images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+    model = MODELS[name]()
+    if composites:  # statistics worth freezing come from an epoch without a clipper
+        set_mode(model, False)
+        first = OPTIMIZERS["adamw"](model.parameters())
+        for x, y in next(epochs(images, labels, 1, options.batch)):
+            first.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            first.step()
+    set_mode(model, composites)
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    target = 1.5 if composites else 1.0
+    clipper = rs.FastClip(model, images[:1], target, composites="auto" if composites else "never")
+    clipper.attach(optimizer)
+    largest, losses = [], []
+    for part in epochs(images, labels, options.epochs, options.batch):
+        for x, y in part:
+            optimizer.zero_grad()
+            loss = F.cross_entropy((20.0 if composites else 1.0) * model(x), y)
+            loss.backward()
+            optimizer.step()
+        norms = {row["name"]: row["lower"] / target for row in clipper.report(rtol=1e-3)}
+        largest.append(max(norms.values()))
+        losses.append(loss.item())
+        print(f"{name} {optimizer_name} {'composites' if composites else 'layers'}: largest norm {largest[-1]:.4f} x target, "
+              f"at {max(norms, key=lambda n: norms[n])}, loss {losses[-1]:.3f}", flush=True)  # fmt: skip
+    return {"model": name, "optimizer": optimizer_name, "composites": composites, "target": target, "layers": len(norms),
+            "steps": clipper.steps, "largest_over_target": largest, "losses": losses}  # fmt: skip
+
+
+def main() -> None:
+    """Train, print a line for each epoch, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=28)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = [held(m, o, c, options) for m in options.models for o in OPTIMIZERS for c in WHAT.values()]
+    if options.out:
+        write_json(options.out, {"rows": rows, **environment()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""A layer with the singular directions that are followed in it, and the smallest change of a weight that lowers them.
+
+For weights W in which the operator A is linear, with top triplets (σ_i, u_i, v_i) and G_i = ∂⟨u_i, A v_i⟩/∂W, the update
+W - Σ a_i G_i with the a >= 0 that solves Σ_j ⟨G_i, G_j⟩ a_j = σ_i - c brings every ⟨u_i, A v_i⟩ above c to c, and is the
+smallest change of W that does. For a dense layer it is the exact clip of those singular values. Groups of a grouped
+convolution are followed and clipped separately, all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from .affine import is_plain
+from .krylov import apply_grouped, from_groups, random_block
+from .layers import LinearLayer
+from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
+from .norms import NormInterval, spectral_norm
+from .operators import LinearOperator
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
+
+_SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
+_REACH = 5e-3  # above its target, what a training step takes down along the directions followed
+_STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
+_MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
+TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
+
+
+@dataclass(eq=False)
+class TrackedLayer:
+    """A layer with the singular directions that are followed in it."""
+
+    layer: LinearLayer
+    move: Move
+    vectors: Tensor  # (groups, k, in / groups), orthonormal rows
+    composite: bool | None  # None until settled
+    operator: LinearOperator
+    left: Tensor | None = field(default=None)  # (groups, 1, out / groups) where the last half of a power step was forward
+    estimate: float = field(default=math.nan)
+    initial: float = field(default=math.nan)
+    target: float = field(default=math.inf)
+    missed: float = field(default=1.0)  # factor by which power steps fall short
+    scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
+    seen: int = field(default=-1)  # clipper step of the estimate
+    ritz: Ritz = field(init=False)  # what the last power step or search found
+    _proved: _Proved | None = field(default=None)
+    _versions: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None,
+        target: float = math.inf,
+    ) -> TrackedLayer:  # fmt: skip
+        """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
+        move = move or MoveWeight()
+        move.parameters(layer)
+        operator = _operator(layer, bool(composite))
+        size = math.prod(layer.in_shape) // operator.groups
+        rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
+        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target)
+
+    @property
+    def kind(self) -> str:
+        """The layer's kind, "+bn" only where the composite is what is clipped."""
+        return self.layer.kind if self.composite else self.layer.kind.removesuffix("+bn")
+
+    def resolve(self, composite: bool) -> None:
+        """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
+        self.composite = composite and self.layer.batchnorm is not None
+        self.operator = _operator(self.layer, self.composite)
+        self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
+        self.left = None if self.left is None else self.left.to(self.operator.device, self.operator.dtype)
+
+    def entry(self) -> dict[str, Any]:
+        """What `restore` needs: plain values and a tensor."""
+        return {
+            "vectors": self.vectors.clone(), "left": None if self.left is None else self.left.clone(),
+            "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
+            "initial": self.initial, "target": self.target, "missed": self.missed,
+        }  # fmt: skip
+
+    def restore(self, entry: dict[str, Any]) -> None:
+        """Go on from the entry of a clipper's state dict."""
+        self.composite = entry["composite"]
+        if self.composite is not None:
+            self.resolve(self.composite)
+        self.vectors = entry["vectors"].to(self.vectors)
+        self.left = None if entry["left"] is None else entry["left"].to(self.vectors)
+        self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
+        self.target, self.missed = entry["target"], entry["missed"]
+
+    def note_changes(self) -> None:
+        """Take what has been done to the parameters so far as seen."""
+        self._versions = [p._version for p in self.move.parameters(self.layer)]
+
+    @property
+    def changes_unseen(self) -> int:
+        """How often a parameter has been changed in place since `note_changes`, as far as torch counts it."""
+        now = [p._version for p in self.move.parameters(self.layer)]
+        return max(new - old for new, old in zip(now, self._versions or now, strict=True))
+
+    def search(self, steps: int, seed: int) -> Tensor:
+        """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
+
+        The run starts from where the vectors are, stirred, so that it sees what they are blind to.
+        """
+        start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
+        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), self.vectors.shape[1], start)
+        return self._follow(ritz, next_block(ritz.right, self.vectors))
+
+    def learn(self, found: float, searched: float) -> None:
+        """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
+
+        Every search that finds them right makes it less. Of vectors gone cold, which tell nothing of warm ones, little counts.
+        """
+        short = min(searched / found, _MOST_MISSED) if found > 0 else 1.0
+        self.missed = max(1 + 0.9 * (self.missed - 1), short)
+
+    def power_step(self) -> Tensor:
+        """A warm power step; the largest value found, as a tensor without a sync.
+
+        A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
+        pair u, v and a value ⟨u, A v⟩ of the weights as they are.
+        """
+        if self.vectors.device != next(self.layer.module.parameters()).device:
+            self.resolve(bool(self.composite))
+        if self.vectors.shape[1] > 1:
+            ritz, image = power_step(self._scaled(), self.vectors)
+            return self._follow(ritz, next_block(image, self.vectors))
+        if self.left is None:
+            right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
+        else:
+            left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
+        ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
+        return self._follow(ritz, right, forward=self.left is None)
+
+    @torch.no_grad()
+    def hold_(self, target: float) -> None:
+        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions followed.
+
+        What is far above the target is spread over more directions than are followed, as it is where training starts. Each
+        group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
+        """
+        if not parametrize.is_parametrized(self.layer.module, "weight"):
+            largest = self.ritz.values.amax(1, keepdim=True)
+            factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
+            multiply_by_groups_(self.move.rescaled(self.layer), factors)
+            self.ritz = replace(self.ritz, values=self.ritz.values * factors)
+        self.clip_directions_(target)
+        self.seen = -1  # measured again when asked for
+
+    @torch.no_grad()
+    def clip_directions_(self, max_norm: float) -> None:
+        """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
+        excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
+        G = self.gradients()
+        a = _smallest_change(G @ G.mT, excess)
+        add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
+
+    def gradients(self) -> Tensor:
+        """Those of the values just found by what moves, (groups, k, numbers / groups)."""
+        A = self.operator
+        X, U = from_groups(self.ritz.right, A.in_shape), from_groups(self.ritz.left, A.out_shape)
+        return by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)
+
+    def _scaled(self) -> LinearOperator:
+        return self.operator if self.scale == 1 else self.operator.over(self.scale)
+
+    def enclosure(self, failure_probability: float, rtol: float = TOLERANCE / 4) -> NormInterval:
+        """The norm now; computed anew only when a tensor has changed or a closer interval is asked for.
+
+        The default width is close enough to hold the norm against a target.
+        """
+        parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
+        tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
+        asked = self.composite, failure_probability
+        known = self._proved
+        if known is None or known.asked != asked or known.rtol > rtol or not _same(known.tensors, tensors):
+            norm = spectral_norm(self.operator, failure_probability, rtol=rtol)
+            known = self._proved = _Proved(norm, rtol, asked, [t.clone() for t in tensors])
+        return known.norm
+
+    def largest(self, max_norm: float) -> float:
+        """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
+
+        A small layer is decomposed instead, and all its directions above ``max_norm`` are followed (up to 64).
+        """
+        if dense_work(self.operator) <= _SMALL:
+            ritz = dense_ritz(self._scaled(), 64)
+            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]))
+        largest = float(self.power_step())
+        if largest > max_norm * (1 + TOLERANCE / 4):
+            return largest
+        steps = 32 if self.operator.groups == 1 else 12
+        search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
+        start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
+        ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
+        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))
+
+    def _follow(self, ritz: Ritz, vectors: Tensor, forward: bool = False) -> Tensor:
+        """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
+
+        Returns the largest value.
+        """
+        self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
+        self.left = ritz.left if forward else None
+        return self.ritz.values.max()
+
+
+@dataclass(frozen=True)
+class _Proved:
+    """An interval, the width it was computed for, what was asked, and the tensors it holds for."""
+
+    norm: NormInterval
+    rtol: float
+    asked: tuple[Any, ...]
+    tensors: list[Tensor]
+
+
+def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
+    return len(kept) == len(tensors) and all(
+        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
+    )
+
+
+def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
+    """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
+
+    The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
+    lower them more than enough), so that nearly dependent directions cannot blow the change up.
+    """
+    if gram.shape[-1] == 1:
+        return excess / (gram[..., 0] + torch.finfo(gram.dtype).tiny)
+    active = excess > 0
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)
+    for _ in range(gram.shape[-1]):
+        pairs = active[:, :, None] & active[:, None, :]
+        a = torch.linalg.solve(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))
+        negative = a < 0
+        if not bool(negative.any()):
+            break
+        active = active & ~negative
+    return a
+
+
+def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:
+    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves."""
+    operator = layer.operator(composite=composite)
+    return operator if is_plain(layer.module) else replace(operator, groups=1)
