@@ -23,7 +23,6 @@ from art.preprocessing.standardisation_mean_std.numpy import StandardisationMean
 from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
 
 from robust_spectral import ClipResult, FastClip, LipschitzBound, certified_radius, lipschitz_bound
-from robust_spectral.graph import times
 
 
 class FastClipTrainer(Trainer):
@@ -161,8 +160,7 @@ class LipschitzClassifier(PyTorchClassifier):
             raise NotImplementedError(f"LipschitzClassifier: no Lipschitz constant is known of the preprocessing {kind}")
         bound = lipschitz_bound(self.model, _example(self), failure_probability)
         std = np.min(np.abs(np.asarray(getattr(self.preprocessing, "std", 1.0), dtype=np.float64)))
-        value = times(bound.value, 1 / float(std))
-        return LipschitzBound(value, bound.nodes, bound.reason, bound.failure_probability, value)
+        return bound.behind(1 / float(std))
 
     def certify(self, x: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
         """Predicted classes and the L2 radii inside which they provably stay; -1 and 0 where nothing can be promised.

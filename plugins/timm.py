@@ -17,7 +17,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
-from robust_spectral.graph import Walk, rule, times
+from robust_spectral.graph import JOINERS, Walk, rule, times
 from robust_spectral.rules import activation_slope, affine_layer, batchnorm
 
 
@@ -120,7 +120,10 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     model.load_state_dict(found, strict=True)
 
 
-rule(timm.layers.Conv2dSame)(affine_layer)
+rule(
+    timm.layers.Conv2dSame, timm.layers.StdConv2d, timm.layers.StdConv2dSame, timm.layers.ScaledStdConv2d,
+    timm.layers.ScaledStdConv2dSame, timm.layers.BlurPool2d,
+)(affine_layer)  # fmt: skip
 
 
 @rule(timm.layers.DropPath)
@@ -134,4 +137,7 @@ def batchnorm_then_activation(walk: Walk, n: fx.Node) -> float:
     """The affine part, with the convolution before it where there is one, times the slope of the activation."""
     module: Any = walk.called(n)
     slopes = [activation_slope(part) for part in (module.drop, module.act)]
-    return times(batchnorm(walk, n), *slopes)
+    return times(walk.bound_of(batchnorm(walk, n)), *slopes)
+
+
+JOINERS.update(dict.fromkeys((timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d), JOINERS[nn.BatchNorm2d]))

@@ -13,9 +13,9 @@ from .lipschitz import LipschitzBound
 def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> Tensor:
     """L2 radius around each input inside which the predicted class provably stays the true one.
 
-    With L a bound of the network's Lipschitz constant from L2 to L2, every difference of two logits is √2 L-Lipschitz, so
-    the radius is ``margin / (√2 L)`` with the margin between the true class and the best other one. The result is rounded
-    down. It is a statement about the network in real arithmetic, at the logits as given.
+    With L a bound of the network's Lipschitz constant from L2 to L2, every difference of two logits is √2 L-Lipschitz, and
+    with the constant of the pair of classes itself where the bound has ``pairs``. The radius is the smallest margin to another
+    class over its constant, rounded down. It is a statement about the network in real arithmetic, at the logits as given.
 
     Args:
         logits: Scores before any softmax, (batch, classes).
@@ -40,10 +40,12 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     scores = logits.detach().double()
-    true = scores.gather(1, labels[:, None].long())
-    others = scores.scatter(1, labels[:, None].long(), -math.inf)
-    margin = (true - others.amax(1, keepdim=True))[:, 0]
-    sound = torch.isfinite(scores).all(1) & (margin > 0) & math.isfinite(bound.value)
-    radius = margin / (math.sqrt(2) * bound.value) if bound.value > 0 else torch.full_like(margin, math.inf)
+    own = labels[:, None].long()
+    margins = (scores.gather(1, own) - scores).scatter(1, own, math.inf)
+    constants = torch.full_like(margins, math.sqrt(2) * bound.value)
+    if bound.pairs is not None and bound.pairs.shape == (scores.shape[1],) * 2:
+        constants = torch.minimum(constants, bound.pairs.to(scores)[labels.long()])
+    sound = torch.isfinite(scores).all(1) & (margins > 0).all(1) & math.isfinite(bound.value)
+    radius = torch.where(constants > 0, margins / constants, math.inf).amin(1)
     rounded = torch.nextafter(radius * (1 - 1e-14), torch.zeros_like(radius))
     return torch.where(sound, rounded, 0.0)

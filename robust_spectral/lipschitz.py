@@ -8,15 +8,21 @@ a node without a rule makes the bound infinite and says so. `lipschitz_estimate`
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from . import intervals as intervals
 from . import rules as rules
 from .affine import evaluating
-from .graph import RULES, Walk
+from .graph import RULES, Walk, composed, times
+from .tracing import Tracer
+
+_MOST_IN_HEAD = 1e8  # numbers in the matrix of the last affine stretch, up to which pairs of classes are told apart
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,12 @@ class LipschitzBound:
 
     Attributes:
         value: Valid for all inputs; inf where nothing is proved.
-        nodes: The walk, node by node.
-        reason: Why ``value`` is infinite; None otherwise.
+        nodes: The walk, node by node; affine nodes that are part of a longer affine stretch have no row of their own.
+        reason: Why ``value`` is infinite, and why ``local`` is if it is; None otherwise.
         failure_probability: Sum over the layers' probabilistic norm bounds; 0 if all are deterministic.
-        local: Valid inside the input box of the example's domain; never above ``value``.
+        local: Valid between any two inputs with elements in [0, 1]; never above ``value``, and inf where nothing is proved.
+        pairs: (classes, classes), of the difference of each two outputs, for all inputs; None where the network does not end
+            in a linear layer.
     """
 
     value: float
@@ -45,19 +53,30 @@ class LipschitzBound:
     reason: str | None = None
     failure_probability: float = 0.0
     local: float = math.inf
+    pairs: Tensor | None = None
+
+    def behind(self, constant: float) -> LipschitzBound:
+        """The bound of the network behind a function that is Lipschitz with a constant, rounded up.
+
+        Nothing is known of the box that its values fill, so that the local bound is no better than the global one.
+        """
+        up = math.nextafter(constant, math.inf)
+        pairs = None if self.pairs is None else self.pairs * up * (1 + 1e-15)
+        value = times(self.value, constant)
+        return replace(self, value=value, local=value, pairs=pairs)
 
 
 def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9) -> LipschitzBound:
     """A proved upper bound of a network's Lipschitz constant, L2 to L2, in eval mode.
 
     Args:
-        model: A model that torch.fx can trace.
+        model: A model that torch.fx can trace, whose output for an image does not depend on the others of its batch.
         example_input: A batch it takes, (n, ...); only shapes matter.
         failure_probability: Of each layer's norm; their sum is stored in the result. 0 for deterministic bounds only.
 
     Returns:
         LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no rule or no global constant, or the
-        model cannot be traced.
+        model cannot be traced. Gates and attention have a constant on inputs with elements in [0, 1] only, in ``local``.
 
     Raises:
         ValueError: a weight is not finite, or the model does not take the input.
@@ -67,9 +86,7 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
     if type(model) in RULES:  # a root would be traced into, whatever it is
         model = nn.Sequential(model)
-    example = example_input[:1].repeat(
-        2, *[1] * (example_input.ndim - 1)
-    )  # two inputs, so that no operation drops the batch axis
+    example = example_input[:1].repeat(2, *[1] * (example_input.ndim - 1))  # two, so that no operation drops the batch axis
     with evaluating(model), torch.no_grad():
         try:
             model(example.clone())
@@ -79,19 +96,67 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
                 f"lipschitz_bound: {type(model).__name__} does not take an input of shape {shape}: {error}"
             ) from error
         try:
-            graph = _Tracer().trace(model)
+            traced = fx.GraphModule(model, Tracer(example, lambda module: type(module) in RULES).trace(model))
         except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
             return LipschitzBound(math.inf, reason=f"torch.fx cannot trace {type(model).__name__}: {error}")
-        walk = Walk(fx.GraphModule(model, graph), failure_probability)
+        walk = Walk(traced, failure_probability)
         walk.run(example)
-    graph = walk.graph
-    output = next(node for node in reversed(list(graph.nodes)) if node.op == "output")
-    value = walk.bounds.get(output, math.inf)
-    names = [node for node in graph.nodes if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")]
-    rows = tuple(NodeBound(str(node.target if node.op == "call_module" else node.name), walk.kinds[node], walk.bounds[node])
-                 for node in names)  # fmt: skip
-    failed = walk.failure_probability
-    return LipschitzBound(value, rows, walk.reason if math.isinf(value) else None, failed, local=value)
+        output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
+        value = local = walk.bounds.get(output, math.inf)
+        reason = walk.reason if math.isinf(value) else None
+        if math.isfinite(value) and _mixes_the_batch(model, example):
+            mixed = f"the output of {type(model).__name__} for an input depends on the others of its batch"
+            return LipschitzBound(math.inf, reason=mixed)
+        if math.isinf(value) and isinstance(walk.env.get(output), Tensor):
+            local, locally = _local_bound(traced, example, walk)
+            reason = f"{reason}; on inputs in [0, 1]: {locally}" if locally is not None else reason
+        pairs = None if math.isinf(value) else _pairs(walk, output.args[0])
+    rows = tuple(
+        NodeBound(str(node.target if node.op == "call_module" else node.name), walk.kinds[node], walk.bounds[node])
+        for node in traced.graph.nodes
+        if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
+    )
+    return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs)
+
+
+def _mixes_the_batch(model: nn.Module, example: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(example[1:].shape, generator=generator).to(example)
+    alone, beside = model(example.clone())[0], model(torch.cat([example[:1], noise]))[0]
+    return not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+
+
+def _local_bound(traced: fx.GraphModule, example: Tensor, walk: Walk) -> tuple[float, str | None]:
+    """The bound between inputs with elements in [0, 1], in float64, and why there is none; known norms serve again."""
+    exact = copy.deepcopy(traced).double()
+    low, high = torch.zeros_like(example, dtype=torch.float64), torch.ones_like(example, dtype=torch.float64)
+    radius = math.sqrt(example.numel()) / 2 * (1 + 1e-15)
+    local = Walk(exact, walk.each, walk.norms, (low, high), radius)
+    try:
+        local.run((low + high) / 2)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return math.inf, f"it does not run in float64 ({error})"
+    output = next(node for node in reversed(list(exact.graph.nodes)) if node.op == "output")
+    value = local.bounds.get(output, math.inf)
+    return value, local.reason if math.isinf(value) else None
+
+
+def _pairs(walk: Walk, last: Any) -> Tensor | None:
+    """‖Aᵀ(e_i - e_j)‖ times the bound of what the last affine stretch A is given, for each two outputs i, j; rounded up."""
+    step = walk.affine.get(last)
+    if step is None or last in walk.changed or len(walk.shape(last)) != 1:
+        return None
+    root, steps = walk.stretch(step)
+    classes, size = walk.shape(last)[0], math.prod(walk.shape(root))
+    if classes * size > _MOST_IN_HEAD:
+        return None
+    A = composed(steps).to(torch.float64)
+    rows = A.rmatmat(torch.eye(classes, dtype=torch.float64, device=A.device)).flatten(1)
+    gram = rows @ rows.mT
+    squares = gram.diagonal()
+    both = squares[:, None] + squares
+    distances = (both - 2 * gram + 8 * size * torch.finfo(torch.float64).eps * both).clamp_min(0).sqrt()
+    return (distances.fill_diagonal_(0.0) * (walk.bound(root) * (1 + 1e-13))).cpu()
 
 
 def lipschitz_estimate(model: nn.Module, images: Tensor) -> float:
@@ -107,8 +172,3 @@ def lipschitz_estimate(model: nn.Module, images: Tensor) -> float:
         rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1) for column in logits.unbind(1)]
     jacobians = torch.stack(rows, dim=1).double()  # (n, classes, pixels)
     return float(torch.linalg.eigvalsh(jacobians @ jacobians.mT)[:, -1].clamp_min(0).sqrt().max())
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in RULES or super().is_leaf_module(m, module_qualified_name)

@@ -1,12 +1,16 @@
 """The Lipschitz rules of torch's own modules and functions: for each, the bound of its value from those of its arguments.
 
-A rule gets the walk and a node, and returns the constant from the network's input to the node's value, or inf for no claim.
+A rule gets the walk and a node. It returns the constant from the network's input to the node's value, or inf for no claim; or,
+of an affine node, the operator. All samples of a batch count together, so that no rule needs to know which axis they are on,
+but for those that would mix them. In a local walk the size of values may be used as well.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,131 +18,384 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .affine import batchnorm_scale, convolution_then_batchnorm, linear_operator, norm_shape
-from .graph import Walk, rule, times
+from .affine import batchnorm_operator, batchnorm_scale, convolution_then_batchnorm, linear_operator, norm_shape
+from .graph import JOINERS, Affine, Walk, rule, times
+from .operators import LinearOperator, Shape
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 @rule(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def affine_layer(walk: Walk, n: fx.Node) -> float:
-    """Norm of the layer's operator."""
-    module = walk.called(n)
-    assert module is not None
-    shape = norm_shape(module, walk.shape(n.args[0]))
-    norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
-    return times(walk.bound(n.args[0]), norm)
+def affine_layer(walk: Walk, n: fx.Node) -> Affine:
+    """The layer's operator; its norm from the smallest shape that has it."""
+    module, source = _module(walk, n), _source(walk, n)
+    shape = walk.shape(source)
+    return _layer(walk, n, module, shape, norm_shape(module, shape))
+
+
+def _layer(walk: Walk, n: fx.Node, module: nn.Module, shape: Shape, small: Shape) -> Affine:
+    """A step by a module's operator, whose norm is that at a smaller shape."""
+    norm = (n.target, small), lambda: linear_operator(module, small)
+    return Affine(_source(walk, n), (n.target, shape), lambda: linear_operator(module, shape), norm, module)
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def batchnorm(walk: Walk, n: fx.Node) -> float:
-    """Largest |gamma| / sqrt(running_var + eps); behind a convolution or dense layer also the norm of the composite."""
-    module = walk.called(n)
-    assert module is not None
-    previous = n.args[0]
-    shape = walk.shape(previous)
-    alone = times(walk.bound(previous), float(batchnorm_scale(module).abs().max()) * (1 + 1e-15))
-    layer = walk.called(previous)
-    if previous in walk.changed or not isinstance(layer, nn.Linear | _ConvNd):
-        return alone
-    if isinstance(layer, nn.Linear) and len(shape) != 1:
-        return alone
-    assert isinstance(previous, fx.Node)
-    inner = norm_shape(layer, walk.shape(previous.args[0]))
-    norm = walk.operator_norm(
-        (id(layer), id(module), inner), lambda: convolution_then_batchnorm(layer, module, inner)
-    )  # fmt: skip
-    return min(alone, times(walk.bound(previous.args[0]), norm))
+def batchnorm(walk: Walk, n: fx.Node) -> Affine:
+    """Each channel times gamma / sqrt(running_var + eps): the largest of these alone; joined with a layer in front of it."""
+    module, source = _module(walk, n), _source(walk, n)
+    shape = walk.shape(source)
+    batchnorm_scale(module)  # refuses one without running statistics
+    small = (shape[0], *[1] * (len(shape) - 1))
+    norm = (n.target, small), lambda: batchnorm_operator(module, small)
+    return Affine(source, (n.target, shape), lambda: batchnorm_operator(module, shape), norm, module)
+
+
+def _with_batchnorm(layer: Affine, step: Affine) -> Affine | None:
+    """A layer and the batch normalisation behind it as one operator."""
+    module, normalisation, shape = layer.module, step.module, layer.key[-1]
+    if not isinstance(module, nn.Linear | _ConvNd) or (isinstance(module, nn.Linear) and len(shape) != 1):
+        return None
+    assert normalisation is not None
+    small = norm_shape(module, shape)
+
+    def operator_at(shape: Shape) -> Callable[[], LinearOperator]:
+        return lambda: convolution_then_batchnorm(module, normalisation, shape)
+
+    key = (layer.key[0], step.key[0])
+    return replace(layer, key=(*key, shape), build=operator_at(shape), norm=((*key, small), operator_at(small)), module=None)
+
+
+JOINERS.update(dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _with_batchnorm))
 
 
 @rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Upsample)
-def channelwise(walk: Walk, n: fx.Node) -> float:
-    """Norm of an operator that treats every channel alike, from one channel."""
-    module = walk.called(n)
-    assert module is not None
-    axes = len(walk.shape(n.args[0])) - 1 if isinstance(module, nn.Upsample) else int(type(module).__name__[-2])  # …Pool2d
-    shape = (1, *walk.shape(n.args[0])[-axes:])
-    norm = walk.operator_norm((id(module), shape), lambda: linear_operator(module, shape))
-    return times(walk.bound(n.args[0]), norm)
+def channelwise(walk: Walk, n: fx.Node) -> Affine:
+    """An operator that treats every channel alike; its norm is that on one channel."""
+    module, source = _module(walk, n), _source(walk, n)
+    shape = walk.shape(source)
+    axes = len(shape) - 1 if isinstance(module, nn.Upsample) else int(type(module).__name__[-2])  # …Pool2d
+    return _layer(walk, n, module, shape, (1, *shape[-axes:]))
+
+
+@rule(
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    F.interpolate, F.linear, F.conv1d, F.conv2d, F.conv3d,
+)  # fmt: skip
+def linear_function(walk: Walk, n: fx.Node) -> float:
+    """The same of a function, with constant weights; on one channel where all are treated alike."""
+    function, source = n.target, _source(walk, n)
+    shape, name = walk.shape(source), getattr(n.target, "__name__", "")
+    axes = len(shape) - 1 if name == "interpolate" else int(name[-2]) if "pool" in name else None
+    constants = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: walk.env[a])
+    part = _Function(lambda x: function(x, *constants[0], **constants[1]))  # type: ignore[operator]
+    small = shape if axes is None else (1, *shape[-axes:])
+    return times(walk.bound(source), walk.operator_norm((n.name, small), lambda: linear_operator(part, small, torch.float64)))
+
+
+class _Function(nn.Module):
+    """A function as a module, so that it can be an operator."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The function's value."""
+        return self.function(x)
 
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def max_pool(walk: Walk, n: fx.Node) -> float:
     """sqrt of the number of windows an input element can lie in, ceil(window / stride) along each axis."""
     module: Any = walk.called(n)
-    axes = int(type(module).__name__[-2])
-    window, stride, dilation = (v if isinstance(v, tuple) else (v,) * axes
-                                for v in (module.kernel_size, module.stride, module.dilation))  # fmt: skip
-    overlap = [w if d > 1 else math.ceil(w / s) for w, s, d in zip(window, stride, dilation, strict=True)]
-    return times(walk.bound(n.args[0]), math.sqrt(math.prod(overlap)))
+    return times(
+        walk.bound(_source(walk, n)),
+        _overlap(int(type(module).__name__[-2]), module.kernel_size, module.stride, module.dilation),
+    )
+
+
+@rule(F.max_pool1d, F.max_pool2d, F.max_pool3d)
+def max_pool_function(walk: Walk, n: fx.Node) -> float:
+    """The same of a function."""
+    axes = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}[n.target]  # type: ignore[index]
+    given: dict[str, Any] = dict(zip(("kernel_size", "stride", "padding", "dilation"), n.args[1:], strict=False)) | dict(
+        n.kwargs
+    )
+    window = given["kernel_size"]
+    return times(walk.bound(_source(walk, n)), _overlap(axes, window, given.get("stride") or window, given.get("dilation", 1)))
+
+
+def _overlap(axes: int, *settings: Any) -> float:
+    window, stride, dilation = (tuple(v) if isinstance(v, tuple | list) else (v,) * axes for v in settings)
+    each = [w if d > 1 else math.ceil(w / s) for w, s, d in zip(window, stride, dilation, strict=True)]
+    return math.nextafter(math.sqrt(math.prod(each)), math.inf)
+
+
+@rule("amax", "amin", torch.amax, torch.amin)
+def extreme(walk: Walk, n: fx.Node) -> float:
+    """The largest of some values moves by no more than they do."""
+    axes = _axes(walk, n)
+    return walk.bound(_source(walk, n)) if axes and 0 not in axes else math.inf
+
+
+@rule(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+def adaptive_max_pool(walk: Walk, n: fx.Node) -> float:
+    """The same where there is one window; others may overlap and are not covered."""
+    axes = int(type(walk.called(n)).__name__[-2])
+    return walk.bound(_source(walk, n)) if set(walk.env[n].shape[-axes:]) == {1} else math.inf
 
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_")
-def add(walk: Walk, n: fx.Node) -> float:
-    """Bounds of the branches add; a constant counts nothing."""
+def add(walk: Walk, n: fx.Node) -> float | Affine:
+    """Bounds of the branches add, each times the root of how often its elements are repeated; a constant counts nothing."""
     first, second = n.args[:2]
     alpha = abs(float(n.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
-    if _broadcast(walk, n):
-        return math.inf
-    return math.nextafter(walk.bound(first) + times(alpha, walk.bound(second)), math.inf)
+    if walk.depends(first) and not walk.depends(second) and not _in_place(n) and _repeats(walk, n, first) == 1:
+        return _identity(walk, n, first)
+    each = [
+        times(walk.bound(a), _repeats(walk, n, a), factor) for a, factor in ((first, 1.0), (second, alpha)) if walk.depends(a)
+    ]
+    return each[0] if len(each) == 1 else math.nextafter(each[0] + each[1], math.inf)
 
 
 @rule(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, operator.itruediv, torch.div, "div", "div_")
-def scale(walk: Walk, n: fx.Node) -> float:
-    """A constant factor counts with its largest absolute value; a product of two functions of the input has no constant."""
+def scale(walk: Walk, n: fx.Node) -> float | Affine:
+    """A constant factor counts with its largest absolute value; a product of two functions of the input only locally."""
     first, second = n.args[:2]
     divides = n.target in (operator.truediv, operator.itruediv, torch.div, "div", "div_")
-    if divides or walk.bound(second) == 0:
-        function, constant = first, second
-    else:
-        function, constant = second, first
-    if walk.bound(constant) != 0 or _broadcast(walk, n) or n.kwargs.get("rounding_mode") is not None:
+    if walk.depends(first) and walk.depends(second):
+        return math.inf if divides else product(walk, n, first, second)
+    function, constant = (first, second) if walk.depends(first) else (second, first)
+    if (divides and function is second) or n.kwargs.get("rounding_mode") is not None:
         return math.inf
-    sizes = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).detach().double().abs()
-    factor = float((1 / sizes if divides else sizes).max())
-    return times(walk.bound(function), factor) if math.isfinite(factor) else math.inf
+    values = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).detach().double()
+    factors = 1 / values if divides else values
+    largest = float(factors.abs().max())
+    largest = math.nextafter(largest, math.inf) if largest > 0 else 0.0
+    if not math.isfinite(largest):
+        return math.inf
+    repeats = _repeats(walk, n, function)
+    by_sample = factors.ndim == walk.env[function].ndim and factors.shape[0] != 1  # type: ignore[index]
+    if largest == 0 or repeats != 1 or by_sample or _in_place(n):
+        return times(walk.bound(function), largest, repeats)
+    assert isinstance(function, fx.Node)
+    shape, factors = walk.shape(function), factors.to(walk.env[function].device)
+
+    def times_factors(X: Tensor) -> Tensor:
+        return X * factors.to(X.dtype)
+
+    build = _operator(walk, function, shape, times_factors, times_factors, diagonal=True)
+    return Affine(function, (n.name, shape), build, largest)
 
 
-def _broadcast(walk: Walk, n: fx.Node) -> bool:
-    """Whether an argument that depends on the input is repeated along an axis, which would count its change several times."""
-    out = walk.env.get(n)
-    shapes = [walk.env[a].shape for a in n.args[:2] if isinstance(a, fx.Node) and walk.bound(a) > 0]
-    wanted = out.shape if out is not None else torch.broadcast_shapes(*[
-        walk.env[a].shape for a in n.args[:2] if isinstance(a, fx.Node) and isinstance(walk.env[a], Tensor)
-    ])  # fmt: skip
-    return any(shape != wanted for shape in shapes)
+def product(walk: Walk, n: fx.Node, first: Any, second: Any) -> float:
+    """d(x y) = dx y + x dy, with the largest sizes that x and y have: local only.
+
+    An element that is repeated along some axes meets all the others there, which count with their root of the sum of squares.
+    """
+    if not walk.local:
+        return math.inf
+    total = 0.0
+    for moving, other in ((first, second), (second, first)):
+        size = walk.size(other).expand(walk.env[n].shape)
+        shape = (1,) * (size.ndim - walk.env[moving].ndim) + tuple(walk.env[moving].shape)
+        repeated = [axis for axis, (m, s) in enumerate(zip(size.shape, shape, strict=True)) if m != s]
+        meets = size.square().sum(repeated).sqrt() if repeated else size
+        total = math.nextafter(total + times(walk.bound(moving), float(meets.max()) * (1 + 1e-12)), math.inf)
+    return total
 
 
-@rule(torch.cat, torch.concat)
+@rule(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
+def matrix_product(walk: Walk, n: fx.Node) -> float:
+    """A constant matrix counts with its norm; of two functions ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, local only."""
+    first, second = n.args[:2]
+    if walk.depends(first) and walk.depends(second):
+        if not walk.local or walk.env[first].ndim != walk.env[second].ndim:  # type: ignore[index]
+            return math.inf
+        parts = [times(walk.bound(a), _matrix_size(walk, b)) for a, b in ((first, second), (second, first))]
+        return math.nextafter(sum(parts), math.inf)
+    function, constant = (first, second) if walk.depends(first) else (second, first)
+    matrix = walk.env[constant].double()  # type: ignore[index]
+    if matrix.ndim != 2:
+        return math.inf
+    norm = float(torch.linalg.matrix_norm(matrix, 2)) * (1 + 1e-12)
+    return times(walk.bound(function), math.nextafter(norm, math.inf))
+
+
+def _matrix_size(walk: Walk, node: Any) -> float:
+    """Largest spectral norm of the matrices on the last two axes: by Frobenius, or by sums of rows and columns (Schur)."""
+    size = walk.size(node)
+    frobenius = size.square().sum((-2, -1)).sqrt()
+    schur = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
+    return float(torch.minimum(frobenius, schur).max()) * (1 + 1e-9)
+
+
+@rule(torch.softmax, "softmax", F.softmax, nn.Softmax)
+def softmax(walk: Walk, n: fx.Node) -> float:
+    """Its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2, so a norm of 1/2 at most (Gershgorin)."""
+    return times(walk.bound(_source(walk, n)), 0.5)
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(walk: Walk, n: fx.Node) -> float:
+    """softmax(Q Kᵀ s) V with s = 1 / sqrt(head size): no global constant (Kim et al. 2021); locally, by the product rule.
+
+    ‖d out‖ <= ‖P‖ ‖dV‖ + s/2 ‖V‖ (‖K‖ ‖dQ‖ + ‖Q‖ ‖dK‖), and ‖P‖ <= sqrt(queries), as the rows of P have sum 1.
+    """
+    if not walk.local or len(n.args) != 3 or n.kwargs.get("is_causal") or n.kwargs.get("enable_gqa"):
+        return math.inf
+    others: dict[str, Any] = dict(n.kwargs)
+    if any(walk.depends(a) for a in others.values()) or float(others.get("dropout_p") or 0.0) != 0.0:
+        return math.inf
+    query, key, value = n.args
+    shape = walk.env[query].shape  # type: ignore[index]
+    given = others.get("scale")
+    s = abs(float(given)) if given is not None else 1 / math.sqrt(shape[-1])
+    sizes = {name: _matrix_size(walk, node) for name, node in (("q", query), ("k", key), ("v", value))}
+    terms = [
+        times(walk.bound(value), math.nextafter(math.sqrt(shape[-2]), math.inf)),
+        times(walk.bound(query), s * (1 + 1e-15) / 2, sizes["v"], sizes["k"]),
+        times(walk.bound(key), s * (1 + 1e-15) / 2, sizes["v"], sizes["q"]),
+    ]
+    return sum(terms) * (1 + 1e-15)
+
+
+@rule(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def own_statistics(walk: Walk, n: fx.Node) -> float:
+    """Normalised by its own mean and variance: at most max |γ| / sqrt(eps).
+
+    x -> z / sqrt(‖z‖² / n + eps) with z = x - mean(x), a projection, has the Jacobian (I - z zᵀ / (n (var + eps))) / sqrt(var +
+    eps) there, whose norm is at most 1 / sqrt(eps). γ multiplies each element.
+    """
+    module: Any = walk.called(n)
+    if getattr(module, "track_running_stats", False):
+        return math.inf
+    return times(walk.bound(_source(walk, n)), normalising_gain(module.eps, module.weight))
+
+
+def normalising_gain(eps: float, weight: Tensor | None) -> float:
+    """max |γ| / sqrt(eps), rounded up; inf where eps is 0."""
+    gain = 1.0 if weight is None else float(weight.detach().double().abs().max())
+    return gain / math.sqrt(eps) * (1 + 1e-15) if eps > 0 else math.inf
+
+
+@rule(torch.cat, torch.concat, torch.stack)
 def cat(walk: Walk, n: fx.Node) -> float:
     """Root of the sum of the branches' squares; concatenation along the batch axis is no function of one input."""
-    parts: Any = n.args[0]
+    parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
     axis: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
-    if axis % walk.env[parts[0]].ndim == 0:
+    if axis % walk.env[n].ndim == 0:
         return math.inf
+    if isinstance(parts, fx.Node):  # of a value in parts
+        return walk.bound(parts)
     return math.nextafter(math.hypot(*(walk.bound(part) for part in parts)), math.inf)
 
 
 @rule(torch.mean, "mean")
-def mean(walk: Walk, n: fx.Node) -> float:
+def mean(walk: Walk, n: fx.Node) -> float | Affine:
     """A mean over m elements has norm 1 / sqrt(m)."""
-    axes: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
-    full = walk.env[n.args[0]].shape  # type: ignore[index]
-    listed = [axes] if isinstance(axes, int) else list(axes) if axes is not None else []
-    if not listed or 0 in [a % len(full) for a in listed]:
-        return math.inf  # mixes the batch
-    return times(walk.bound(n.args[0]), 1 / math.sqrt(math.prod(full[a] for a in listed)))
+    return _sum_over(walk, n, mean=True)
+
+
+@rule(torch.sum, "sum")
+def total(walk: Walk, n: fx.Node) -> float | Affine:
+    """A sum over m elements has norm sqrt(m)."""
+    return _sum_over(walk, n, mean=False)
+
+
+def _sum_over(walk: Walk, n: fx.Node, mean: bool) -> float | Affine:
+    axes, source = _axes(walk, n), _source(walk, n)
+    if not axes or 0 in axes:  # over everything, or mixing the batch
+        return math.inf
+    full, keep = walk.env[source].shape, bool(n.kwargs.get("keepdim", n.args[2] if len(n.args) > 2 else False))
+    count = math.prod(full[a] for a in axes)
+    factor = 1 / count if mean else 1.0
+    shown = tuple(1 if a in axes else size for a, size in enumerate(full))[1:]
+    out = shown if keep else tuple(size for a, size in enumerate(full) if a not in axes)[1:]
+    build = _operator(
+        walk, source, out,
+        lambda X: (X.sum(axes, keepdim=True) * factor).reshape(len(X), *out),
+        lambda Y: (Y * factor).reshape(len(Y), *shown).expand(len(Y), *full[1:]),
+    )  # fmt: skip
+    return Affine(source, (n.name, tuple(full[1:])), build, math.nextafter(math.sqrt(count) * factor * (1 + 1e-15), math.inf))
+
+
+@rule(
+    nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
+    "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten",
+)  # fmt: skip
+def rearranged(walk: Walk, n: fx.Node) -> float | Affine:
+    """The same elements in another shape."""
+    source = _source(walk, n)
+    before, after = tuple(walk.env[source].shape), tuple(walk.env[n].shape)
+    if after[0] != before[0] or not before[1:] or not after[1:]:
+        return walk.bound(source)
+    build = _operator(
+        walk, source, after[1:], lambda X: X.reshape(len(X), *after[1:]), lambda Y: Y.reshape(len(Y), *before[1:])
+    )
+    return Affine(source, (n.name, before[1:]), build, 1.0)
+
+
+@rule(
+    torch.permute, torch.transpose, torch.roll, torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.flip,
+    "permute", "transpose", "roll", "chunk", "split", "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select",
+    "swapaxes", "type_as", "clone", "masked_fill",
+)  # fmt: skip
+def picked(walk: Walk, n: fx.Node) -> float:
+    """The same elements in another order, or in parts, which count together; or some of them."""
+    return walk.bound(_source(walk, n))
+
+
+@rule(operator.getitem)
+def part(walk: Walk, n: fx.Node) -> float:
+    """Some of the elements, each once: by numbers, slices and the like; an index made of tensors could repeat them."""
+    index = n.args[1] if isinstance(n.args[1], tuple | list) else (n.args[1],)
+    known = [walk.env[i] if isinstance(i, fx.Node) else i for i in index]
+    plain = all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in known)
+    return walk.bound(_source(walk, n)) if plain else math.inf
+
+
+@rule(F.pad)
+def padded(walk: Walk, n: fx.Node) -> float:
+    """Constants around the values change nothing; a padding that repeats values is not covered."""
+    mode = n.kwargs.get("mode", n.args[2] if len(n.args) > 2 else "constant")
+    return walk.bound(_source(walk, n)) if mode == "constant" else math.inf
+
+
+@rule("expand", "expand_as", "repeat", torch.tile, "repeat_interleave")
+def repeated(walk: Walk, n: fx.Node) -> float:
+    """Every element several times."""
+    count = walk.env[n].numel() / walk.env[n.args[0]].numel()  # type: ignore[index]
+    return times(walk.bound(_source(walk, n)), math.nextafter(math.sqrt(count), math.inf))
+
+
+@rule(getattr)
+def attribute(walk: Walk, n: fx.Node) -> float:
+    """A transposed matrix."""
+    return walk.bound(n.args[0]) if n.args[1] in ("T", "mT", "H", "mH") else math.inf
+
+
+@rule(F.layer_norm, F.group_norm)
+def own_statistics_function(walk: Walk, n: fx.Node) -> float:
+    """As `own_statistics`, of the functions."""
+    source = _source(walk, n)
+    names = ("normalized_shape" if n.target is F.layer_norm else "num_groups", "weight", "bias", "eps")
+    given: dict[str, Any] = dict(zip(names, n.args[1:], strict=False)) | dict(n.kwargs)
+    weight = given.get("weight")
+    return times(
+        walk.bound(source), normalising_gain(float(given.get("eps", 1e-5)), None if weight is None else walk.env[weight])
+    )
 
 
 # Largest slopes, rounded up. GELU at √2: Φ(√2) + √2 φ(√2) = 1.128904… (tanh form 1.128993…); SiLU 1.0998393…,
 # Mish 1.0884…, SELU 1.0507 · 1.6733 = 1.7581….
 _SLOPES: dict[float, list[Any]] = {
     1.0: [
-        nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
         nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh, nn.Softsign,
-        F.relu, F.relu6, torch.relu, torch.tanh, "relu", "relu_", "tanh",
-        torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
-        "flatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "float",
+        F.relu, F.relu6, F.hardtanh, torch.relu, torch.tanh, torch.abs, torch.neg, operator.neg, torch.clamp,
+        "relu", "relu_", "tanh", "abs", "neg", "clamp",
     ],
-    0.25: [nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"],
+    0.25: [nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"],
     1.09984: [nn.SiLU, F.silu],
     1.129: [nn.GELU, F.gelu],
     1.0885: [nn.Mish, F.mish],
@@ -159,19 +416,88 @@ def activation_slope(module: nn.Module) -> float:
         return max(1.0, abs(module.alpha))
     if isinstance(module, nn.Softplus):  # it jumps where it turns linear, by less than a rounding from 20 on
         return 1.0 if module.threshold >= 20 else math.inf
-    return _SLOPE_OF.get(type(module), math.inf)
+    return 1.0 if type(module) in _UNCHANGED else _SLOPE_OF.get(type(module), math.inf)
 
 
 @rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)
 def elementwise(walk: Walk, n: fx.Node) -> float:
-    """Largest slope of a function applied to every element; 1 for those that only rearrange elements."""
+    """Largest slope of a function applied to every element."""
     module = walk.called(n)
     slope = _SLOPE_OF[n.target] if module is None else activation_slope(module)
-    return times(walk.bound(n.args[0]), slope)
+    return times(walk.bound(_source(walk, n)), slope)
+
+
+@rule(F.leaky_relu)
+def leaky_relu(walk: Walk, n: fx.Node) -> float:
+    """The larger of its two slopes."""
+    slope = n.args[1] if len(n.args) > 1 else n.kwargs.get("negative_slope", 0.01)
+    return times(walk.bound(_source(walk, n)), max(1.0, abs(float(slope))))  # type: ignore[arg-type]
+
+
+_UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+@rule(*_UNCHANGED, "contiguous", "float")
+def unchanged(walk: Walk, n: fx.Node) -> Affine:
+    """The identity, in eval mode."""
+    return _identity(walk, n, _source(walk, n))
 
 
 @rule(F.dropout)
-def functional_dropout(walk: Walk, n: fx.Node) -> float:
+def functional_dropout(walk: Walk, n: fx.Node) -> float | Affine:
     """The identity, as long as it is told that the model is not training."""
     training = n.kwargs.get("training", n.args[2] if len(n.args) > 2 else True)
-    return math.inf if training else walk.bound(n.args[0])
+    return math.inf if training else _identity(walk, n, _source(walk, n))
+
+
+def _identity(walk: Walk, n: fx.Node, source: Any) -> Affine:
+    shape = walk.shape(source)
+    return Affine(source, (n.name, shape), _operator(walk, source, shape, lambda X: X, lambda Y: Y, diagonal=True), 1.0)
+
+
+def _operator(
+    walk: Walk, source: fx.Node, out_shape: Shape, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor],
+    diagonal: bool = False,
+) -> Callable[[], LinearOperator]:  # fmt: skip
+    """A builder of the operator of a function of tensors."""
+    in_shape, device = walk.shape(source), walk.env[source].device
+
+    def build(dtype: torch.dtype = torch.float64) -> LinearOperator:
+        return LinearOperator(in_shape, out_shape, dtype, device, forward, adjoint, build, diagonal=diagonal)
+
+    return build
+
+
+def _module(walk: Walk, n: fx.Node) -> nn.Module:
+    module = walk.called(n)
+    assert module is not None
+    return module
+
+
+def _source(walk: Walk, n: fx.Node) -> fx.Node:
+    """The one argument that depends on the network's input.
+
+    Raises:
+        ValueError: there are others.
+    """
+    depending = [node for node in n.all_input_nodes if walk.depends(node)]
+    if len(depending) != 1:
+        raise ValueError("several arguments depend on the input")
+    return depending[0]
+
+
+def _axes(walk: Walk, n: fx.Node) -> list[int]:
+    """The axes that a reduction goes over, counted from the front; none where it goes over everything."""
+    axes: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    listed = [axes] if isinstance(axes, int) else list(axes) if axes is not None else []
+    return [a % walk.env[_source(walk, n)].ndim for a in listed]
+
+
+def _in_place(n: fx.Node) -> bool:
+    return n.target in _IN_PLACE or (isinstance(n.target, str) and n.target.endswith("_"))
+
+
+def _repeats(walk: Walk, n: fx.Node, argument: Any) -> float:
+    """Root of how often each element of an argument appears in what two arguments give together, rounded up."""
+    count = walk.env[n].numel() / walk.env[argument].numel()
+    return 1.0 if count == 1 else math.nextafter(math.sqrt(count), math.inf)

@@ -54,6 +54,26 @@ def test_a_tied_wrong_or_non_finite_prediction_has_radius_zero(
     assert radius(logits, label, bound) == 0.0
 
 
+PAIRS = torch.tensor([[0.0, 0.5, 8.0], [0.5, 0.0, 0.25], [8.0, 0.25, 0.0]], dtype=torch.float64)
+
+
+def test_the_radius_is_the_smallest_over_the_pairs_of_classes() -> None:
+    bound = rs.LipschitzBound(1.0, pairs=PAIRS)
+    assert radius([3.0, 1.0, 2.0], 0, bound) == pytest.approx(1 / math.sqrt(2), rel=1e-12)  # √2 L is the smaller one there
+    assert radius([3.0, 1.0, -20.0], 0, bound) == pytest.approx(4.0, rel=1e-12)
+    assert radius([0.0, 1.0, 0.0], 1, bound) == pytest.approx(2.0, rel=1e-12)
+    assert radius([3.0, 3.0, 0.0], 0, bound) == radius([2.0, 3.0, 0.0], 0, bound) == 0.0
+
+
+def test_pairs_of_another_number_of_classes_are_not_used() -> None:
+    assert radius([3.0, 1.0], 0, rs.LipschitzBound(1.0, pairs=PAIRS)) == radius([3.0, 1.0], 0)
+
+
+def test_a_class_that_another_one_equals_up_to_a_constant_is_never_reached() -> None:
+    bound = rs.LipschitzBound(1.0, pairs=torch.zeros(2, 2, dtype=torch.float64))
+    assert radius([3.0, 1.0], 0, bound) > 1e300 and radius([1.0, 3.0], 0, bound) == 0.0
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
 def test_where_nothing_is_proved_the_radius_is_zero(value: float) -> None:
     assert radius([9.0, 0.0], 0, rs.LipschitzBound(value)) == 0.0

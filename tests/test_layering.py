@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
-    "norms", "layers", "folding", "moves", "coarse", "tracking", "clipping", "fastclip", "graph", "rules",
+    "norms", "layers", "folding", "moves", "coarse", "tracking", "clipping", "fastclip", "graph", "rules", "intervals",
+    "tracing",
     "lipschitz", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))

@@ -72,7 +72,7 @@ def main() -> None:
         same = 0
         while kills < options.kills:
             folder, before = Path(scratch) / str(runs), kills
-            while (code := ended(started(folder), draw.uniform(0.05, duration))) is None:
+            while (code := ended(started(folder), draw.uniform(0.05, 0.6 * duration))) is None:
                 kills += 1
             failures += [code] if code else []
             runs += 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -87,9 +86,9 @@ def torchlip(model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
 
 
 def authors(path: Path, model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
-    """The authors' wrapper on every layer, clipping every hundred steps as their scripts do."""
-    sys.path.insert(0, str(path / "models"))
-    from spectral_normalization import SpectralNorm  # type: ignore[import-not-found]
+    """The authors' wrapper on every layer: a look at the norm at every step, a clip every hundred, as in their scripts."""
+    sys.path[:0] = [str(path), str(path / "models")]
+    from spectral_normalization_deflate_complex_both_bn import SpectralNorm  # type: ignore[import-not-found]
 
     for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -179,7 +178,13 @@ def report_memory(setting: Setting, prepare: Method, device: str) -> None:
     for _ in range(4):
         step(model, optimizer, images, labels)
     on_gpu = device != "cpu"
-    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident_peak())
+
+
+def resident_peak() -> float:
+    """Largest resident memory of this process so far, in MiB; getrusage would count what its parent had, too."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
 
 
 def main() -> None:

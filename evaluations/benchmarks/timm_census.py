@@ -1,0 +1,132 @@
+"""What becomes of the smallest model of every timm family: layers found, a clip, and the Lipschitz bound or why there is none.
+
+    python evaluations/benchmarks/timm_census.py --out evaluations/benchmarks/results/timm_census.json
+
+Random weights; the input is 64 x 64 where the model takes it, else its own size. One process a model, with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import robust_spectral as rs
+from robust_spectral.evaluations.runs import environment, write_json
+
+
+def smallest_models() -> dict[str, str]:
+    """The model with the fewest parameters of every family, {family: name}."""
+    found: dict[str, tuple[int, str]] = {}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for family in timm.list_modules():
+            for name in timm.list_models(module=family):
+                if name.startswith("test_"):
+                    continue
+                try:
+                    size = sum(p.numel() for p in timm.create_model(name).parameters())
+                except Exception:  # noqa: BLE001 - not on the meta device
+                    continue
+                found[family] = min(found.get(family, (size, name)), (size, name))
+    return {family: name for family, (_, name) in found.items()}
+
+
+def shape_of(model: Any) -> tuple[int, ...]:
+    """64 x 64 where the model takes it, else its own input size."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, 64, 64))
+        return 3, 64, 64
+    except Exception:  # noqa: BLE001
+        return tuple(model.pretrained_cfg["input_size"])
+
+
+def entry(name: str) -> dict[str, Any]:
+    """One row: each part with what it found or the error it ended with."""
+    import robust_spectral.plugins.timm  # noqa: F401 - rules of timm's layers
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    shape = shape_of(model)
+    example = torch.zeros(1, *shape)
+    row: dict[str, Any] = {"model": name, "input": shape, "parameters": sum(p.numel() for p in model.parameters())}
+
+    def attempt(key: str, part: Callable[[], dict[str, Any]]) -> None:
+        started = time.perf_counter()
+        try:
+            row.update(part())
+        except Exception as error:  # noqa: BLE001 - the table says what it was
+            row[key] = f"{type(error).__name__}: {str(error)[:200]}"
+        row[f"{key}_seconds"] = round(time.perf_counter() - started, 1)
+
+    def layers() -> dict[str, Any]:
+        found = rs.linear_layers(model, example)
+        return {"layers": len(found), "composites": sum(layer.batchnorm is not None for layer in found)}
+
+    def clip() -> dict[str, Any]:
+        clipper = rs.FastClip(model, example, 0.9, relative=True)
+        for _ in range(3):
+            clipper.step()
+        return {"clip": "ok", "clipped": len(clipper.layers)}
+
+    def bound() -> dict[str, Any]:
+        found = rs.lipschitz_bound(model, example)
+        local = found.local if math.isfinite(found.local) else None
+        return {"bound": found.value if math.isfinite(found.value) else None, "local": local, "reason": found.reason}
+
+    attempt("discovery", layers)
+    print(json.dumps(row), flush=True)
+    attempt("bound", bound)
+    print(json.dumps(row), flush=True)
+    attempt("clip", clip)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    """Every family in a process of its own; prints a line for each, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--families", nargs="*", help="default all")
+    parser.add_argument("--limit", type=int, default=180, help="seconds for a model")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.model:
+        torch.set_num_threads(1)
+        entry(options.model)
+        return
+    rows = []
+    models = smallest_models()
+    for family in options.families or models:
+        command = [sys.executable, "-W", "ignore", __file__, "--model", models[family]]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=options.limit).stdout
+            stopped = None
+        except subprocess.TimeoutExpired as expired:
+            output, stopped = (expired.stdout or b"").decode(), f"stopped after {options.limit} s"
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        rows.append({"family": family, **(json.loads(lines[-1]) if lines else {"model": models[family]}), "stopped": stopped})
+        row = rows[-1]
+        shown = [f"{key} {row.get(key, '-')}" for key in ("layers", "clip", "bound", "local")]
+        print(f"{family:24s} {row['model']:34s}", *shown, str(row.get("reason") or stopped or "")[:160], flush=True)
+    finite = [row for row in rows if row.get("bound") or row.get("local")]
+    print(f"{len(rows)} families: {sum('layers' in r for r in rows)} discovered, {sum(r.get('clip') == 'ok' for r in rows)} "
+          f"clipped, {sum(bool(r.get('bound')) for r in rows)} with a global bound, {len(finite)} with either")  # fmt: skip
+    if options.out:
+        write_json(options.out, {"rows": rows, **environment()})
+
+
+if __name__ == "__main__":
+    main()
