@@ -204,7 +204,7 @@ def _distortion(parameters: list[nn.Parameter], originals: list[Tensor]) -> floa
     return math.hypot(*(float(m.norm()) for m in moved)) / math.hypot(*(float((o.double() / size).norm()) for o in originals))
 
 
-def check_max_norm(call: str, max_norm: float) -> None:
-    """Raise ValueError unless ``max_norm`` is positive."""
+def check_max_norm(call: str, max_norm: float, argument: str = "max_norm") -> None:
+    """Raise ValueError unless a norm is positive."""
     if not max_norm > 0:
-        raise ValueError(f"{call}(max_norm={max_norm}): must be positive")
+        raise ValueError(f"{call}({argument}={max_norm}): must be positive")

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .budget import norm_for
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
 from .layers import LinearLayer, linear_layers
+from .lipschitz import lipschitz_bound
 from .moves import Move, MoveWeight
 from .tracking import TOLERANCE, TrackedLayer
 
@@ -64,6 +66,8 @@ class FastClip:
         sweeps: Power steps and clips of a layer that is due.
         failure_probability: Of each layer's proved norm.
         seed: Of the starting vectors.
+        lipschitz_target: A bound for the whole network, spread over its layers: all get the one target with which the
+            network's bound is at most this, unless ``max_norm`` is smaller. `finish` sees to it that the bound holds.
 
     Raises:
         ValueError: ``max_norm`` is not positive, a pattern matches no layer, or the model applies no linear layer or does not
@@ -75,7 +79,7 @@ class FastClip:
         self, model: nn.Module, example_input: Tensor, max_norm: float | Mapping[str, float] = 1.0, *,
         composites: Composites = "auto", move: Move | None = None, include: Patterns = "*", exclude: Patterns = (),
         relative: bool = False, warmup_steps: int = 0, vectors: int = 1, every: int = 1, sweeps: int = 1,
-        failure_probability: float = 1e-9, seed: int = 0,
+        failure_probability: float = 1e-9, seed: int = 0, lipschitz_target: float | None = None,
     ) -> None:  # fmt: skip
         if composites not in ("auto", "always", "never"):
             raise ValueError(f"FastClip(composites={composites!r}): expected 'auto', 'always' or 'never'")
@@ -88,6 +92,9 @@ class FastClip:
         self._composites, self._move = composites, move or MoveWeight()
         self._relative, self._warmup_steps, self._every, self._sweeps = relative, warmup_steps, every, sweeps
         self._failure_probability = failure_probability
+        if lipschitz_target is not None:
+            check_max_norm("FastClip", lipschitz_target, "lipschitz_target")
+        self._lipschitz_target, self._network = lipschitz_target, (model, example_input[:1].detach().clone())
         self._results: dict[str, ClipResult] = {}
         self._handles: list[RemovableHandle] = []
         layers = linear_layers(model, example_input)
@@ -109,7 +116,7 @@ class FastClip:
     @property
     def off(self) -> bool:
         """Whether every target is infinite, so that nothing is ever done."""
-        return all(math.isinf(tracked.target) for tracked in self._tracked.values())
+        return self._lipschitz_target is None and all(math.isinf(tracked.target) for tracked in self._tracked.values())
 
     @property
     def attached(self) -> bool:
@@ -205,12 +212,14 @@ class FastClip:
         self._resolve()
         self._warn_if_dead()
         first = self._finish_once()
+        while self._lipschitz_target is not None and (excess := self._excess(self._lipschitz_target)) > 1:
+            for tracked in self._tracked.values():
+                tracked.target *= excess ** (-1 / len(self._tracked))
+            again = self._finish_once()
+            first = {name: _after(first[name], last) for name, last in again.items()}
         self._results = first
         if any(result.steps for result in first.values()) and self._shares_weights():
-            self._results = {
-                name: ClipResult(first[name].before, last.after, first[name].distortion, first[name].steps + last.steps)
-                for name, last in self._finish_once().items()
-            }
+            self._results = {name: _after(first[name], last) for name, last in self._finish_once().items()}
         for tracked in self._tracked.values():
             tracked.seen = -1  # whatever was known before
         self._note_weights()
@@ -287,6 +296,14 @@ class FastClip:
             raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
         return found
 
+    def _excess(self, lipschitz_target: float) -> float:
+        """By which factor the network's bound is above its target."""
+        model, example = self._network
+        bound = lipschitz_bound(model, example.to(next(model.parameters()).device), self._failure_probability)
+        if math.isinf(bound.value):
+            raise ValueError(f"FastClip(lipschitz_target={lipschitz_target:g}): {bound.reason}")
+        return bound.value / lipschitz_target
+
     def _finish_once(self) -> dict[str, ClipResult]:
         held = {name: tracked for name, tracked in self._tracked.items() if not math.isinf(tracked.target)}
         return {name: clip_until_proved_(t, t.target, self._failure_probability) for name, t in held.items()}
@@ -306,6 +323,13 @@ class FastClip:
             if self._relative and not math.isinf(tracked.target):
                 own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
                 tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by
+        if open_layers and self._lipschitz_target is not None:
+            model, example = self._network
+            held = {name: bool(tracked.composite) for name, tracked in self._tracked.items()}
+            example = example.to(next(model.parameters()).device)
+            norm = norm_for(model, example, held, self._lipschitz_target, self._failure_probability)
+            for tracked in self._tracked.values():
+                tracked.target = min(tracked.target, norm)
         if training and self._composites == "auto" and not either_way and not self.off:
             warnings.warn(
                 f"FastClip: {len(training)} layers (first: '{training[0]}') feed a batch normalisation that trains on batch "
@@ -359,6 +383,11 @@ def _targets(names: list[str], max_norm: float | Mapping[str, float], include: P
     if not targets:
         raise ValueError(f"FastClip(include={include!r}, exclude={exclude!r}): no layer is left of {names}")
     return targets
+
+
+def _after(first: ClipResult, last: ClipResult) -> ClipResult:
+    """Two clips in a row as one; what moved is at most the sum."""
+    return ClipResult(first.before, last.after, first.distortion + last.distortion, first.steps + last.steps)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -84,8 +84,6 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
-    if type(model) in RULES:  # a root would be traced into, whatever it is
-        model = nn.Sequential(model)
     example = example_input[:1].repeat(2, *[1] * (example_input.ndim - 1))  # two, so that no operation drops the batch axis
     with evaluating(model), torch.no_grad():
         try:
@@ -96,9 +94,9 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
                 f"lipschitz_bound: {type(model).__name__} does not take an input of shape {shape}: {error}"
             ) from error
         try:
-            traced = fx.GraphModule(model, Tracer(example, lambda module: type(module) in RULES).trace(model))
-        except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
-            return LipschitzBound(math.inf, reason=f"torch.fx cannot trace {type(model).__name__}: {error}")
+            traced = traced_at(model, example)
+        except ValueError as error:
+            return LipschitzBound(math.inf, reason=str(error))
         walk = Walk(traced, failure_probability)
         walk.run(example)
         output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
@@ -117,6 +115,20 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
         if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
     )
     return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs)
+
+
+def traced_at(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The model's graph at the shape of an example; modules that have a rule are nodes.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    if type(model) in RULES:  # a root would be traced into, whatever it is
+        model = nn.Sequential(model)
+    try:
+        return fx.GraphModule(model, Tracer(example, lambda module: type(module) in RULES).trace(model))
+    except Exception as error:
+        raise ValueError(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
 
 
 def _mixes_the_batch(model: nn.Module, example: Tensor) -> bool:

@@ -60,6 +60,43 @@ def test_without_the_hook_the_same_training_runs_away(make: Callable, convnet: n
     assert max(true_norms(convnet)) > 1.6
 
 
+@pytest.mark.parametrize("target", [0.2, 1.0])
+def test_a_target_for_the_whole_network_is_met_after_finish(target: float, convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.AdamW(convnet.parameters(), lr=0.003)
+    clipper = rs.FastClip(convnet, images, max_norm=math.inf, lipschitz_target=target)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images, 10)
+    assert len({row["target"] for row in clipper.report()}) == 1
+    clipper.finish()
+    bound = rs.lipschitz_bound(convnet, images).value
+    assert 0.8 * target <= bound <= target
+
+
+def test_a_target_that_the_network_is_below_already_clips_nothing(convnet: nn.Module, images: Tensor) -> None:
+    before = snapshot(convnet)
+    rs.FastClip(convnet, images, max_norm=math.inf, lipschitz_target=1e6).finish()
+    assert same_bits(before, snapshot(convnet))
+
+
+class Skipping(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def test_a_target_out_of_reach_or_without_a_bound_is_an_error(images: Tensor) -> None:
+    same_size = nn.Conv2d(3, 3, 3, padding=1)
+    with pytest.raises(ValueError, match="hold more layers"):
+        rs.FastClip(Skipping(same_size), images, lipschitz_target=0.9).finish()
+    with pytest.raises(ValueError, match="GLU"):
+        rs.FastClip(nn.Sequential(same_size, nn.GLU(3)), images, lipschitz_target=1.0).finish()
+    with pytest.raises(ValueError, match="lipschitz_target"):
+        rs.FastClip(same_size, images, lipschitz_target=0.0)
+
+
 @every_optimizer
 def test_after_finish_every_norm_is_proved(make: Callable, convnet: nn.Module, images: Tensor) -> None:
     optimizer = make(convnet.parameters())
