@@ -26,8 +26,9 @@ types: env  ## the package as it is installed
 test: env lint types  ## the whole check
 	$(BIN)/pytest -n 2
 
-fuzz: env  ## every bound on 20,000 generated layers, and how often the probabilistic one fails
+fuzz: env  ## every bound on 20,000 generated layers and 10,000 networks, and how often the probabilistic one fails
 	$(BIN)/python evaluations/benchmarks/fuzz_norms.py --layers 20800 --out evaluations/benchmarks/results/fuzz_norms.json
+	$(BIN)/python evaluations/benchmarks/fuzz_graphs.py --networks 10000 --out evaluations/benchmarks/results/fuzz_graphs.json
 	$(BIN)/python evaluations/benchmarks/failure_rate.py --out evaluations/benchmarks/results/failure_rate.json
 
 demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html

@@ -7,7 +7,7 @@ row are one operator, whose norm is taken as a whole, and only where a node that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -104,7 +104,10 @@ class Walk(fx.Interpreter):
         if not isinstance(value, fx.Node):
             return 0.0
         if value not in self.bounds:
-            self.bounds[value] = self.bound_of(self.affine[value])
+            try:
+                self.bounds[value] = self.bound_of(self.affine[value])
+            except (NotImplementedError, ValueError, RuntimeError) as error:
+                self.bounds[value] = self._unknown(value, f"{self.kinds[value]} as it is called here ({error})")
         return max(self.bounds[value], *(self.bound(n) for n in self.changed.get(value, ())), 0.0)
 
     def shape(self, node: Any) -> Shape:
@@ -169,8 +172,12 @@ class Walk(fx.Interpreter):
         rule = RULES.get(target)
         if not _all_tensors(result):
             return self._unknown(n, str(n.target))
+        if not all(part.dtype in (torch.float32, torch.float64) for part in _parts(result)):
+            return self._unknown(n, f"{self.kinds[n]} to {_parts(result)[-1].dtype}")
         if rule is None:
             return self._unknown(n, self.kinds[n])
+        if module is not None and _is_overridden(module) and rule is not RULES.get(nn.Linear):
+            return self._unknown(n, f"{self.kinds[n]} with hooks or a forward pass of its own")
         try:
             value = rule(self, n)
         except Exception as error:  # noqa: BLE001 - a call the rule does not understand is no claim, whatever it trips over
@@ -225,6 +232,15 @@ def _all_tensors(result: Any) -> bool:
     return isinstance(result, Tensor) or (
         isinstance(result, tuple | list) and len(result) > 0 and all(isinstance(part, Tensor) for part in result)
     )
+
+
+def _parts(result: Any) -> Sequence[Tensor]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _is_overridden(module: nn.Module) -> bool:
+    """Whether the module's type does not tell what it does: those with an operator are asked by calling them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _each(function: Callable[[Tensor], Box], value: Any) -> Box:

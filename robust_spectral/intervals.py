@@ -147,9 +147,11 @@ def shares(walk: Walk, n: fx.Node) -> Box:
 
 @interval(F.scaled_dot_product_attention)
 def attention(walk: Walk, n: fx.Node) -> Box:
-    """Averages of the values."""
+    """Averages of the values; 0 where all are masked."""
     low, high = walk.box(n.args[2])
     low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    if n.kwargs.get("attn_mask") is not None:
+        low, high = low.clamp_max(0), high.clamp_min(0)
     slack = _ROUNDINGS * torch.maximum(low.abs(), high.abs())
     return (low - slack).expand_as(walk.env[n]), (high + slack).expand_as(walk.env[n])
 

@@ -210,7 +210,7 @@ def matrix_product(walk: Walk, n: fx.Node) -> float:
     """A constant matrix counts with its norm; of two functions ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, local only."""
     first, second = n.args[:2]
     if walk.depends(first) and walk.depends(second):
-        if not walk.local or walk.env[first].ndim != walk.env[second].ndim:  # type: ignore[index]
+        if not walk.local or walk.env[first].shape[:-2] != walk.env[second].shape[:-2]:  # type: ignore[index]
             return math.inf
         parts = [times(walk.bound(a), _matrix_size(walk, b)) for a, b in ((first, second), (second, first))]
         return math.nextafter(sum(parts), math.inf)
@@ -249,6 +249,8 @@ def attention(walk: Walk, n: fx.Node) -> float:
         return math.inf
     query, key, value = n.args
     shape = walk.env[query].shape  # type: ignore[index]
+    if any(walk.env[node].shape[:-2] != shape[:-2] for node in (key, value)):  # type: ignore[index]
+        return math.inf
     given = others.get("scale")
     s = abs(float(given)) if given is not None else 1 / math.sqrt(shape[-1])
     sizes = {name: _matrix_size(walk, node) for name, node in (("q", query), ("k", key), ("v", value))}
@@ -437,9 +439,9 @@ def leaky_relu(walk: Walk, n: fx.Node) -> float:
 _UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-@rule(*_UNCHANGED, "contiguous", "float")
+@rule(*_UNCHANGED, "contiguous", "float", "double", "to")
 def unchanged(walk: Walk, n: fx.Node) -> Affine:
-    """The identity, in eval mode."""
+    """The identity, in eval mode; the walk sees to it that no type with fewer digits comes out."""
     return _identity(walk, n, _source(walk, n))
 
 

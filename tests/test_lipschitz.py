@@ -292,6 +292,8 @@ UNBOUNDED = {
     "division rounded down": (Call(lambda m, x: torch.div(x, 3, rounding_mode="floor")), "div"),
     "attention": (Call(lambda m, x: F.scaled_dot_product_attention(x, x, x)), "attention"),
     "causal attention": (Call(lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True)), "attention"),
+    "rounding to whole numbers": (Call(lambda m, x: x.type_as(m.c).float(), c=torch.ones(1, dtype=torch.int64)), "int64"),
+    "half precision": (Call(lambda m, x: x.to(torch.bfloat16)), "bfloat16"),
     "index that repeats": (Call(lambda m, x: x[:, m.i], i=torch.tensor([0, 0, 0, 0])), "getitem"),
     "padding that repeats": (Call(lambda m, x: F.pad(x[None], (1, 1), mode="replicate")[0]), "pad"),
     "normalised without eps": (nn.LayerNorm(4, eps=0.0), "LayerNorm"),
@@ -384,6 +386,16 @@ def test_a_weight_normalised_by_a_hook_counts_as_forward_uses_it() -> None:
 def test_a_layer_is_known_by_its_exact_type(layer: nn.Module) -> None:
     model = nn.Sequential(layer).double()
     assert bound(model, 2, 5, 5).value >= norm(layer, (2, 5, 5))
+
+
+@pytest.mark.parametrize("part", [nn.ReLU(), nn.BatchNorm1d(4)], ids=lambda part: type(part).__name__)
+def test_a_module_with_a_hook_that_may_do_anything_is_unknown(part: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 2))
+    handle = part.register_forward_hook(lambda module, inputs, output: 100 * output)
+    assert sampled(model, 4) <= bound(model, 4).value
+    assert "hooks" in str(bound(model, 4).reason)
+    handle.remove()
+    assert math.isfinite(bound(model, 4).value)
 
 
 def test_an_unknown_node_is_named() -> None:
