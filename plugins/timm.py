@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
 from robust_spectral.graph import JOINERS, Walk, rule, times
-from robust_spectral.rules import activation_slope, affine_layer, batchnorm
+from robust_spectral.rules import activation_slope, affine_layer, batchnorm, root_mean_square
 
 
 class Normalize(nn.Module):
@@ -124,6 +124,9 @@ rule(
     timm.layers.Conv2dSame, timm.layers.StdConv2d, timm.layers.StdConv2dSame, timm.layers.ScaledStdConv2d,
     timm.layers.ScaledStdConv2dSame, timm.layers.BlurPool2d,
 )(affine_layer)  # fmt: skip
+
+
+rule(timm.layers.RmsNorm, timm.layers.RmsNorm2d)(root_mean_square)
 
 
 @rule(timm.layers.DropPath)

@@ -86,8 +86,16 @@ def linear_function(walk: Walk, n: fx.Node) -> float:
     function, source = n.target, _source(walk, n)
     shape, name = walk.shape(source), getattr(n.target, "__name__", "")
     axes = len(shape) - 1 if name == "interpolate" else int(name[-2]) if "pool" in name else None
-    constants = fx.node.map_arg((n.args[1:], n.kwargs), lambda a: walk.env[a])
-    part = _Function(lambda x: function(x, *constants[0], **constants[1]))  # type: ignore[operator]
+
+    def call(x: Tensor) -> Tensor:
+        def constant(a: fx.Node) -> Any:
+            value = walk.env[a]
+            return value.to(x.dtype) if isinstance(value, Tensor) else value
+
+        args, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), constant)
+        return function(x, *args, **kwargs)  # type: ignore[operator, no-any-return]
+
+    part = _Function(call)
     small = shape if axes is None else (1, *shape[-axes:])
     return times(walk.bound(source), walk.operator_norm((n.name, small), lambda: linear_operator(part, small, torch.float64)))
 
@@ -273,6 +281,14 @@ def own_statistics(walk: Walk, n: fx.Node) -> float:
     if getattr(module, "track_running_stats", False):
         return math.inf
     return times(walk.bound(_source(walk, n)), normalising_gain(module.eps, module.weight))
+
+
+@rule(nn.RMSNorm)
+def root_mean_square(walk: Walk, n: fx.Node) -> float:
+    """x -> x / sqrt(‖x‖² / n + eps): the same without the mean, and at most max |γ| / sqrt(eps) for the same reason."""
+    module: Any = walk.called(n)
+    eps = torch.finfo(walk.env[n].dtype).eps if module.eps is None else module.eps
+    return times(walk.bound(_source(walk, n)), normalising_gain(eps, module.weight))
 
 
 def normalising_gain(eps: float, weight: Tensor | None) -> float:

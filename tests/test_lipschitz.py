@@ -124,6 +124,8 @@ KNOWN = {
     "interpolated": (Call(lambda m, x: F.interpolate(x, scale_factor=2, mode="nearest")), (2, 3, 3), 2.0),
     "layer norm": (nn.LayerNorm(5, eps=1e-2), (5,), 10.0),
     "group norm": (nn.GroupNorm(2, 4, eps=1e-2), (4, 3), 10.0),
+    "root mean square": (nn.RMSNorm(5, eps=1e-2), (5,), 10.0),
+    "dense function": (Call(lambda m, x: F.linear(x, m.c), c=torch.tensor([[3.0, 0.0], [0.0, 1.0]])), (2,), 3.0),
     "softmax of two": (nn.Softmax(1), (2,), 0.5),
     "times zero": (Call(lambda m, x: x * 0), (3,), 0.0),
     "a constant": (Call(lambda m, x: torch.ones(2, 3)), (3,), 0.0),

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from reference import gain
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -84,3 +85,14 @@ def test_mobile_network_with_depthwise_convolutions_is_bounded_from_both_sides()
     bound = rs.lipschitz_bound(model, x)
     assert bound.reason is None
     assert 0 < rs.lipschitz_estimate(model, x) <= bound.value
+
+
+@pytest.mark.parametrize("kind", ["RmsNorm", "RmsNorm2d"])
+def test_normalisations_by_the_root_mean_square_are_bounded(kind: str) -> None:
+    norm = getattr(timm.layers, kind)(4, eps=1e-2)
+    shape = (4, 3, 3) if kind.endswith("2d") else (4,)
+    found = rs.lipschitz_bound(nn.Sequential(norm).double(), torch.zeros(1, *shape, dtype=torch.float64))
+    assert found.value == pytest.approx(10, rel=1e-6)
+    x = 0.01 * torch.randn(64, *shape, dtype=torch.float64)
+    y = 0.01 * torch.randn(64, *shape, dtype=torch.float64)
+    assert gain(norm.double(), x, y) <= found.value
