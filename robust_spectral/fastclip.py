@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -18,10 +17,10 @@ from .clipping import ClipResult, check_max_norm, clip_until_proved_
 from .layers import LinearLayer, linear_layers
 from .lipschitz import lipschitz_bound
 from .moves import Move, MoveWeight
+from .targets import Patterns, targets_by_name
 from .tracking import TOLERANCE, TrackedLayer
 
 Composites = Literal["auto", "always", "never"]
-Patterns = str | Sequence[str]
 
 _LOOK, _LOOK_EVERY = 8, 2  # steps of the closer look that one layer gets, and optimizer steps from one to the next
 _IDLE = 2e-3  # above its target, what is not worth a clip
@@ -98,7 +97,7 @@ class FastClip:
         self._results: dict[str, ClipResult] = {}
         self._handles: list[RemovableHandle] = []
         layers = linear_layers(model, example_input)
-        targets = _targets([layer.name for layer in layers], max_norm, include, exclude)
+        targets = targets_by_name([layer.name for layer in layers], max_norm, include, exclude)
         self._tracked = {
             layer.name: TrackedLayer.of(
                 layer, vectors=vectors, composite=None, seed=seed + index, target=targets[layer.name],
@@ -365,37 +364,9 @@ class FastClip:
         return len({id(t.layer.module.weight) for t in self._tracked.values()}) < len(self._tracked)
 
 
-def _targets(names: list[str], max_norm: float | Mapping[str, float], include: Patterns, exclude: Patterns) -> dict[str, float]:
-    """The target of every layer that is to be held, by name; a layer applied to several shapes goes by its plain name too."""
-    by_pattern = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}
-    wanted, unwanted = _as_list(include), _as_list(exclude)
-    for value in by_pattern.values():
-        check_max_norm("FastClip", value)
-    for argument, patterns in (("max_norm", list(by_pattern)), ("include", wanted), ("exclude", unwanted)):
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
-                raise ValueError(f"FastClip({argument}=...): the pattern {pattern!r} matches none of the layers {names}")
-    targets: dict[str, float] = {}
-    for name in names:
-        if any(_matches(name, p) for p in wanted) and not any(_matches(name, p) for p in unwanted):
-            found = [value for pattern, value in by_pattern.items() if _matches(name, pattern)]
-            targets |= {name: float(found[0])} if found else {}
-    if not targets:
-        raise ValueError(f"FastClip(include={include!r}, exclude={exclude!r}): no layer is left of {names}")
-    return targets
-
-
 def _after(first: ClipResult, last: ClipResult) -> ClipResult:
     """Two clips in a row as one; what moved is at most the sum."""
     return ClipResult(first.before, last.after, first.distortion + last.distortion, first.steps + last.steps)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.split("#")[0], pattern)
-
-
-def _as_list(patterns: Patterns) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _alive(handle: RemovableHandle) -> bool:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
-    "norms", "layers", "folding", "moves", "coarse", "tracking", "clipping", "graph", "rules", "intervals", "tracing",
-    "lipschitz", "budget", "fastclip", "certify",
+    "norms", "layers", "folding", "moves", "coarse", "tracking", "clipping", "targets", "graph", "rules", "intervals",
+    "tracing", "lipschitz", "budget", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

@@ -67,7 +67,7 @@ def true_norm(layer: rs.LinearLayer) -> float:
         return torch.autograd.grad(out, example, torch.as_tensor(y.reshape(out.shape)), retain_graph=True)[0].flatten().numpy()
 
     A = LinearOperator((out.numel(), size), matvec=forward, rmatvec=adjoint, dtype=np.float64)
-    return float(svds(A, k=1, tol=1e-8, return_singular_vectors=False, random_state=0)[0])
+    return float(svds(A, k=1, ncv=64, tol=1e-8, return_singular_vectors=False, random_state=0)[0])
 
 
 def largest_singular_value(matrix: Tensor) -> float:
@@ -128,8 +128,8 @@ def main() -> None:
     for name in options.models:
         rows.append(census(name, MODELS[name]))
         print({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
-    if options.out:
-        write_json(options.out, {"rows": rows, **environment()})
+        if options.out:  # as far as it has come
+            write_json(options.out, {"rows": rows, **environment()})
 
 
 if __name__ == "__main__":
