@@ -43,7 +43,7 @@ def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dty
     if not shape or min(shape) < 1:
         raise ValueError(f"linear_operator(in_shape={tuple(in_shape)}): give the shape of one input, without the batch axis")
     _check_weights(module)
-    builder = _module_operator if _hooked(module) else _BUILDERS.get(type(module), _module_operator)
+    builder = _module_operator if hooked(module) else _BUILDERS.get(type(module), _module_operator)
     return builder(module, shape, dtype or _default_dtype(module))
 
 
@@ -201,7 +201,7 @@ def _probe_affine(
     return tuple(fx.shape[1:])
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether hooks of the user's take part in the forward pass, so that only calling the module tells what it does."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 

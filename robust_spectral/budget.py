@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .affine import evaluating
 from .graph import Build, Key, Walk
-from .lipschitz import traced_at
+from .lipschitz import pair_of, traced_at
 from .norms import NormInterval
 from .tracking import TOLERANCE
 
@@ -37,7 +37,7 @@ def norm_for(
     Raises:
         ValueError: no norm does it: the network has no bound, or what is not held keeps it above.
     """
-    example = example_input[:1].repeat(2, *[1] * (example_input.ndim - 1))
+    example = pair_of(example_input)
     with evaluating(model), torch.no_grad():
         traced = traced_at(model, example)
         norms: dict[Key, NormInterval] = {}
@@ -45,19 +45,19 @@ def norm_for(
         def bound(norm: float) -> float:
             walk = _Capped(traced, failure_probability, norms, held, norm)
             walk.run(example)
-            output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
-            if walk.reason is not None and math.isinf(walk.bounds[output]):
+            if walk.reason is not None and math.isinf(walk.value):
                 raise ValueError(f"lipschitz_target={lipschitz_target:g}: {walk.reason}")
-            return walk.bounds[output]
+            return walk.value
 
         below = bound(math.inf) <= lipschitz_target
         largest = max(interval.upper for interval in norms.values())
         if below:
             return largest
-        if bound(_SMALLEST) > lipschitz_target:
+        least = bound(_SMALLEST)
+        if least > lipschitz_target:
             raise ValueError(
                 f"lipschitz_target={lipschitz_target:g}: with the held layers at norm {_SMALLEST:g} the bound is still "
-                f"{bound(_SMALLEST):g}; hold more layers, or allow more"
+                f"{least:g}; hold more layers, or allow more"
             )
         low, high = math.log(_SMALLEST), math.log(largest)
         for _ in range(_HALVINGS):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .affine import evaluating
+from .affine import evaluating, hooked
 from .numerics import power_of_two
 from .operators import Shape
 
@@ -220,7 +220,7 @@ def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _Co
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
     plain = kind is not None and (own.forward, own._conv_forward) == (kind.forward, kind._conv_forward)
-    if not isinstance(module, _ConvNd) or not plain or module._forward_hooks or module._forward_pre_hooks:
+    if not isinstance(module, _ConvNd) or not plain or hooked(module):
         raise NotImplementedError(f"{call}: {module} is not a plain nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks")
     if module.padding_mode != "circular":
         raise NotImplementedError(

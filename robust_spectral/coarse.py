@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .affine import batchnorm_scale, is_plain
+from .affine import batchnorm_scale, hooked, is_plain
 from .convolutions import bounding_kernel
 from .layers import LinearLayer
 from .numerics import power_of_two
@@ -86,9 +86,8 @@ def _kernel_map(layer: LinearLayer, composite: bool) -> Callable[[Tensor], Tenso
     """From the weight to the kernel whose symbols bound the norm: its entries elsewhere, times the channel's factor."""
     module: Any = layer.module
     batchnorm = layer.batchnorm if composite else None
-    hooked = module._forward_hooks or module._forward_pre_hooks
     on_other_axis = getattr(module, "transposed", False) or (isinstance(module, nn.Linear) and len(layer.in_shape) > 1)
-    if not is_plain(module) or hooked or (batchnorm is not None and on_other_axis):
+    if not is_plain(module) or hooked(module) or (batchnorm is not None and on_other_axis):
         return None
 
     def to_kernel(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .affine import hooked
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator, Shape, compose
 
@@ -109,6 +110,12 @@ class Walk(fx.Interpreter):
             except (NotImplementedError, ValueError, RuntimeError) as error:
                 self.bounds[value] = self._unknown(value, f"{self.kinds[value]} as it is called here ({error})")
         return max(self.bounds[value], *(self.bound(n) for n in self.changed.get(value, ())), 0.0)
+
+    @property
+    def value(self) -> float:
+        """Bound of the network's output; inf where the walk did not come so far."""
+        output = next(node for node in reversed(list(self.graph.nodes)) if node.op == "output")
+        return self.bounds.get(output, math.inf)
 
     def shape(self, node: Any) -> Shape:
         """Shape of a node's value, without the batch axis."""
@@ -240,7 +247,7 @@ def _parts(result: Any) -> Sequence[Tensor]:
 
 def _is_overridden(module: nn.Module) -> bool:
     """Whether the module's type does not tell what it does: those with an operator are asked by calling them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    return hooked(module) or "forward" in vars(module)
 
 
 def _each(function: Callable[[Tensor], Box], value: Any) -> Box:

@@ -84,7 +84,7 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
-    example = example_input[:1].repeat(2, *[1] * (example_input.ndim - 1))  # two, so that no operation drops the batch axis
+    example = pair_of(example_input)
     with evaluating(model), torch.no_grad():
         try:
             model(example.clone())
@@ -100,7 +100,7 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
         walk = Walk(traced, failure_probability)
         walk.run(example)
         output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
-        value = local = walk.bounds.get(output, math.inf)
+        value = local = walk.value
         reason = walk.reason if math.isinf(value) else None
         if math.isfinite(value) and _mixes_the_batch(model, example):
             mixed = f"the output of {type(model).__name__} for an input depends on the others of its batch"
@@ -115,6 +115,11 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
         if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
     )
     return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs)
+
+
+def pair_of(example_input: Tensor) -> Tensor:
+    """The first input of a batch twice, so that no operation drops the batch axis."""
+    return example_input[:1].repeat(2, *[1] * (example_input.ndim - 1))
 
 
 def traced_at(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -148,9 +153,7 @@ def _local_bound(traced: fx.GraphModule, example: Tensor, walk: Walk) -> tuple[f
         local.run((low + high) / 2)
     except (RuntimeError, ValueError, TypeError) as error:
         return math.inf, f"it does not run in float64 ({error})"
-    output = next(node for node in reversed(list(exact.graph.nodes)) if node.op == "output")
-    value = local.bounds.get(output, math.inf)
-    return value, local.reason if math.isinf(value) else None
+    return local.value, local.reason if math.isinf(local.value) else None
 
 
 def _pairs(walk: Walk, last: Any) -> Tensor | None:

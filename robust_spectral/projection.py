@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .affine import evaluating
+from .affine import evaluating, hooked
 from .circular import plain_circular, representatives
 from .numerics import power_of_two, smaller_gram
 from .operators import Shape
@@ -246,7 +246,7 @@ def _check_plain(module: nn.Module) -> None:
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, kind)), None)
     calls = [call for call in ("forward", "_conv_forward") if hasattr(kind, call)]
     plain = kind is not None and all(getattr(own, call) is getattr(kind, call) for call in calls)
-    if not plain or module._forward_hooks or module._forward_pre_hooks:
+    if not plain or hooked(module):
         raise NotImplementedError(
             f"projected_weight: {module} is not a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
         )
