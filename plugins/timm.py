@@ -8,6 +8,7 @@ timm's keys. Importing this file also registers the Lipschitz rules of timm's la
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
 from robust_spectral.graph import JOINERS, Walk, rule, times
+from robust_spectral.rounding import Rounding, Terms, exact, normalised, products, rounds
 from robust_spectral.rules import activation_slope, affine_layer, batchnorm, root_mean_square
 
 
@@ -141,6 +143,20 @@ def batchnorm_then_activation(walk: Walk, n: fx.Node) -> float:
     module: Any = walk.called(n)
     slopes = [activation_slope(part) for part in (module.drop, module.act)]
     return times(walk.bound_of(batchnorm(walk, n)), *slopes)
+
+
+rounds(timm.layers.DropPath)(exact)
+rounds(timm.layers.Conv2dSame)(products)
+
+
+@rounds(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
+def normalised_then_activated(walk: Rounding, n: fx.Node) -> Terms:
+    """The normalisation's terms and then those of an activation with a slope of at most 2."""
+    module: Any = walk.called(n)
+    terms, total = normalised(walk, n)
+    if not activation_slope(module.act) <= 2:
+        raise ValueError("a slope above 2")
+    return 2 * terms + 32, 3 * total + math.sqrt(walk.elements(n))
 
 
 JOINERS.update(dict.fromkeys((timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d), JOINERS[nn.BatchNorm2d]))

@@ -106,10 +106,14 @@ class Walk(fx.Interpreter):
             return 0.0
         if value not in self.bounds:
             try:
-                self.bounds[value] = self.bound_of(self.affine[value])
+                self.bounds[value] = self.bound_at(value)
             except (NotImplementedError, ValueError, RuntimeError) as error:
                 self.bounds[value] = self._unknown(value, f"{self.kinds[value]} as it is called here ({error})")
         return max(self.bounds[value], *(self.bound(n) for n in self.changed.get(value, ())), 0.0)
+
+    def bound_at(self, node: fx.Node) -> float:
+        """Bound of an affine node, anew."""
+        return self.bound_of(self.affine[node])
 
     @property
     def value(self) -> float:
@@ -155,12 +159,16 @@ class Walk(fx.Interpreter):
         if not isinstance(last, Affine):
             return last
         root, steps = self.stretch(last)
-        alone = times(self.bound(root), *(self._norm(step) for step in steps))
+        alone = times(self.bound(root), self.product(steps))
         layers = [step for step in steps if not isinstance(step.norm, float)]
         if len(layers) < 2 or max(prod(self.shape(step.source)) for step in steps) > _LARGEST_STRETCH:
             return alone
         whole = self.operator_norm(tuple(step.key for step in steps), lambda: composed(steps))
         return min(alone, times(self.bound(root), whole))
+
+    def product(self, steps: list[Affine]) -> float:
+        """Product of the norms of steps, a layer and the batch normalisation behind it being one."""
+        return times(*(self._norm(step) for step in _joined(steps)))
 
     def _norm(self, step: Affine) -> float:
         return step.norm if isinstance(step.norm, float) else self.operator_norm(*(step.norm or (step.key, step.build)))
@@ -183,7 +191,7 @@ class Walk(fx.Interpreter):
             return self._unknown(n, f"{self.kinds[n]} to {_parts(result)[-1].dtype}")
         if rule is None:
             return self._unknown(n, self.kinds[n])
-        if module is not None and _is_overridden(module) and rule is not RULES.get(nn.Linear):
+        if module is not None and is_overridden(module) and rule is not RULES.get(nn.Linear):
             return self._unknown(n, f"{self.kinds[n]} with hooks or a forward pass of its own")
         try:
             value = rule(self, n)
@@ -215,10 +223,13 @@ class Walk(fx.Interpreter):
             module = self.called(n)
             host = type(module).__module__.split(".")[0] if module is not None else ""
             hint = "; import robust_spectral.plugins.timm for its layers" if host == "timm" else ""
-            self.reason = (
-                f"no Lipschitz constant is known of {what} (at '{n.target if n.op == 'call_module' else n.name}'){hint}"
-            )
+            self.reason = f"no Lipschitz constant is known of {what} (at '{where(n)}'){hint}"
         return math.inf
+
+
+def where(n: fx.Node) -> str:
+    """What a node is called in the model."""
+    return str(n.target) if n.op == "call_module" else n.name
 
 
 def composed(steps: list[Affine]) -> LinearOperator:
@@ -245,7 +256,7 @@ def _parts(result: Any) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def _is_overridden(module: nn.Module) -> bool:
+def is_overridden(module: nn.Module) -> bool:
     """Whether the module's type does not tell what it does: those with an operator are asked by calling them."""
     return hooked(module) or "forward" in vars(module)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, fx, nn
 from . import intervals as intervals
 from . import rules as rules
 from .affine import evaluating
-from .graph import RULES, Walk, composed, times
+from .graph import RULES, Walk, composed, times, where
+from .rounding import forward_error
 from .tracing import Tracer
 
 _MOST_IN_HEAD = 1e8  # numbers in the matrix of the last affine stretch, up to which pairs of classes are told apart
@@ -43,9 +45,12 @@ class LipschitzBound:
         nodes: The walk, node by node; affine nodes that are part of a longer affine stretch have no row of their own.
         reason: Why ``value`` is infinite, and why ``local`` is if it is; None otherwise.
         failure_probability: Sum over the layers' probabilistic norm bounds; 0 if all are deterministic.
-        local: Valid between any two inputs with elements in [0, 1]; never above ``value``, and inf where nothing is proved.
+        local: Valid between any two inputs in the box; never above ``value``, and inf where nothing is proved.
         pairs: (classes, classes), of the difference of each two outputs, for all inputs; None where the network does not end
             in a linear layer.
+        errors: By dtype, how far the output for one input of the box can be from that in real arithmetic, in L2, if computed in
+            that dtype; inf where it is not known how an operation rounds. Empty where rounding is not accounted for.
+        errors_reason: Why errors are infinite; None otherwise.
     """
 
     value: float
@@ -54,33 +59,44 @@ class LipschitzBound:
     failure_probability: float = 0.0
     local: float = math.inf
     pairs: Tensor | None = None
+    errors: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
+    errors_reason: str | None = None
 
-    def behind(self, constant: float) -> LipschitzBound:
+    def behind(self, constant: float, errors: Mapping[torch.dtype, float] | None = None) -> LipschitzBound:
         """The bound of the network behind a function that is Lipschitz with a constant, rounded up.
 
-        Nothing is known of the box that its values fill, so that the local bound is no better than the global one.
+        Args:
+            constant: The function's Lipschitz constant. It must take the inputs meant into the box this bound was made for.
+            errors: By dtype, how far the function's values are from those in real arithmetic, in L2; default not at all.
         """
         up = math.nextafter(constant, math.inf)
         pairs = None if self.pairs is None else self.pairs * up * (1 + 1e-15)
-        value = times(self.value, constant)
-        return replace(self, value=value, local=value, pairs=pairs)
+        both = {
+            dtype: (e + times(self.value, (errors or {}).get(dtype, 0.0))) * (1 + 1e-15) for dtype, e in self.errors.items()
+        }
+        return replace(self, value=times(self.value, constant), local=times(self.local, constant), pairs=pairs, errors=both)
 
 
-def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9) -> LipschitzBound:
+def lipschitz_bound(
+    model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9, box: tuple[float, float] | None = (0.0, 1.0)
+) -> LipschitzBound:
     """A proved upper bound of a network's Lipschitz constant, L2 to L2, in eval mode.
 
     Args:
         model: A model that torch.fx can trace, whose output for an image does not depend on the others of its batch.
         example_input: A batch it takes, (n, ...); only shapes matter.
         failure_probability: Of each layer's norm; their sum is stored in the result. 0 for deterministic bounds only.
+        box: Least and largest value of an input's elements, for ``local`` and ``errors``; None for inputs without limits.
 
     Returns:
         LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no rule or no global constant, or the
-        model cannot be traced. Gates and attention have a constant on inputs with elements in [0, 1] only, in ``local``.
+        model cannot be traced. Gates and attention have a constant on inputs in the box only, in ``local``.
 
     Raises:
-        ValueError: a weight is not finite, or the model does not take the input.
+        ValueError: a weight is not finite, the model does not take the input, or the box is empty.
     """
+    if box is not None and not -math.inf < box[0] < box[1] < math.inf:
+        raise ValueError(f"lipschitz_bound(box={box}): give a least and a larger value, both finite")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
@@ -105,16 +121,20 @@ def lipschitz_bound(model: nn.Module, example_input: Tensor, failure_probability
         if math.isfinite(value) and _mixes_the_batch(model, example):
             mixed = f"the output of {type(model).__name__} for an input depends on the others of its batch"
             return LipschitzBound(math.inf, reason=mixed)
-        if math.isinf(value) and isinstance(walk.env.get(output), Tensor):
-            local, locally = _local_bound(traced, example, walk)
-            reason = f"{reason}; on inputs in [0, 1]: {locally}" if locally is not None else reason
+        errors: dict[torch.dtype, float] = {}
+        errors_reason = None
+        if box is not None and math.isinf(value) and isinstance(walk.env.get(output), Tensor):
+            local, locally = _local_bound(traced, example, walk, *box)
+            reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {locally}" if locally is not None else reason
+        if box is not None and math.isfinite(value):
+            errors, errors_reason = _errors(traced, example, walk, *box)
         pairs = None if math.isinf(value) else _pairs(walk, output.args[0])
     rows = tuple(
-        NodeBound(str(node.target if node.op == "call_module" else node.name), walk.kinds[node], walk.bounds[node])
+        NodeBound(where(node), walk.kinds[node], walk.bounds[node])
         for node in traced.graph.nodes
         if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
     )
-    return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs)
+    return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs, errors, errors_reason)
 
 
 def pair_of(example_input: Tensor) -> Tensor:
@@ -143,17 +163,32 @@ def _mixes_the_batch(model: nn.Module, example: Tensor) -> bool:
     return not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
 
 
-def _local_bound(traced: fx.GraphModule, example: Tensor, walk: Walk) -> tuple[float, str | None]:
-    """The bound between inputs with elements in [0, 1], in float64, and why there is none; known norms serve again."""
+def _local_bound(
+    traced: fx.GraphModule, example: Tensor, walk: Walk, lowest: float, highest: float
+) -> tuple[float, str | None]:
+    """The bound between inputs in a box, in float64, and why there is none; known norms serve again."""
     exact = copy.deepcopy(traced).double()
-    low, high = torch.zeros_like(example, dtype=torch.float64), torch.ones_like(example, dtype=torch.float64)
-    radius = math.sqrt(example.numel()) / 2 * (1 + 1e-15)
+    low, high = (torch.full_like(example, end, dtype=torch.float64) for end in (lowest, highest))
+    radius = math.sqrt(example.numel()) * (highest - lowest) / 2 * (1 + 1e-14)
     local = Walk(exact, walk.each, walk.norms, (low, high), radius)
     try:
         local.run((low + high) / 2)
     except (RuntimeError, ValueError, TypeError) as error:
         return math.inf, f"it does not run in float64 ({error})"
     return local.value, local.reason if math.isinf(local.value) else None
+
+
+def _errors(
+    traced: fx.GraphModule, example: Tensor, walk: Walk, low: float, high: float
+) -> tuple[dict[torch.dtype, float], str | None]:
+    """What a forward pass in float32 or float64 errs by, and why nothing is known of that."""
+    exact = copy.deepcopy(traced).double()
+    errors, reason = {}, None
+    for dtype in (torch.float32, torch.float64):
+        errors[dtype], reason = forward_error(walk, exact, dtype, low, high, example.shape)
+    if example.device.type != "cpu":  # whose convolutions may be Winograd's
+        errors[torch.float32] = math.inf
+    return errors, reason
 
 
 def _pairs(walk: Walk, last: Any) -> Tensor | None:

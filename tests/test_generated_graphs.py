@@ -23,6 +23,13 @@ def sampled(net: Network, points: Tensor) -> float:
     return max(gain(net, points, near), gain(net, points, points.flip(0)), *(jacobian_norm(net, x) for x in points[:3]))
 
 
+def rounding(net: Network, points: Tensor) -> float:
+    """Largest distance between the outputs for one input in float32 and in float64."""
+    with torch.no_grad():
+        single = net(points).double()
+        return float((single - net.double()(points.double())).flatten(1).norm(dim=1).max())
+
+
 def check(draw: random.Random, local: bool) -> None:
     net = network(draw, local=local)
     found = rs.lipschitz_bound(net, torch.zeros(1, *SHAPE, dtype=torch.float64))
@@ -33,6 +40,10 @@ def check(draw: random.Random, local: bool) -> None:
     assert sampled(net, inside) <= found.local * (1 + 1e-9), where
     if not local:
         assert math.isfinite(found.value) and found.reason is None, where
+        net = net.float()
+        errors = rs.lipschitz_bound(net, torch.zeros(1, *SHAPE)).errors
+        assert rounding(net, inside.float()) <= errors[torch.float32], where
+        net = net.double()
     for size in (0.3, 3.0, 30.0):
         assert sampled(net, size * torch.randn(6, *SHAPE, dtype=torch.float64)) <= found.value * (1 + 1e-9), where
 

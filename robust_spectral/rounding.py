@@ -1,0 +1,276 @@
+"""How far what a forward pass computes in floating point can be from the network's value in real arithmetic.
+
+The same walk that carries Lipschitz bounds carries errors: a rule that turns distances between arguments into a distance
+between values does so with errors too. To these each node adds what it rounds itself: of a sum of k terms, whatever their
+order, at most γ_k = k u / (1 - k u) times the sum of their absolute values, u being the unit roundoff (Higham, Accuracy and
+Stability of Numerical Algorithms, 2nd ed., 3.1 and 4.2). So every rule here tells k and a bound of that sum, in the L2 norm
+over a node's elements, for all inputs in a box. Covered are sums of products in any order, with or without fused multiply-add;
+not Winograd's or Fourier convolutions, and no TF32.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .affine import batchnorm_scale
+from .graph import Affine, Walk, is_overridden, times, where
+from .rules import activation_slope
+
+_NO_ERROR = 1e-290  # of the input: its pixels are exact, but a node whose bound is 0 would count as a constant
+_SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
+Terms = tuple[int, float]  # how many terms are summed, and a bound of their absolute values' sum, in L2
+ROUNDINGS: dict[Any, Callable[[Rounding, fx.Node], Terms]] = {}  # module type, function or method name -> terms
+
+
+class Rounding(Walk):
+    """A walk whose bounds are errors, in L2 and for any single input of a box, of a forward pass in one dtype.
+
+    Args:
+        walk: The same network's Lipschitz bounds, in which no node is local.
+        module: Its graph in float64.
+        dtype: That of the forward pass.
+        radius: Half the diagonal of the box, whose centre the walk is run on.
+    """
+
+    def __init__(self, walk: Walk, module: fx.GraphModule, dtype: torch.dtype, radius: float) -> None:
+        super().__init__(module, walk.each, walk.norms)
+        twins = zip(module.graph.nodes, walk.graph.nodes, strict=True)
+        self.lipschitz = {node: walk.bounds[twin] for node, twin in twins if twin in walk.bounds}
+        self._unit, self._tiny, self._radius = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny, radius
+        self._own: dict[fx.Node, float] = {}  # what a node adds
+        self._sums: dict[fx.Node, float] = {}  # bounds of the values computed, from the terms they are summed of
+
+    def size(self, node: Any) -> float:  # type: ignore[override]
+        """L2 norm of an argument's computed values, at most, for one input."""
+        if not self.depends(node):
+            values = self.env[node] if isinstance(node, fx.Node) else torch.as_tensor(float(node))
+            return float(values.double().norm()) * (1 + 1e-12)
+        sizes = [self._sums.get(node, math.inf)]
+        if node in self.lipschitz and node not in self.changed:
+            centre = float(self.env[node].double().norm()) / math.sqrt(len(self.env[node])) * (1 + 1e-9)
+            sizes.append(centre + times(self.lipschitz[node], self._radius) + self.bound(node))
+        return min(sizes)
+
+    def elements(self, node: Any) -> float:
+        """How many numbers a node's value has for one input; a value in parts counts all."""
+        value = self.env[node]
+        parts = [value] if isinstance(value, Tensor) else list(value)
+        return sum(part.numel() for part in parts) / len(parts[0]) if parts[0].ndim else 1.0
+
+    def bound_at(self, node: fx.Node) -> float:
+        """Error of an affine node: what its stretch makes of the error it is given, and all that its steps round."""
+        return self.bound_of(self.affine[node]) + self._own[node]
+
+    def bound_of(self, last: float | Affine) -> float:
+        """The same of a step's result, without what the step itself rounds."""
+        total = super().bound_of(last)
+        if not isinstance(last, Affine):
+            return total
+        node, later = last.source, [last]
+        while node in self.affine and node not in self.changed:
+            total += times(self._own[node], self.product(later)) * (1 + 1e-15)
+            later.insert(0, self.affine[node])
+            node = later[0].source
+        return total
+
+    def _bound(self, n: fx.Node, result: Any) -> float | Affine:
+        found = super()._bound(n, result)
+        if n.op == "placeholder":
+            return _NO_ERROR
+        if n.op in ("output", "get_attr") or (isinstance(found, float) and found == math.inf):
+            return found
+        if not any(self.depends(a) for a in n.all_input_nodes):
+            constant = isinstance(result, Tensor) and result.is_floating_point() and n.all_input_nodes
+            return self._unknown(n, f"{n.target}, of constants,") if constant else found
+        if isinstance(found, Affine):
+            self.affine[n] = found
+        self._own[n], self._sums[n] = self._rounded(n)
+        return found if isinstance(found, Affine) else found + self._own[n]
+
+    def _unknown(self, n: fx.Node, what: str) -> float:
+        self.reason = self.reason or f"it is not known how {what} rounds (at '{where(n)}')"
+        return math.inf
+
+    def _rounded(self, n: fx.Node) -> tuple[float, float]:
+        """What a node adds to the error, and a bound of the values that it computes."""
+        module = self.called(n)
+        rule = ROUNDINGS.get(type(module) if module is not None else n.target)
+        if rule is None or (module is not None and is_overridden(module)):
+            return self._unknown(n, self.kinds[n]), math.inf
+        try:
+            terms, total = rule(self, n)
+        except Exception as error:  # noqa: BLE001 - a call the rule does not understand is no claim, whatever it trips over
+            return self._unknown(n, f"{self.kinds[n]} as it is called here ({error})"), math.inf
+        if terms * self._unit > 0.5:
+            return self._unknown(n, f"a sum of {terms} terms"), math.inf
+        if terms == 0:
+            return 0.0, total
+        share = terms * self._unit / (1 - terms * self._unit) * (1 + 1e-12)
+        underflow = terms * self._tiny * math.sqrt(self.elements(n))
+        return share * total + underflow, total * (1 + share) * (1 + 1e-12) + underflow
+
+
+def forward_error(
+    walk: Walk, module: fx.GraphModule, dtype: torch.dtype, low: float, high: float, shape: torch.Size
+) -> tuple[float, str | None]:
+    """L2 distance, at most, between a network's output computed in a dtype and its value, for one input in [low, high].
+
+    Args:
+        walk: Its Lipschitz bounds, finite.
+        module: Its graph in float64.
+        dtype: float32 or float64.
+        low: Least value of an input's elements.
+        high: Largest.
+        shape: Of an example with its batch axis.
+
+    Returns:
+        The bound, and why it is infinite if it is.
+    """
+    radius = math.sqrt(prod(shape[1:])) * (high - low) / 2 * (1 + 1e-14)
+    rounding = Rounding(walk, module, dtype, radius)
+    parameter = next(iter([*module.parameters(), *module.buffers()]), torch.zeros(()))
+    rounding.run(torch.full(shape, (low + high) / 2, dtype=torch.float64, device=parameter.device))
+    return rounding.value * (1 + 1e-9), rounding.reason if math.isinf(rounding.value) else None
+
+
+def rounds(*targets: Any) -> Callable[[Callable[[Rounding, fx.Node], Terms]], Callable[[Rounding, fx.Node], Terms]]:
+    """Register how module types, functions and methods round."""
+
+    def register(function: Callable[[Rounding, fx.Node], Terms]) -> Callable[[Rounding, fx.Node], Terms]:
+        ROUNDINGS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+@rounds(
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, "relu", "relu_", torch.abs, torch.neg,
+    operator.neg, torch.clamp, "abs", "neg", "clamp",
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, "amax", "amin", torch.amax, torch.amin,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, nn.Flatten, nn.Unflatten, torch.flatten,
+    torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose, torch.roll, torch.flip, F.pad, getattr,
+    torch.cat, torch.concat, torch.stack, torch.chunk, torch.split, torch.unbind, torch.tensor_split, operator.getitem,
+    "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "permute", "transpose", "roll", "chunk", "split",
+    "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select", "swapaxes", "expand", "expand_as", "repeat",
+    "contiguous", "clone",
+)  # fmt: skip
+def exact(walk: Rounding, n: fx.Node) -> Terms:
+    """What is picked, compared or turned round is not rounded; an affine node of these keeps every element, once."""
+    return 0, walk.size(walk.affine[n].source) if n in walk.affine else math.inf
+
+
+@rounds(nn.LeakyReLU, nn.PReLU)
+def slope_times(walk: Rounding, n: fx.Node) -> Terms:
+    """A product with a slope."""
+    return 2, walk.size(n.args[0]) * activation_slope(_called(walk, n))
+
+
+@rounds(
+    nn.Tanh, nn.Sigmoid, nn.Softsign, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.SELU, nn.ELU, nn.Softplus,
+    torch.tanh, torch.sigmoid, F.sigmoid, F.silu, F.gelu, F.mish, F.hardswish, F.hardsigmoid, F.selu, "tanh", "sigmoid",
+)  # fmt: skip
+def smooth(walk: Rounding, n: fx.Node) -> Terms:
+    """An elementary function, right to some roundings of its argument and value; no slope above 2, no value at 0 above 0.7."""
+    module = walk.called(n)
+    if module is not None and not activation_slope(module) <= 2:
+        raise ValueError("a slope above 2")
+    if isinstance(module, nn.Softplus) and module.beta < 1:
+        raise ValueError("beta below 1")
+    return _SMOOTH, 3 * walk.size(n.args[0]) + 0.7 * math.sqrt(walk.elements(n))
+
+
+@rounds(operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_")
+def sum_of_two(walk: Rounding, n: fx.Node) -> Terms:
+    """One addition, and a product with ``alpha``."""
+    alpha = abs(float(n.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+    return 2, _spread(walk, n, n.args[0]) + alpha * _spread(walk, n, n.args[1])
+
+
+@rounds(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, operator.itruediv, torch.div, "div", "div_")
+def scaled(walk: Rounding, n: fx.Node) -> Terms:
+    """A product with, or quotient by, a constant."""
+    first, second = n.args[:2]
+    function, constant = (first, second) if walk.depends(first) else (second, first)
+    values = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).double().abs()
+    divides = n.target in (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+    return 3, _spread(walk, n, function) * float((1 / values if divides else values).max()) * (1 + 1e-12)
+
+
+@rounds(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def products(walk: Rounding, n: fx.Node) -> Terms:
+    """As many products as an output has weights, and the offset; |W| |x| is no longer than ‖|W|‖ ‖x‖.
+
+    ‖|W|‖² is at most the largest sum of a row times that of a column (Schur), and at most ‖W‖_F² of a dense layer.
+    """
+    module = _called(walk, n)
+    weight: Tensor = module.weight.detach().double()
+    absolute = {"weight": module.weight.detach().abs()}
+    offset = 0.0
+    if module.bias is not None:
+        absolute["bias"] = torch.zeros_like(module.bias)
+        positions = walk.elements(n) / len(module.bias)
+        offset = float(module.bias.detach().double().norm()) * math.sqrt(positions)
+    with torch.enable_grad():
+        ones = torch.ones_like(walk.env[n.args[0]][:1], dtype=weight.dtype, requires_grad=True)  # type: ignore[index]
+        rows = torch.func.functional_call(module, absolute, (ones,))
+        columns = torch.autograd.grad(rows.sum(), ones)[0]
+    gain = math.sqrt(float(rows.detach().max()) * float(columns.max()))
+    if isinstance(module, nn.Linear):
+        gain = min(gain, float(weight.norm()))
+    terms = weight[:, 0].numel() if "Transpose" in type(module).__name__ else weight[0].numel()
+    return terms + 2, (gain * walk.size(n.args[0]) + offset) * (1 + 1e-9)
+
+
+@rounds(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def normalised(walk: Rounding, n: fx.Node) -> Terms:
+    """(x - mean) γ / sqrt(var + eps) + β, in whichever order; the factor is right to some roundings."""
+    module = _called(walk, n)
+    factor = batchnorm_scale(module).abs()
+    offset = (
+        2 * (factor * module.running_mean.double()).square() + 2 * (0.0 if module.bias is None else module.bias.double()) ** 2
+    )
+    positions = walk.elements(n) / len(factor)
+    total = float(factor.max()) * walk.size(n.args[0]) + math.sqrt(float(offset.sum()) * positions)
+    return 12, 2 * total * (1 + 1e-12)
+
+
+@rounds(
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    torch.mean, "mean", torch.sum, "sum",
+)  # fmt: skip
+def averaged(walk: Rounding, n: fx.Node) -> Terms:
+    """Weights are no less than 0, so that the norm is that of the absolute weights as well."""
+    (source,) = (node for node in n.all_input_nodes if walk.depends(node))
+    if n in walk.affine:
+        gain = walk.product([walk.affine[n]])
+    else:
+        gain = walk.lipschitz[n] / walk.lipschitz[source] * (1 + 1e-9)
+    means = n.target in (torch.mean, "mean", torch.sum, "sum")
+    count = walk.elements(source) / walk.elements(n) if means else math.prod(walk.shape(source)[1:])
+    return math.ceil(count) + 2, gain * walk.size(source)
+
+
+@rounds("float", "double", "to")
+def cast(walk: Rounding, n: fx.Node) -> Terms:
+    """To another type of number."""
+    return 1, walk.size(n.args[0])
+
+
+def _spread(walk: Rounding, n: fx.Node, argument: Any) -> float:
+    """Size of an argument that is repeated to the shape of the node's value."""
+    held = walk.elements(argument) if walk.depends(argument) else torch.as_tensor(walk.env.get(argument, 0.0)).numel()
+    return walk.size(argument) * math.sqrt(max(1.0, walk.elements(n) / held)) * (1 + 1e-12)
+
+
+def _called(walk: Rounding, n: fx.Node) -> Any:
+    return walk.called(n)

@@ -1,0 +1,182 @@
+"""Errors of a forward pass: never above what is bounded, subtracted from margins, and no claim where they are not known."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robust_spectral as rs
+import robust_spectral.plugins.timm
+
+SHAPE = (4, 8, 8)
+
+
+class Of(nn.Module):
+    """A function of images behind a layer, so that its input has been rounded already."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.first(x))
+
+
+class Branches(nn.Module):
+    """A residual block, in place, and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        y += x
+        return torch.cat([y, self.second(y)], 1).mean((2, 3))
+
+
+def trained_like(batchnorm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    with torch.no_grad():
+        for tensor in (batchnorm.running_mean, batchnorm.bias):
+            assert tensor is not None
+            tensor.normal_()
+        for tensor in (batchnorm.running_var, batchnorm.weight):
+            assert tensor is not None
+            tensor.uniform_(0.2, 2.0)
+    return batchnorm
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)),
+    "conv": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.GELU(), nn.Conv2d(8, 4, 3, padding=1)),
+    "circular": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.SiLU(), nn.MaxPool2d(3, 1)),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3, 2), nn.Tanh(), nn.AvgPool2d(2)),
+    "batchnorm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), trained_like(nn.BatchNorm2d(6)), nn.Softplus(), nn.Flatten()),
+    "pools": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.MaxPool2d(2, 1), nn.AdaptiveAvgPool2d(1)),
+    "slopes": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.LeakyReLU(0.3), nn.Conv2d(6, 6, 1), nn.PReLU(), nn.ELU()),
+    "branches": Branches,
+    "factors": lambda: Of(lambda x: (x - 0.3) * 1.7 / 0.9 + torch.sigmoid(x)),
+    "parts": lambda: Of(lambda x: torch.sub(x.chunk(2, 1)[0], x[:, 3:].flip(1), alpha=3).flatten(1)),
+    "sums": lambda: Of(lambda x: x.sum((2, 3)) + F.avg_pool2d(x, 2).amax((2, 3))),
+    "padded": lambda: Of(lambda x: F.hardswish(F.pad(x, (1, 2), value=5.0).permute(0, 2, 3, 1))),
+    "timm": lambda: nn.Sequential(
+        timm.layers.Conv2dSame(4, 6, 3, 2),
+        trained_like(timm.layers.BatchNormAct2d(6, act_layer=nn.SiLU)),
+        timm.layers.DropPath(),
+    ),
+}
+
+
+def points(count: int) -> Tensor:
+    """Inputs in the box, half of them corners."""
+    inside = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+    inside[::2] = inside[::2].round()
+    return inside
+
+
+def measured(net: nn.Module, x: Tensor) -> float:
+    """Largest distance between what is computed in float32 and in float64."""
+    with torch.no_grad():
+        return float((net(x).double() - copy.deepcopy(net).double()(x.double())).flatten(1).norm(dim=1).max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_forward_pass_in_float32_is_no_further_off_than_its_bound(name: str) -> None:
+    torch.manual_seed(1)
+    net = NETWORKS[name]().eval()
+    found = rs.lipschitz_bound(net, torch.zeros(1, *SHAPE))
+    assert found.errors_reason is None
+    assert 0 < measured(net, points(32)) <= found.errors[torch.float32] < 0.1
+    assert found.errors[torch.float64] <= 3e-9 * found.errors[torch.float32]
+
+
+def test_the_bound_holds_for_the_numbers_that_round_worst() -> None:
+    """A sum of many small numbers behind a large one, each lost on its own."""
+    size = 4096
+    net = nn.Sequential(nn.Flatten(), nn.Linear(size, 1, bias=False))
+    with torch.no_grad():
+        net[1].weight.fill_(2.0**-25)  # type: ignore[union-attr]
+        net[1].weight[0, 0] = 1.0  # type: ignore[union-attr, index]
+    x = torch.ones(1, 1, 64, 64)
+    found = rs.lipschitz_bound(net, x).errors[torch.float32]
+    one_by_one = torch.zeros(())
+    for weight in net[1].weight.detach()[0]:  # type: ignore[union-attr]
+        one_by_one = one_by_one + weight
+    assert 1.2e-4 < abs(float(one_by_one) - (1 + (size - 1) * 2.0**-25)) <= found
+
+
+def test_what_only_picks_and_compares_does_not_round() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout())
+    assert rs.lipschitz_bound(net, torch.zeros(1, *SHAPE)).errors[torch.float32] < 1e-280
+
+
+def test_the_error_grows_with_the_box() -> None:
+    net = NETWORKS["dense"]().eval()
+    small, large = (rs.lipschitz_bound(net, torch.zeros(1, *SHAPE), box=(0.0, side)).errors[torch.float32] for side in (1, 100))
+    assert 10 * small < large < 200 * small
+
+
+def test_nothing_is_claimed_where_it_is_not_known_how_an_operation_rounds() -> None:
+    found = rs.lipschitz_bound(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Flatten()), torch.zeros(1, *SHAPE))
+    assert math.isfinite(found.value) and math.isinf(found.errors[torch.float32])
+    assert found.reason is None and found.errors_reason is not None and "GroupNorm rounds (at '1')" in found.errors_reason
+    assert float(rs.certified_radius(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), found)) == 0
+
+
+def test_a_box_that_is_empty_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"box=\(1.0, 0.0\)"):
+        rs.lipschitz_bound(nn.Flatten(), torch.zeros(1, *SHAPE), box=(1.0, 0.0))
+
+
+def test_without_a_box_rounding_is_not_accounted_for() -> None:
+    assert rs.lipschitz_bound(NETWORKS["dense"](), torch.zeros(1, *SHAPE), box=None).errors == {}
+
+
+def rounding_away(size: int = 64) -> nn.Module:
+    """Scores of which float32 loses the input: a large offset comes and goes."""
+    offset, back = nn.Linear(size, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        offset.weight.copy_(torch.stack([torch.ones(size), -torch.ones(size)]) / size)
+        offset.bias.fill_(2.0**25)
+        back.weight.copy_(torch.eye(2))
+        back.bias.fill_(-(2.0**25))
+    return nn.Sequential(nn.Flatten(), offset, back).eval()
+
+
+def test_a_margin_that_rounding_can_make_is_not_certified_in_float32_and_is_in_float64() -> None:
+    net, x = rounding_away(), torch.full((1, 1, 8, 8), 0.9)
+    found = rs.lipschitz_bound(net, x)
+    label = torch.tensor([0])
+    assert float(rs.certified_radius(net(x), label, found)) == 0
+    exact = copy.deepcopy(net).double()(x.double())
+    radius = float(rs.certified_radius(exact, label, found))
+    assert 0.9 * 0.9 * 8 < radius <= 0.9 * 8  # the distance to the boundary, where all pixels are 0
+
+
+def test_errors_of_a_function_in_front_are_carried_on() -> None:
+    bound = rs.LipschitzBound(3.0, errors={torch.float32: 0.5}).behind(2.0, {torch.float32: 0.1})
+    assert bound.value == pytest.approx(6.0) and bound.errors[torch.float32] == pytest.approx(0.5 + 3 * 0.1)
+
+
+def test_errors_of_both_forward_passes_come_off_the_margin() -> None:
+    bound = rs.LipschitzBound(1.0, errors={torch.float32: 0.1, torch.float64: 0.0})
+    logits, label = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
+    assert float(rs.certified_radius(logits, label, bound)) == pytest.approx((2 - 2 * math.sqrt(2) * 0.1) / math.sqrt(2))
+    assert float(rs.certified_radius(logits.double(), label, bound)) == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="prove nothing"):
+        rs.certified_radius(torch.tensor([[1.0, 0.0]], dtype=dtype), torch.tensor([0]), rs.LipschitzBound(1.0))
+
+
+def test_logits_under_autocast_are_refused() -> None:
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="under autocast"):
+        rs.certified_radius(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), rs.LipschitzBound(1.0))
