@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .budget import norm_for
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
+from .holding import HeldLayer, NotFiniteError, hold, measure, not_finite
 from .layers import LinearLayer, linear_layers
 from .lipschitz import lipschitz_bound
 from .moves import Move, MoveWeight
@@ -22,15 +23,8 @@ from .tracking import TOLERANCE, TrackedLayer
 
 Composites = Literal["auto", "always", "never"]
 
-_LOOK, _LOOK_EVERY = 8, 2  # steps of the closer look that one layer gets, and optimizer steps from one to the next
-_IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_SKIPPED = 10  # steps in a row that weights may be without finite values
-_NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
-
-
-class _NotFinite(ValueError):
-    """Weights hold NaN or infinite values."""
 
 
 class FastClip:
@@ -38,8 +32,8 @@ class FastClip:
 
     Finds the layers itself, and asks nothing of the training loop: `attach` hooks the optimizer, after each of whose steps
     one warm power step follows the top singular directions of the layers that are due and those above the target are
-    clipped; every other step one layer, in turn, gets a closer look, from which the clipper learns what its power steps
-    miss. `finish` ends training with every norm proved. Vectors live here, never in the model or its state dict.
+    clipped; layers get closer looks in turn, from which the clipper learns what its power steps miss. `finish` ends training
+    with every norm proved. Vectors live here, never in the model or its state dict.
 
     ``composites="auto"`` clips a convolution together with the batch normalisation behind it where that normalises by
     frozen running statistics, and alone (with one warning) where it trains on batch statistics: such a composite does not
@@ -106,6 +100,7 @@ class FastClip:
             for index, layer in enumerate(layers)
             if layer.name in targets
         }  # fmt: skip
+        self._held = {name: HeldLayer.of(tracked, seed) for name, tracked in self._tracked.items()}
 
     @property
     def layers(self) -> list[LinearLayer]:
@@ -154,37 +149,18 @@ class FastClip:
         self.steps += 1
         if self.off:
             return
-        kept = [(t, t.vectors, t.left, t.estimate) for t in self._tracked.values()]
+        kept = [(t, t.vectors, t.left, t.estimate) for held in self._held.values() for t in held.parts]
         try:
             self._resolve()
-            self._step()
+            hold(list(self._held.values()), self.steps, self._every, self._sweeps, self._target)
             self._skipped_in_a_row = 0
-        except _NotFinite:
+        except NotFiniteError:
             for tracked, vectors, left, estimate in kept:
                 tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
             self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
             if self._skipped_in_a_row >= _MOST_SKIPPED:
                 raise
         self._note_weights()
-
-    def _step(self) -> None:
-        layers = list(self._tracked.values())
-        turn = self.steps // _LOOK_EVERY % len(layers)
-        looked_at = [layers[turn]] if self.steps % _LOOK_EVERY == 0 else []
-        due = [t for index, t in enumerate(layers) if (self.steps + index) % self._every == 0 and t not in looked_at]
-        for _ in range(self._sweeps):
-            found = self._measure([*due, *looked_at])
-            for tracked, norm in zip(due, found, strict=False):
-                self._hold(tracked, norm, tracked.missed)
-        for tracked in looked_at:
-            searched = self._search(tracked, _LOOK)
-            tracked.learn(found[-1], searched)
-            self._hold(tracked, searched, 1.0)
-
-    def _hold(self, tracked: TrackedLayer, norm: float, missed: float) -> None:
-        target = self._target(tracked, norm * missed) / missed
-        if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a weight that is shared has been taken down already
-            tracked.hold_(target)
 
     def norms(self) -> dict[str, float]:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
@@ -194,7 +170,7 @@ class FastClip:
         """
         self._resolve()
         oldest = max(0, self.steps - self._every + 1)
-        self._measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest])
+        measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest], self.steps)
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -245,7 +221,7 @@ class FastClip:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
-            "layers": {name: tracked.entry() for name, tracked in self._tracked.items()},
+            "layers": {name: held.entry() for name, held in self._held.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -259,41 +235,8 @@ class FastClip:
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         for name, entry in state["layers"].items():
-            self._tracked[name].restore(entry)
+            self._held[name].restore(entry)
         self._note_weights()
-
-    def _measure(self, layers: list[TrackedLayer]) -> list[float]:
-        """One power step on each layer; what is found, with a single wait for the device.
-
-        Raises:
-            ValueError: a layer's weights are not finite.
-        """
-        if not layers:
-            return []
-        values = []
-        for tracked in layers:
-            try:
-                values.append(tracked.power_step())
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise _NotFinite(_NON_FINITE.format(tracked.layer.name)) from None
-        found: list[float] = torch.stack([value.to(values[0].device) for value in values]).tolist()
-        for tracked, norm in zip(layers, found, strict=True):
-            if not math.isfinite(norm):
-                raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
-            tracked.estimate, tracked.seen = norm, self.steps
-            tracked.note_changes()
-        return found
-
-    def _search(self, tracked: TrackedLayer, steps: int) -> float:
-        """A closer look at one layer: what a short Krylov run finds. Raises ValueError where its weights are not finite."""
-        tracked.note_changes()
-        try:
-            found = float(tracked.search(steps, self.steps))
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found):
-            raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
-        return found
 
     def _excess(self, lipschitz_target: float) -> float:
         """By which factor the network's bound is above its target."""
@@ -309,24 +252,27 @@ class FastClip:
 
     def _resolve(self) -> None:
         """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
-        open_layers = [t for t in self._tracked.values() if t.composite is None]
-        training = [t.layer.name for t in open_layers if t.layer.batchnorm is not None and t.layer.batchnorm.training]
+        open_layers = [held for held in self._held.values() if held.whole.composite is None]
+        normalised = [held.whole.layer for held in open_layers if held.whole.layer.batchnorm is not None]
+        training = [layer.name for layer in normalised if layer.batchnorm.training]  # type: ignore[union-attr]
         either_way = not isinstance(self._move, MoveWeight)
-        for tracked in open_layers:
+        for held in open_layers:
+            tracked = held.whole
             if not all(bool(torch.isfinite(p).all()) for p in tracked.move.parameters(tracked.layer)):
-                raise _NotFinite(_NON_FINITE.format(tracked.layer.name))
+                raise not_finite(tracked)
             frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
-            tracked.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
+            for part in held.parts:
+                part.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
             if not self.off:
-                self._search(tracked, 2 * _LOOK)
+                held.start()
             if self._relative and not math.isinf(tracked.target):
                 own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
                 tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by
         if open_layers and self._lipschitz_target is not None:
             model, example = self._network
-            held = {name: bool(tracked.composite) for name, tracked in self._tracked.items()}
+            composites = {name: bool(tracked.composite) for name, tracked in self._tracked.items()}
             example = example.to(next(model.parameters()).device)
-            norm = norm_for(model, example, held, self._lipschitz_target, self._failure_probability)
+            norm = norm_for(model, example, composites, self._lipschitz_target, self._failure_probability)
             for tracked in self._tracked.values():
                 tracked.target = min(tracked.target, norm)
         if training and self._composites == "auto" and not either_way and not self.off:
@@ -337,7 +283,9 @@ class FastClip:
                 stacklevel=3,
             )
 
-    def _target(self, tracked: TrackedLayer, norm: float) -> float:
+    def _target(self, held: HeldLayer, norm: float) -> float:
+        """The norm allowed to a layer now, on its way from the norm it had at the first step."""
+        tracked = held.whole
         if self._warmup_steps <= 0 or math.isinf(tracked.target):
             return tracked.target
         if math.isnan(tracked.initial):

@@ -55,11 +55,11 @@ def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> I
 
 
 class _Basis:
-    """Orthonormal rows of each group in a buffer (g, capacity, n) that doubles when full."""
+    """Orthonormal rows of each group in a buffer (g, capacity, n), at first for sixteen steps, that doubles when full."""
 
     def __init__(self, like: Tensor) -> None:
         self.block, self.size = like.shape[1], 0
-        self.rows = like.new_zeros(like.shape[0], 16 * self.block, like.shape[2])
+        self.rows = like.new_zeros(like.shape[0], 17 * self.block, like.shape[2])  # a right block more than steps
 
     @property
     def last(self) -> Tensor:

@@ -25,8 +25,9 @@ from .operators import LinearOperator
 from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
-_REACH = 5e-3  # above its target, what a training step takes down along the directions followed
+_REACH = 5e-3  # above its target, what a training step takes down along the directions found
 _STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
+_AT_ONCE = 4  # directions that a search finds, all of which are clipped
 _MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
@@ -110,8 +111,9 @@ class TrackedLayer:
         The run starts from where the vectors are, stirred, so that it sees what they are blind to.
         """
         start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
-        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), self.vectors.shape[1], start)
-        return self._follow(ritz, next_block(ritz.right, self.vectors))
+        k = self.vectors.shape[1]
+        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), max(k, _AT_ONCE), start)
+        return self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
 
     def learn(self, found: float, searched: float) -> None:
         """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
@@ -141,9 +143,9 @@ class TrackedLayer:
 
     @torch.no_grad()
     def hold_(self, target: float) -> None:
-        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions followed.
+        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
 
-        What is far above the target is spread over more directions than are followed, as it is where training starts. Each
+        What is far above the target is spread over more directions than are found, as it is where training starts. Each
         group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
         """
         if not parametrize.is_parametrized(self.layer.module, "weight"):

@@ -278,9 +278,9 @@ def test_a_saved_state_is_not_moved_by_later_steps(convnet: nn.Module, images: T
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.step()
     state = clipper.state_dict()
-    vectors = {name: entry["vectors"].clone() for name, entry in state["layers"].items()}
+    vectors = {name: entry["whole"]["vectors"].clone() for name, entry in state["layers"].items()}
     clipper.step()
-    assert all(torch.equal(vectors[name], entry["vectors"]) for name, entry in state["layers"].items())
+    assert all(torch.equal(vectors[name], entry["whole"]["vectors"]) for name, entry in state["layers"].items())
 
 
 def test_a_state_of_another_model_is_refused(convnet: nn.Module, images: Tensor) -> None:
@@ -583,7 +583,7 @@ def test_a_layer_that_is_due_gets_as_many_power_steps_as_sweeps(sweeps: int, con
     clipper = rs.FastClip(convnet, images, sweeps=sweeps)
     with mock.patch.object(TrackedLayer, "power_step", autospec=True, side_effect=TrackedLayer.power_step) as steps:
         clipper.step()
-    assert steps.call_count == 3 * sweeps
+    assert steps.call_count == sweeps + 2  # two of the three get a closer look behind a single one
 
 
 def test_a_layer_far_above_its_target_is_there_after_one_step(convnet: nn.Module, images: Tensor) -> None:

@@ -1,0 +1,232 @@
+"""What follows every optimizer step: a power step on the layers' top singular directions, closer looks at a few, and clips.
+
+A power step is slow to notice a direction that grows beside the one it follows, so that layers get closer looks (short Krylov
+runs) in turn, and at once where a norm has jumped. Where its map is large a layer is followed on a smaller one, where an
+application costs a fraction: the top directions vary slowly over the map and are nearly the same there. How much the norm
+falls short on the smaller map, and a power step short of a closer look, is learned whenever both are at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.modules.conv import _ConvNd
+
+from .layers import LinearLayer
+from .tracking import TrackedLayer
+
+_LOOK, _LOOK_EVERY = 8, 2  # steps of a closer look, and optimizer steps from one at a whole layer to the next
+_GLANCES = 2  # closer looks at layers that are cheap to apply, in every optimizer step
+_CHEAP = 1.2e7  # multiply-adds of an application
+_SMALL_MAP = 8  # length of a side, at least, and twice the filter's
+_IDLE = 2e-3  # above its target, what is not worth a clip
+_MOST_FORESEEN = 0.05  # of growth
+_FAR = 1.01  # times its target, from where a layer gets a closer look at once
+_NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
+
+
+Target = Callable[["HeldLayer", float], float]
+
+
+class NotFiniteError(ValueError):
+    """Weights hold NaN or infinite values."""
+
+
+@dataclass(eq=False)
+class HeldLayer:
+    """A layer on its whole map and on a smaller one, which are the same object where there is no smaller one.
+
+    Attributes:
+        whole: The layer as it is applied; what is proved and reported is about it.
+        small: What the power steps follow.
+        bias: Norm of the whole over that of the small one.
+        rate: By how much, relative to its target, the norm has been growing past it unseen, in a step.
+        looked: Step of the last closer look.
+        allowed: Norm that was allowed then.
+    """
+
+    whole: TrackedLayer
+    small: TrackedLayer
+    bias: float = 1.0
+    rate: float = 0.0
+    looked: int = 0
+    allowed: float = math.inf
+
+    @classmethod
+    def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
+        """A layer with its smaller twin, where there is one that pays."""
+        layer = on_small_map(whole.layer)
+        if math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
+            return cls(whole, whole)
+        small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
+        return cls(whole, small)
+
+    @property
+    def cheap(self) -> bool:
+        """Whether a closer look at the small one costs little."""
+        weight: Any = self.small.layer.module.weight
+        return weight.numel() * math.prod(self.small.operator.out_shape[1:]) <= _CHEAP
+
+    @property
+    def parts(self) -> list[TrackedLayer]:
+        """The whole, and the small one where that is another."""
+        return [self.whole] if self.small is self.whole else [self.whole, self.small]
+
+    def start(self) -> None:
+        """A first, long look."""
+        found = [look(tracked, 2 * _LOOK, 0) for tracked in self.parts]
+        self._learn(found[-1], found[0], 1.0)
+
+    def entry(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        named = zip(("whole", "small"), self.parts, strict=False)
+        return {
+            "bias": self.bias,
+            "rate": self.rate,
+            "looked": self.looked,
+            "allowed": self.allowed,
+            **{name: tracked.entry() for name, tracked in named},
+        }
+
+    def restore(self, entry: dict[str, Any]) -> None:
+        """Go on from the entry of a clipper's state dict."""
+        self.bias, self.rate, self.looked, self.allowed = (entry[key] for key in ("bias", "rate", "looked", "allowed"))
+        for name, tracked in zip(("whole", "small"), self.parts, strict=False):
+            tracked.restore(entry[name])
+
+    def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
+        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target."""
+        target = target / missed
+        if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
+            tracked.hold_(target)
+
+    def hold_found(self, norm: float, target: Target) -> float:
+        """Clip what a power step found, if it is above the target; by which factor it is."""
+        missed = self.small.missed * self.bias
+        allowed = target(self, norm * missed)
+        self.hold(self.small, norm, missed, allowed)
+        return norm * missed / allowed
+
+    def glance(self, step: int, target: Target, found: float | None = None) -> None:
+        """A closer look at the small one; what a power step just before it found tells what such steps miss."""
+        searched = look(self.small, _LOOK, step)
+        allowed = target(self, searched * self.bias)
+        if found is not None:
+            self.small.learn(found, searched)
+            allowed = self._foreseen(searched * self.bias, allowed, step)
+        self.hold(self.small, searched, self.bias, allowed)
+
+    def look(self, step: int, target: Target) -> None:
+        """A closer look at both, from which it is learned what the small one misses."""
+        found, searched = look(self.small, _LOOK, step), look(self.whole, _LOOK, step)
+        self._learn(found, searched, 0.5)
+        self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
+
+    def _foreseen(self, norm: float, allowed: float, step: int) -> float:
+        """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed."""
+        waited, self.looked = max(1, step - self.looked), step
+        self.rate = (self.rate + max(0.0, norm / self.allowed - 1) / waited) / 2
+        self.allowed = allowed
+        return allowed / (1 + min(self.rate * waited, _MOST_FORESEEN))
+
+    def _learn(self, found: float, searched: float, weight: float) -> None:
+        ratio = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
+        self.bias += weight * (ratio - self.bias)
+
+
+def on_small_map(layer: LinearLayer) -> LinearLayer:
+    """A convolution on a map of about `_SMALL_MAP` positions a side, any other layer as it is."""
+    module = layer.module
+    if not isinstance(module, _ConvNd) or len(layer.in_shape) != 1 + len(module.kernel_size):
+        return layer
+    axes = []
+    for size, window, stride, dilation in zip(
+        layer.in_shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
+    ):
+        smaller = max(_SMALL_MAP, 2 * (dilation * (window - 1) + 1))
+        axes.append(min(size, smaller + (size - smaller) % stride))  # strides fall as they do on the whole map
+    return replace(layer, in_shape=(layer.in_shape[0], *axes))
+
+
+def measure(layers: Sequence[TrackedLayer], step: int) -> list[float]:
+    """One power step on each layer; what is found, with a single wait for the device.
+
+    Raises:
+        NotFiniteError: a layer's weights are not finite.
+    """
+    if not layers:
+        return []
+    values = []
+    for tracked in layers:
+        try:
+            values.append(tracked.power_step())
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise not_finite(tracked) from None
+    found: list[float] = torch.stack([value.to(values[0].device) for value in values]).tolist()
+    for tracked, norm in zip(layers, found, strict=True):
+        if not math.isfinite(norm):
+            raise not_finite(tracked)
+        tracked.estimate, tracked.seen = norm, step
+        tracked.note_changes()
+    return found
+
+
+def look(tracked: TrackedLayer, steps: int, seed: int) -> float:
+    """A closer look at one layer: what a short Krylov run finds.
+
+    Raises:
+        NotFiniteError: its weights are not finite.
+    """
+    tracked.note_changes()
+    try:
+        found = float(tracked.search(steps, seed))
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise not_finite(tracked)
+    return found
+
+
+def not_finite(tracked: TrackedLayer) -> NotFiniteError:
+    """The error that says so."""
+    return NotFiniteError(_NON_FINITE.format(tracked.layer.name))
+
+
+def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> None:
+    """All that follows the optimizer's step number ``step``.
+
+    Args:
+        layers: All that are held.
+        step: Counted from 1.
+        every: Each layer is due once in so many steps.
+        sweeps: Power steps and clips of a layer that is due.
+        target: From a layer and its norm to the norm allowed now.
+    """
+    turn = [layers[step // _LOOK_EVERY % len(layers)]] if step % _LOOK_EVERY == 0 else []
+    glanced = _most_due([held for held in layers if held.cheap], step) if step % every == 0 else []
+    glanced = [held for held in glanced if held not in turn] + [held for held in turn if held.small is held.whole]
+    whole = [held for held in turn if held not in glanced]
+    due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
+    found = measure([held.small for held in (*due, *glanced)], step)
+    far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > _FAR]
+    for _ in range(sweeps - 1):
+        norms = measure([held.small for held in due], step)
+        far = [held for held, norm in zip(due, norms, strict=True) if held.hold_found(norm, target) > _FAR]
+    for held in far:
+        held.glance(step, target)
+    for held, norm in zip(glanced, found[len(due) :], strict=True):
+        held.glance(step, target, norm)
+    for held in whole:
+        held.look(step, target)
+
+
+def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
+    """The one that has waited longest for a closer look, and those whose norms have grown unseen most since theirs."""
+    usual = sum(held.rate for held in layers) / max(1, len(layers)) + 1e-12
+    waiting = sorted(layers, key=lambda held: held.looked)
+    growing = sorted(waiting[1:], key=lambda held: (held.looked - step) * (held.rate + usual))
+    return [*waiting[:1], *growing[: _GLANCES - 1]]
