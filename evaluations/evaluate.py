@@ -83,7 +83,7 @@ def _evaluate_run(folder: Path, plans: Sequence[AttackPlan], seed: int, device: 
         raise ValueError(f"{folder}: the model's logits are NaN or infinite")
     bound = lipschitz_bound(model, images[:1])
     estimate = lipschitz_estimate(model, images[:64])
-    radii, dtype = _radii(model, images, labels, logits, bound)
+    radii, dtype = certified_radii(model, images, labels, logits, bound)
     predicted = logits.argmax(1)
     say(f"clean accuracy {100 * float((predicted == labels).float().mean()):.1f} % on {len(labels)} images")
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
@@ -152,7 +152,7 @@ def _rows(
     ]  # fmt: skip
 
 
-def _radii(
+def certified_radii(
     model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, bound: LipschitzBound
 ) -> tuple[Tensor, torch.dtype]:
     """Certified radii and the dtype of the forward pass they are about, float64 where rounding in float32 costs much."""

@@ -14,11 +14,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -26,12 +25,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from robust_spectral import FastClip
+from robust_spectral import FastClip, fold_batchnorms_
 from robust_spectral.affine import is_batchnorm
 from robust_spectral.fastclip import Composites
-from robust_spectral.plugins.timm import PixelModel, load
+from robust_spectral.plugins.timm import PixelModel, load, load_weights
+from robust_spectral.plugins.timm_blocks import average_residuals_
 
 from .data import ImageData, check_pixels, data_hash, load_data, stack
+from .lifting import Lift
+from .objectives import CertifiedCrossEntropy, CrossEntropy
 from .runs import (
     all_finite,
     check_device,
@@ -69,7 +71,12 @@ class FinetuneConfig:
     composites: Composites = "auto"
     spectral_warmup: float = 0.5
     logit_scale: float = 1.0
+    objective: Literal["accuracy", "certified"] = "accuracy"
+    margin_eps: float = 0.0
+    lift: bool = False
     freeze_bn: bool = False
+    fold_bn: bool = False
+    residuals: Literal["summed", "averaged"] = "summed"
     amp: bool = False
     amp_dtype: str = "float16"
     model_ema: bool = False
@@ -86,6 +93,16 @@ class FinetuneConfig:
             raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
         if self.composites not in ("auto", "always", "never"):
             raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
+        if self.objective not in ("accuracy", "certified") or self.residuals not in ("summed", "averaged"):
+            given = f"objective={self.objective!r}, residuals={self.residuals!r}"
+            raise ValueError(f"{given}: expected accuracy or certified, and summed or averaged")
+        if (self.objective == "certified") != (0 < self.margin_eps < math.inf):
+            raise ValueError(
+                f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective, and no other, takes the "
+                "positive radius that images are to be certified at"
+            )
+        if self.lift and (not self.clips or self.spectral_warmup > 0):
+            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
 
@@ -101,7 +118,7 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     if config.pretrained_path and not Path(config.pretrained_path).is_file():
         raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
     torch.manual_seed(config.seed)
-    return load(
+    model = load(
         config.model,
         pretrained=config.pretrained or config.pretrained_path is not None,
         checkpoint=config.initial_checkpoint,
@@ -109,6 +126,16 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
         in_chans=data.channels,
         **overlay,
     )
+    return _rebuilt(model, config, data)
+
+
+def _rebuilt(model: PixelModel, config: FinetuneConfig, data: ImageData) -> PixelModel:
+    """The model with the changes of its architecture that the configuration asks for."""
+    if config.fold_bn:
+        fold_batchnorms_(model, data.example())
+    if config.residuals == "averaged":
+        average_residuals_(model.model)
+    return model
 
 
 def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path:
@@ -160,9 +187,15 @@ class _Training:
         )  # fmt: skip
         self.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
         self.scaler = torch.amp.GradScaler(config.device.split(":")[0], enabled=config.amp and config.amp_dtype == "float16")
+        certified = config.objective == "certified"
+        self.loss = (
+            CertifiedCrossEntropy(config.logit_scale, config.margin_eps) if certified else CrossEntropy(config.logit_scale)
+        )
         self._set_mode(training=True)
         self.clipper = self._clipper(model)
         self.clipper.attach(self.optimizer)
+        if config.lift and config.max_norm is not None:
+            Lift(model, config.max_norm).attach(self.optimizer)
         self.before = {row["name"]: row["upper"] for row in self.clipper.report(rtol=0.02)}
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
@@ -176,6 +209,9 @@ class _Training:
         for index, (images, labels) in enumerate(self._loader(seed)):
             if index == 0 and epoch == 0:
                 check_pixels(images, self.data.name)
+            if index % max(1, self.batches // 4) == 0:
+                progress_made = (epoch + index / self.batches) / self.config.epochs
+                self.loss.renew(self.model, self.data.example().to(self.config.device), progress_made)
             loss, correct = self._update(images.to(self.config.device), labels.to(self.config.device))
             step = epoch * self.batches + index + 1
             if self.scheduler is not None:
@@ -191,7 +227,7 @@ class _Training:
         device, dtype = config.device.split(":")[0], getattr(torch, config.amp_dtype)
         with torch.autocast(device, dtype=dtype) if config.amp else nullcontext():
             logits = self.model(images)
-            loss = F.cross_entropy(config.logit_scale * logits.float(), labels)
+            loss = self.loss(logits.float(), labels)
         value = loss.item()
         self.optimizer.zero_grad()
         if not math.isfinite(value):
@@ -346,5 +382,6 @@ def load_run(folder: Path) -> tuple[PixelModel, ImageData, dict[str, Any]]:
     known = {field.name for field in fields(FinetuneConfig)}
     config = FinetuneConfig(**{key: value for key, value in run["config"].items() if key in known})
     data = load_data(config.data, config.image_size)
-    model = load(config.model, checkpoint=weights, num_classes=run["classes"], in_chans=run["channels"])
+    model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"]), config, data)
+    load_weights(model.model, weights)
     return model, data, run

@@ -19,8 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 from .layers import LinearLayer
 from .tracking import TrackedLayer
 
-_LOOK, _LOOK_EVERY = 8, 2  # steps of a closer look, and optimizer steps from one at a whole layer to the next
+_LOOK = 6  # steps of a closer look
 _GLANCES = 2  # closer looks at layers that are cheap to apply, in every optimizer step
+_COSTLY_EVERY, _WHOLE_EVERY = 6, 32  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
@@ -29,6 +30,7 @@ _FAR = 1.01  # times its target, from where a layer gets a closer look at once
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 
 
+_STATE = ("bias", "rate", "looked", "allowed", "resting")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -47,6 +49,7 @@ class HeldLayer:
         rate: By how much, relative to its target, the norm has been growing past it unseen, in a step.
         looked: Step of the last closer look.
         allowed: Norm that was allowed then.
+        resting: Whether the last power step found nothing to do, so that the next one is left out.
     """
 
     whole: TrackedLayer
@@ -55,6 +58,7 @@ class HeldLayer:
     rate: float = 0.0
     looked: int = 0
     allowed: float = math.inf
+    resting: bool = False
 
     @classmethod
     def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
@@ -84,17 +88,12 @@ class HeldLayer:
     def entry(self) -> dict[str, Any]:
         """What `restore` needs."""
         named = zip(("whole", "small"), self.parts, strict=False)
-        return {
-            "bias": self.bias,
-            "rate": self.rate,
-            "looked": self.looked,
-            "allowed": self.allowed,
-            **{name: tracked.entry() for name, tracked in named},
-        }
+        return {key: getattr(self, key) for key in _STATE} | {name: tracked.entry() for name, tracked in named}
 
     def restore(self, entry: dict[str, Any]) -> None:
         """Go on from the entry of a clipper's state dict."""
-        self.bias, self.rate, self.looked, self.allowed = (entry[key] for key in ("bias", "rate", "looked", "allowed"))
+        for key in _STATE:
+            setattr(self, key, entry[key])
         for name, tracked in zip(("whole", "small"), self.parts, strict=False):
             tracked.restore(entry[name])
 
@@ -109,6 +108,7 @@ class HeldLayer:
         missed = self.small.missed * self.bias
         allowed = target(self, norm * missed)
         self.hold(self.small, norm, missed, allowed)
+        self.resting = norm * missed <= allowed * (1 + _IDLE)
         return norm * missed / allowed
 
     def glance(self, step: int, target: Target, found: float | None = None) -> None:
@@ -206,11 +206,15 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         sweeps: Power steps and clips of a layer that is due.
         target: From a layer and its norm to the norm allowed now.
     """
-    turn = [layers[step // _LOOK_EVERY % len(layers)]] if step % _LOOK_EVERY == 0 else []
-    glanced = _most_due([held for held in layers if held.cheap], step) if step % every == 0 else []
-    glanced = [held for held in glanced if held not in turn] + [held for held in turn if held.small is held.whole]
-    whole = [held for held in turn if held not in glanced]
+    cheap = [held for held in layers if held.cheap]
+    glanced = _most_due(cheap, step) if step % every == 0 else []
+    glanced += _in_turn([held for held in layers if held not in cheap], step, _COSTLY_EVERY)
+    whole = _in_turn([held for held in layers if held.small is not held.whole and held not in glanced], step, _WHOLE_EVERY)
     due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
+    awake = [held for held in due if not held.resting]
+    for held in due:
+        held.resting = False
+    due = awake
     found = measure([held.small for held in (*due, *glanced)], step)
     far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > _FAR]
     for _ in range(sweeps - 1):
@@ -222,6 +226,11 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.glance(step, target, norm)
     for held in whole:
         held.look(step, target)
+
+
+def _in_turn(layers: Sequence[HeldLayer], step: int, every: int) -> list[HeldLayer]:
+    """One layer at every so many steps, none at the others."""
+    return [layers[step // every % len(layers)]] if layers and step % every == 0 else []
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:

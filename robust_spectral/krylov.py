@@ -80,7 +80,7 @@ class _Basis:
         W = self._remove_carefully(W, H, 0, m)
         for i in range(self.block):
             w, h = W[:, i : i + 1], H[:, i : i + 1]
-            shortened = self._remove(w, h, m, m + i)
+            shortened = self._remove(w, h, m, m + i) if i else w
             if i and _shrunk(shortened, w):
                 shortened = self._remove(shortened, h, 0, m + i)
             norm = shortened[:, 0].norm(dim=1)

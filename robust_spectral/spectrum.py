@@ -93,7 +93,7 @@ class Lanczos:
         """The k leading Ritz triplets of every group."""
         for step, state in enumerate(golub_kahan(A, start, max(self.basis, 6 * start.shape[1])), start=1):
             last = step >= self.max_steps or state.exhausted
-            if last or step % 4 == 0:
+            if last or (self.rtol > 0 and step % 4 == 0):
                 left, values, rightH = torch.linalg.svd(state.B)
                 residuals = (left[:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
                 if last or not bool(_open(values[:, :k], residuals, self.rtol, self.each_group).any()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .affine import is_plain
-from .krylov import apply_grouped, from_groups, random_block
+from .krylov import apply_grouped, from_groups, random_block, to_groups
 from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
@@ -108,9 +108,11 @@ class TrackedLayer:
     def search(self, steps: int, seed: int) -> Tensor:
         """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
 
-        The run starts from where the vectors are, stirred, so that it sees what they are blind to.
+        The run starts from where the vectors are, stirred, so that it sees what they are blind to: by vectors of any kind and
+        by some that are constant over the map, as top directions nearly are.
         """
-        start = self.vectors + _STIR * random_block(self.operator, self.vectors.shape[1], seed) / self.vectors.shape[2] ** 0.5
+        noise = random_block(self.operator, self.vectors.shape[1], seed)
+        start = self.vectors + _STIR * (noise + _smooth(self.operator, noise)) / self.vectors.shape[2] ** 0.5
         k = self.vectors.shape[1]
         ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), max(k, _AT_ONCE), start)
         return self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
@@ -228,6 +230,13 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
+
+
+def _smooth(A: LinearOperator, block: Tensor) -> Tensor:
+    """Random vectors (groups, k, inputs / groups) that are constant over a map, from others that are not; as long as those."""
+    X = from_groups(block, A.in_shape)
+    flat = X.flatten(2) if X.ndim > 2 else X[..., None]
+    return to_groups((flat.sum(2, keepdim=True) / flat.shape[2] ** 0.5).expand_as(flat).reshape(X.shape), A.groups)
 
 
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""What makes timm's architectures fit for certificates: residual blocks that average, and small networks made for it.
+
+A residual block x + f(x) with a Lipschitz constant of 1 in f has one of 2, so that the bound of a network doubles with every
+block. Half of the block's output has 1 again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import timm.models.convnext
+import timm.models.dla
+import timm.models.regnet
+import timm.models.resnet
+import torch
+from timm.models import _efficientnet_blocks as efficientnet
+from timm.models import register_model
+from torch import Tensor, fx, nn
+
+from robust_spectral.graph import Walk, rule
+from robust_spectral.rounding import exact, rounds
+
+
+class Averaged(nn.Module):
+    """Half of what a residual block gives: the mean of its branches where no activation, or a ReLU, follows the sum."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The block's output times 1/2."""
+        halved: Tensor = self.block(*args, **kwargs) * 0.5
+        return halved
+
+
+def _always(block: Any) -> bool:
+    return True
+
+
+def _with_skip(block: Any) -> bool:
+    return bool(block.has_skip)
+
+
+_RESIDUAL: dict[type[nn.Module], Callable[[Any], bool]] = {
+    **dict.fromkeys((timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck), _always),
+    **dict.fromkeys((timm.models.dla.DlaBasic, timm.models.dla.DlaBottleneck), _always),
+    **dict.fromkeys((timm.models.regnet.Bottleneck, timm.models.convnext.ConvNeXtBlock), _always),
+    efficientnet.DepthwiseSeparableConv: _with_skip,
+    efficientnet.InvertedResidual: _with_skip,
+    efficientnet.EdgeResidual: _with_skip,
+}
+
+
+def average_residuals_(model: nn.Module) -> list[str]:
+    """Put every residual block of a timm model into an `Averaged`, in place; their names.
+
+    Raises:
+        NotImplementedError: the model has none of the kinds known here.
+    """
+    found = [name for name, block in model.named_modules() if _RESIDUAL.get(type(block), lambda _: False)(block)]
+    if not found:
+        kinds = ", ".join(sorted({f"{kind.__module__.split('.')[-1]}.{kind.__name__}" for kind in _RESIDUAL}))
+        raise NotImplementedError(f"average_residuals_: {type(model).__name__} has no residual block of the kinds {kinds}")
+    for name in found:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], Averaged(model.get_submodule(name)))
+    return found
+
+
+class MaxMin(nn.Module):
+    """The larger and the smaller of each two channels, of the first half and the second: turns gradients, shortens none.
+
+    Source: Anil, Lucas and Grosse (2019), Sorting out Lipschitz function approximation.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of the same shape; the number of channels must be even."""
+        first, second = x.chunk(2, 1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
+
+
+@rule(MaxMin)
+def sorting(walk: Walk, n: fx.Node) -> float:
+    """Each pair is sorted, and sorting brings no two vectors further apart."""
+    return walk.bound(n.args[0])
+
+
+rounds(MaxMin)(exact)
+
+
+def maxmin_mlp(
+    pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, img_size: int = 28, width: int = 512, depth: int = 3,
+    **kwargs: Any,
+) -> nn.Module:  # fmt: skip
+    """Dense layers with `MaxMin` between them, on raw pixels: with orthogonal weights it keeps all lengths of gradients."""
+    sizes = [in_chans * img_size**2, *[width] * depth]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), MaxMin()]
+    net: Any = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+    pixels = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans, "input_size": (in_chans, img_size, img_size)}
+    net.pretrained_cfg = pixels
+    return net
+
+
+register_model(maxmin_mlp)
