@@ -8,6 +8,8 @@ tools that look a defence up by its ART module and name.
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from typing import Any, ClassVar
 
@@ -158,18 +160,41 @@ class LipschitzClassifier(PyTorchClassifier):
         ):
             kind = type(self.preprocessing).__name__
             raise NotImplementedError(f"LipschitzClassifier: no Lipschitz constant is known of the preprocessing {kind}")
-        bound = lipschitz_bound(self.model, _example(self), failure_probability)
-        std = np.min(np.abs(np.asarray(getattr(self.preprocessing, "std", 1.0), dtype=np.float64)))
-        return bound.behind(1 / float(std))
+        mean, std = self._standardisation()
+        low, high = (None, None) if self.clip_values is None else (np.asarray(v, dtype=np.float64) for v in self.clip_values)
+        box, errors = None, None
+        if low is not None and high is not None:
+            ends = (low - mean) / std, (high - mean) / std
+            box = float(np.minimum(*ends).min()) - 1e-6, float(np.maximum(*ends).max()) + 1e-6
+            size = math.sqrt(math.prod(self.input_shape)) * float(
+                np.max((np.abs([low, high]).max() + np.abs(mean)) / np.abs(std))
+            )
+            errors = {dtype: 4 * torch.finfo(dtype).eps * size for dtype in (torch.float32, torch.float64)}
+        bound = lipschitz_bound(self.model, _example(self), failure_probability, box)
+        return bound.behind(1 / float(np.abs(std).min()), errors)
+
+    def _standardisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation that ART takes off in front of the model, as they are broadcast against images."""
+        given = (getattr(self.preprocessing, name, default) for name, default in (("mean", 0.0), ("std", 1.0)))
+        mean, std = (np.asarray(value, dtype=np.float64) for value in given)
+        if self.channels_first and mean.ndim == 1 and len(self.input_shape) == 3:
+            mean, std = (value.reshape(-1, 1, 1) for value in (mean, std))
+        return mean, std
 
     def certify(self, x: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
         """Predicted classes and the L2 radii inside which they provably stay; -1 and 0 where nothing can be promised.
+
+        Both are those of the forward pass in float64. Its rounding is accounted for where the classifier has ``clip_values``.
 
         Args:
             x: Images, (n, ...).
             batch_size: Images in a forward pass.
         """
-        logits = torch.from_numpy(self.predict(x, batch_size=batch_size))
+        mean, std = self._standardisation()
+        exact = copy.deepcopy(self.model).double().eval()
+        parts = torch.from_numpy((x.astype(np.float64) - mean) / std).split(batch_size)
+        with torch.no_grad():
+            logits = torch.cat([exact(part.to(self.device)).cpu() for part in parts])
         prediction = logits.argmax(1)
         radius = certified_radius(logits, prediction, self.lipschitz_bound())
         return torch.where(radius > 0, prediction, -1).numpy(), radius.numpy()

@@ -11,6 +11,7 @@ from art.estimators.classification import PyTorchClassifier
 from sklearn.datasets import load_digits
 from torch import nn
 
+from robust_spectral import certified_radius, lipschitz_bound
 from robust_spectral.plugins.art import FastClipTrainer, FastClipTransformer, LipschitzClassifier, register, unregister
 
 
@@ -25,10 +26,10 @@ def network(seed=0):
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
 
 
-def classifier(model=None, kind=PyTorchClassifier, **options):
+def classifier(model=None, kind=PyTorchClassifier, clip_values=(0, 1), **options):
     model = network() if model is None else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    return kind(model, nn.CrossEntropyLoss(), (1, 8, 8), 10, optimizer=optimizer, clip_values=(0, 1), **options)
+    return kind(model, nn.CrossEntropyLoss(), (1, 8, 8), 10, optimizer=optimizer, clip_values=clip_values, **options)
 
 
 def true_norms(model):
@@ -98,6 +99,22 @@ def test_certificate_counts_the_standardisation_outside_the_model(digits):
     plain = classifier(model, LipschitzClassifier).lipschitz_bound().value
     scaled = classifier(model, LipschitzClassifier, preprocessing=(0.5, 0.25)).lipschitz_bound().value
     assert scaled == pytest.approx(4 * plain, rel=1e-12)
+
+
+def test_rounding_is_accounted_for_on_the_range_that_the_standardised_images_have(digits):
+    images, _ = digits
+    plain = classifier(kind=LipschitzClassifier)
+    scaled = classifier(plain.model, kind=LipschitzClassifier, preprocessing=(0.5, 0.1))
+    outer, inner = scaled.lipschitz_bound(), plain.lipschitz_bound()
+    direct = lipschitz_bound(plain.model, torch.zeros(1, *plain.input_shape), box=(-5.0, 5.0))
+    assert outer.errors[torch.float64] >= direct.errors[torch.float64] > 4 * inner.errors[torch.float64]
+    assert outer.errors[torch.float64] < 2 * direct.errors[torch.float64]
+    assert classifier(kind=LipschitzClassifier, clip_values=None).lipschitz_bound().errors == {}
+    _, radii = plain.certify(images[:8])
+    with torch.no_grad():
+        logits = plain.model.eval()(torch.from_numpy(images[:8]))
+    exact = lipschitz_bound(plain.model, torch.zeros(1, *plain.input_shape), box=None)
+    assert radii == pytest.approx(certified_radius(logits, logits.argmax(1), exact).numpy(), rel=1e-3)
 
 
 def test_no_attack_succeeds_inside_a_certified_radius(digits):

@@ -2,10 +2,10 @@
 
     python evaluations/benchmarks/certified_nets.py --out evaluations/benchmarks/results/certified_nets.json
 
-Each is trained on MNIST-5k, then fine-tuned with its composites held, and certified on its 1,000 test images. Every certified
-image is attacked at a hair below its own radius: by PGD, and by a search for roundings, many float32 neighbours of points on
-the way to where PGD ends. AutoAttack has no radius for each image, so it gets the images in bins, each at the smallest radius
-of its bin. All verdicts are those of the forward pass that is certified.
+Each is trained on MNIST-5k at 32 x 32, then fine-tuned with its composites held, and certified on its 1,000 test images. Every
+certified image is attacked at a hair below its own radius: by PGD, and by a search for roundings, many float32 neighbours of
+points on the way to where PGD ends. AutoAttack has no radius for each image, so it gets the images in bins, each at the least
+radius of its bin. All verdicts are those of the forward pass that is certified.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def small_vgg(pretrained: bool = False, num_classes: int = 10, in_chans: int = 1
     for before, after, pool in ((in_chans, 16, False), (16, 16, True), (16, 32, True), (32, 32, True)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if pool else []
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 9, 64), nn.ReLU(), nn.Linear(64, num_classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 @register_model
@@ -79,7 +79,7 @@ KINDS = ("small_resnet", "small_dla", "small_vgg", "small_mobilenet", "small_den
 
 def trained(name: str, epochs: int, folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     """The network, trained plainly and then with every composite held, and 1,000 test images."""
-    start = FinetuneConfig(model=name, data="mnist5k", epochs=epochs, lr=2e-3, max_norm=None)
+    start = FinetuneConfig(model=name, data="mnist5k", image_size=32, epochs=epochs, lr=2e-3, max_norm=None)
     finetune(start, folder / "start")
     held = replace(start, initial_checkpoint=str(folder / "start" / "model.safetensors"), epochs=2 * epochs, freeze_bn=True,
                    max_norm=1.3, logit_scale=20.0, spectral_warmup=0.5)  # fmt: skip
