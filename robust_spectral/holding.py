@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,8 +29,6 @@ _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
 _FAR = 1.01  # times its target, from where a layer gets a closer look at once
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
-
-
 _STATE = ("bias", "rate", "looked", "allowed", "resting")
 Target = Callable[["HeldLayer", float], float]
 
@@ -69,11 +68,11 @@ class HeldLayer:
         small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
         return cls(whole, small)
 
-    @property
+    @cached_property
     def cheap(self) -> bool:
         """Whether a closer look at the small one costs little."""
-        weight: Any = self.small.layer.module.weight
-        return weight.numel() * math.prod(self.small.operator.out_shape[1:]) <= _CHEAP
+        weights = max(parameter.numel() for parameter in self.small.layer.module.parameters())
+        return weights * math.prod(self.small.operator.out_shape[1:]) <= _CHEAP
 
     @property
     def parts(self) -> list[TrackedLayer]:

@@ -1,0 +1,109 @@
+"""What a training step does to hold norms: smaller maps, closer looks, and what is learned from them."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from reference import norm
+from torch import nn
+
+import robust_spectral as rs
+from robust_spectral import holding
+from robust_spectral.holding import on_small_map
+from robust_spectral.layers import LinearLayer
+
+
+@pytest.mark.parametrize(
+    "module, before, after",
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 32, 32), (3, 8, 8)),
+        (nn.Conv2d(3, 8, 3, padding=1), (3, 5, 40), (3, 5, 8)),
+        (nn.Conv2d(3, 8, 3, 2, padding=1), (3, 31, 32), (3, 9, 8)),
+        (nn.Conv2d(3, 8, 7, 2, padding=3), (3, 64, 64), (3, 14, 14)),
+        (nn.Conv2d(3, 8, 3, dilation=3), (3, 40, 40), (3, 14, 14)),
+        (nn.Conv2d(3, 8, 16, 16), (3, 64, 64), (3, 32, 32)),
+        (nn.Conv1d(2, 2, 5, padding=2), (2, 100), (2, 10)),
+        (nn.Linear(7, 3), (7,), (7,)),
+    ],
+)
+def test_a_large_map_has_a_smaller_twin_on_which_strides_fall_alike(module, before, after):
+    assert on_small_map(LinearLayer("", module, before)).in_shape == after
+
+
+def convolutions(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    x = torch.rand(1, 8, 24, 24)
+    clipper = rs.FastClip(net, x, 1.0)
+    clipper.finish()
+    return net, clipper
+
+
+def test_a_layer_that_is_followed_on_a_small_map_is_held_on_the_whole():
+    net, clipper = convolutions()
+    assert all(held.small is not held.whole for held in clipper._held.values())
+    for _ in range(60):
+        with torch.no_grad():
+            for module in (net[0], net[2]):
+                module.weight.add_(0.003 * module.weight)
+        clipper.step()
+    for module in (net[0], net[2]):
+        assert 0.97 < norm(module, (8, 24, 24)) <= 1.02
+
+
+def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
+    net, clipper = convolutions()
+    for _ in range(10):
+        clipper.step()
+    torch.manual_seed(5)
+    u, v = (nn.functional.normalize(torch.randn(8), dim=0) for _ in range(2))
+    for _ in range(100):
+        with torch.no_grad():
+            net[0].weight.add_(0.004 * torch.outer(u, v)[:, :, None, None] / 9)
+        clipper.step()
+    assert norm(net[0], (8, 24, 24)) <= 1.03
+
+
+def test_a_norm_that_jumps_is_down_after_the_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
+    clipper = rs.FastClip(net, torch.rand(1, 60), 1.0)
+    for _ in range(8):
+        clipper.step()
+    with torch.no_grad():
+        for module in net:
+            module.weight.mul_(1.5)
+    for _ in range(2):  # a layer at rest is looked at in the second
+        clipper.step()
+    assert all(norm(module, (module.in_features,)) <= 1.01 for module in net)
+
+
+def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
+    net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(9)])
+    clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
+    looked = set()
+    with mock.patch.object(holding, "look", side_effect=holding.look) as looks:
+        for _ in range(20):
+            with torch.no_grad():
+                net[0].weight.mul_(1.05)
+            clipper.step()
+    looked = {call.args[0].layer.name for call in looks.call_args_list if call.args[1] == holding._LOOK}
+    assert looked == {str(i) for i in range(9)}
+
+
+def test_what_is_held_goes_on_from_a_saved_state():
+    net, clipper = convolutions()
+    for _ in range(7):
+        with torch.no_grad():
+            net[0].weight.mul_(1.02)
+        clipper.step()
+    other_net = copy.deepcopy(net)
+    other = rs.FastClip(other_net, torch.rand(1, 8, 24, 24), 1.0)
+    other.load_state_dict(copy.deepcopy(clipper.state_dict()))
+    for _ in range(12):
+        for model, held in ((net, clipper), (other_net, other)):
+            with torch.no_grad():
+                model[0].weight.mul_(1.02)
+            held.step()
+    assert torch.equal(net[0].weight, other_net[0].weight) and torch.equal(net[2].weight, other_net[2].weight)
