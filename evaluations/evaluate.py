@@ -119,8 +119,8 @@ def _run_plan(
     return rows
 
 
-def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float) -> Tensor:
-    """Adversarial images put back into the pixel box and the ball of radius eps around the images.
+def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor) -> Tensor:
+    """Adversarial images put back into the pixel box and the ball of radius eps, or of one of (n, 1, 1, 1), around the images.
 
     Raises:
         ValueError: a value is not finite.
@@ -129,7 +129,8 @@ def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float) -> Ten
         raise ValueError("an attack returned NaN or infinite pixels")
     delta = adversarial.double().clamp(0, 1) - images.double()
     if norm == "linf":
-        delta = delta.clamp(-eps, eps)
+        most = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
+        delta = delta.clamp(-most, most)
     else:
         size = size_of(delta, norm).reshape(-1, *[1] * (delta.ndim - 1))
         delta = delta * (eps / size.clamp_min(1e-300)).clamp(max=1)

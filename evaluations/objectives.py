@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,7 +44,8 @@ class CertifiedCrossEntropy(CrossEntropy):
 
     def __init__(self, logit_scale: float, eps: float) -> None:
         super().__init__(logit_scale)
-        self.eps, self.head_start = eps, torch.zeros(())
+        self.eps = eps
+        self.head_start: Tensor | float = 0.0  # of each pair of classes, or of all
 
     def renew(self, model: nn.Module, example: Tensor, progress: float) -> None:
         """Take the model's constants as they are now; ``progress`` is the share of training that is done.
@@ -56,12 +56,10 @@ class CertifiedCrossEntropy(CrossEntropy):
         bound = lipschitz_bound(model, example, box=None)
         if math.isinf(bound.value):
             raise ValueError(f"--objective certified: {bound.reason}")
-        with torch.no_grad():
-            classes = model(example).shape[1]
-        constants = torch.full((classes, classes), math.sqrt(2) * bound.value) if bound.pairs is None else bound.pairs
-        constants = constants.float().fill_diagonal_(0.0).to(example.device)
+        constants = math.sqrt(2) * bound.value if bound.pairs is None else bound.pairs.float().to(example.device)
         self.head_start = min(1.0, 2 * progress) * self.eps * constants
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch."""
-        return super().__call__(logits + self.head_start[labels], labels)
+        start = self.head_start[labels] if isinstance(self.head_start, Tensor) else self.head_start
+        return super().__call__(logits + start * (1 - F.one_hot(labels, logits.shape[1])), labels)

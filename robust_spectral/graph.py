@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -304,14 +304,23 @@ INTERVALS: dict[Any, Callable[[Walk, fx.Node], Box]] = {}  # the same -> the box
 JOINERS: dict[Any, Callable[[Affine, Affine], Affine | None]] = {}  # module type -> a step joined with the one before it
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for module types, functions and method names: the bound of the node's value, or that it is affine."""
+_Entry = TypeVar("_Entry", bound=Callable[..., Any])
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, function))
-        return function
 
-    return register
+def registering(table: dict[Any, _Entry]) -> Callable[..., Callable[[_Entry], _Entry]]:
+    """A decorator, of module types, functions and method names, that enters what it decorates into a table."""
+
+    def targets_of(*targets: Any) -> Callable[[_Entry], _Entry]:
+        def register(function: _Entry) -> _Entry:
+            table.update(dict.fromkeys(targets, function))
+            return function
+
+        return register
+
+    return targets_of
+
+
+rule = registering(RULES)  # the bound of the node's value, or that it is affine
 
 
 def times(*factors: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,19 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .affine import batchnorm_scale
-from .graph import INTERVALS, Box, Walk
+from .graph import INTERVALS, Box, Walk, registering
 
 _ROUNDINGS = 1e-10  # of the sum of absolute products, more than float64 arithmetic errs by
 
 
-def interval(*targets: Any) -> Callable[[Callable[[Walk, fx.Node], Box]], Callable[[Walk, fx.Node], Box]]:
-    """Register an interval rule for module types, functions and method names."""
-
-    def register(function: Callable[[Walk, fx.Node], Box]) -> Callable[[Walk, fx.Node], Box]:
-        INTERVALS.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
+interval = registering(INTERVALS)
 
 
 @interval(

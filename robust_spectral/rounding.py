@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .affine import batchnorm_scale
-from .graph import Affine, Walk, is_overridden, times, where
+from .graph import Affine, Walk, is_overridden, registering, times, where
 from .rules import activation_slope
 
 _NO_ERROR = 1e-290  # of the input: its pixels are exact, but a node whose bound is 0 would count as a constant
@@ -141,14 +141,7 @@ def forward_error(
     return rounding.value * (1 + 1e-9), rounding.reason if math.isinf(rounding.value) else None
 
 
-def rounds(*targets: Any) -> Callable[[Callable[[Rounding, fx.Node], Terms]], Callable[[Rounding, fx.Node], Terms]]:
-    """Register how module types, functions and methods round."""
-
-    def register(function: Callable[[Rounding, fx.Node], Terms]) -> Callable[[Rounding, fx.Node], Terms]:
-        ROUNDINGS.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
+rounds = registering(ROUNDINGS)
 
 
 @rounds(

@@ -39,6 +39,7 @@ def test_the_head_start_grows_over_the_first_half_of_training(head):
     for progress in (0.0, 0.25, 0.5, 1.0):
         loss = CertifiedCrossEntropy(1.0, eps=0.5)
         loss.renew(head, x, progress)
+        assert isinstance(loss.head_start, torch.Tensor)
         starts.append(float(loss.head_start[0, 1]) / 2**0.5)
     assert starts == pytest.approx([0, 0.5, 1, 1], rel=1e-5)
 
@@ -51,6 +52,19 @@ def test_a_positive_margin_beyond_the_head_start_means_certified(head):
         loss.renew(head, x, 1.0)
         scores = head(x) + loss.head_start[label]
         assert bool(scores.argmax(1) == label) == certified
+
+
+def test_constants_are_renewed_without_a_forward_pass_in_training_mode():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten()).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    loss, x = CertifiedCrossEntropy(1.0, eps=0.5), torch.rand(2, 1, 4, 4)
+    loss.renew(net, x, progress=1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items()) and net.training
+    labels = torch.tensor([0, 2])
+    start = 0.5 * 2**0.5 * rs.lipschitz_bound(net, x).value
+    logits = net.eval()(x)
+    expected = F.cross_entropy(logits + start * (1 - F.one_hot(labels, 3)), labels)
+    assert torch.allclose(loss(logits, labels), expected, rtol=1e-5)  # no pairs: the network ends in a maximum
 
 
 def test_a_network_without_a_bound_cannot_be_trained_for_certificates():

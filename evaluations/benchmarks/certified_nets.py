@@ -101,8 +101,7 @@ def pgd(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, steps: int =
         direction = gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
         with torch.no_grad():
             delta = delta + size * direction * (2.5 / steps if step else 1.0)
-            delta = (x + delta).clamp(0, 1) - x
-            delta = delta * (size / delta.flatten(1).norm(dim=1).clamp_min(1e-300).reshape(-1, 1, 1, 1)).clamp(max=1)
+            delta = into_ball(x + delta, x, "l2", size) - x
     return (x + delta).detach()
 
 
