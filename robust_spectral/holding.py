@@ -22,14 +22,14 @@ from .tracking import TrackedLayer
 
 _LOOK = 6  # steps of a closer look
 _GLANCES = 2  # closer looks at layers that are cheap to apply, in every optimizer step
-_COSTLY_EVERY, _WHOLE_EVERY = 6, 32  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
+_COSTLY_EVERY, _WHOLE_EVERY = 6, 3  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
 _FAR = 1.01  # times its target, from where a layer gets a closer look at once
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
-_STATE = ("bias", "rate", "looked", "allowed", "resting")
+_STATE = ("bias", "rate", "looked", "compared", "allowed", "resting")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -47,6 +47,7 @@ class HeldLayer:
         bias: Norm of the whole over that of the small one.
         rate: By how much, relative to its target, the norm has been growing past it unseen, in a step.
         looked: Step of the last closer look.
+        compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
         resting: Whether the last power step found nothing to do, so that the next one is left out.
     """
@@ -56,6 +57,7 @@ class HeldLayer:
     bias: float = 1.0
     rate: float = 0.0
     looked: int = 0
+    compared: int = 0
     allowed: float = math.inf
     resting: bool = False
 
@@ -122,6 +124,7 @@ class HeldLayer:
     def look(self, step: int, target: Target) -> None:
         """A closer look at both, from which it is learned what the small one misses."""
         found, searched = look(self.small, _LOOK, step), look(self.whole, _LOOK, step)
+        self.compared = step
         self._learn(found, searched, 0.5)
         self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
 
@@ -207,8 +210,9 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     """
     cheap = [held for held in layers if held.cheap]
     glanced = _most_due(cheap, step) if step % every == 0 else []
-    glanced += _in_turn([held for held in layers if held not in cheap], step, _COSTLY_EVERY)
-    whole = _in_turn([held for held in layers if held.small is not held.whole and held not in glanced], step, _WHOLE_EVERY)
+    glanced += _in_turn([held for held in layers if held not in cheap], step, _COSTLY_EVERY, "looked")
+    large = [held for held in layers if held.small is not held.whole and held not in glanced]
+    whole = _in_turn(large, step, _WHOLE_EVERY, "compared")
     due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
     awake = [held for held in due if not held.resting]
     for held in due:
@@ -227,9 +231,9 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.look(step, target)
 
 
-def _in_turn(layers: Sequence[HeldLayer], step: int, every: int) -> list[HeldLayer]:
-    """One layer at every so many steps, none at the others."""
-    return [layers[step // every % len(layers)]] if layers and step % every == 0 else []
+def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> list[HeldLayer]:
+    """The layer that has waited longest at every so many steps, none at the others."""
+    return [min(layers, key=lambda held: getattr(held, last))] if layers and step % every == 0 else []
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
