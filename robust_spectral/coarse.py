@@ -38,7 +38,7 @@ def coarse_start(layer: LinearLayer, composite: bool, norm: float, max_norm: flo
     Returns:
         The weight, float64. Nothing is proved of its norm: between the frequencies it may be several percent larger.
     """
-    to_kernel = _kernel_map(layer, composite)
+    to_kernel = kernel_map(layer, composite)
     if to_kernel is None:
         return None
     own: Any = layer.module.weight
@@ -82,7 +82,7 @@ def _nearest(start: Tensor, squares: Tensor, transform: Transform, limit: float)
     return kernel
 
 
-def _kernel_map(layer: LinearLayer, composite: bool) -> Callable[[Tensor], Tensor] | None:
+def kernel_map(layer: LinearLayer, composite: bool) -> Callable[[Tensor], Tensor] | None:
     """From the weight to the kernel whose symbols bound the norm: its entries elsewhere, times the channel's factor."""
     module: Any = layer.module
     batchnorm = layer.batchnorm if composite else None

@@ -150,6 +150,7 @@ class FastClip:
         if self.off:
             return
         kept = [(t, t.vectors, t.left, t.estimate) for held in self._held.values() for t in held.parts]
+        blocks = [(held.slow, held.slow.block) for held in self._held.values() if held.slow is not None]
         try:
             self._resolve()
             hold(list(self._held.values()), self.steps, self._every, self._sweeps, self._target)
@@ -157,6 +158,8 @@ class FastClip:
         except NotFiniteError:
             for tracked, vectors, left, estimate in kept:
                 tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
+            for slow, block in blocks:
+                slow.block = block
             self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
             if self._skipped_in_a_row >= _MOST_SKIPPED:
                 raise

@@ -1,9 +1,10 @@
 """What follows every optimizer step: a power step on the layers' top singular directions, closer looks at a few, and clips.
 
 A power step is slow to notice a direction that grows beside the one it follows, so that layers get closer looks (short Krylov
-runs) in turn, and at once where a norm has jumped. Where its map is large a layer is followed on a smaller one, where an
-application costs a fraction: the top directions vary slowly over the map and are nearly the same there. How much the norm
-falls short on the smaller map, and a power step short of a closer look, is learned whenever both are at hand.
+runs) in turn, and at once where a norm has jumped or where the gain on inputs that are constant over the map has. Where its map
+is large a layer is followed on a smaller one, where an application costs a fraction: the top directions vary slowly over the
+map and are nearly the same there. How much the norm falls short on the smaller map, and a power step short of a closer look, is
+learned whenever both are at hand.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from .krylov import from_groups, to_groups
 from .layers import LinearLayer
+from .slow import SlowDirections, slow_directions
 from .tracking import TrackedLayer
 
 _LOOK = 6  # steps of a closer look
@@ -29,7 +34,7 @@ _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
 _FAR = 1.01  # times its target, from where a layer gets a closer look at once
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
-_STATE = ("bias", "rate", "looked", "compared", "allowed", "resting")
+_STATE = ("bias", "rate", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -50,6 +55,9 @@ class HeldLayer:
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
         resting: Whether the last power step found nothing to do, so that the next one is left out.
+        slow: The directions that are constant over the map, where the kernel is known.
+        sensed: The gain on them.
+        share: The norm over that gain, at most 1.
     """
 
     whole: TrackedLayer
@@ -60,6 +68,9 @@ class HeldLayer:
     compared: int = 0
     allowed: float = math.inf
     resting: bool = False
+    slow: SlowDirections | None = None
+    sensed: float = 0.0
+    share: float = 1.0
 
     @classmethod
     def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
@@ -83,13 +94,15 @@ class HeldLayer:
 
     def start(self) -> None:
         """A first, long look."""
+        self._find_slow()
         found = [look(tracked, 2 * _LOOK, 0) for tracked in self.parts]
         self._learn(found[-1], found[0], 1.0)
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs."""
         named = zip(("whole", "small"), self.parts, strict=False)
-        return {key: getattr(self, key) for key in _STATE} | {name: tracked.entry() for name, tracked in named}
+        slow = None if self.slow is None else self.slow.block.clone()
+        return {key: getattr(self, key) for key in _STATE} | {"slow": slow} | {name: part.entry() for name, part in named}
 
     def restore(self, entry: dict[str, Any]) -> None:
         """Go on from the entry of a clipper's state dict."""
@@ -97,6 +110,16 @@ class HeldLayer:
             setattr(self, key, entry[key])
         for name, tracked in zip(("whole", "small"), self.parts, strict=False):
             tracked.restore(entry[name])
+        if entry["slow"] is not None:
+            self._find_slow()
+            assert self.slow is not None
+            self.slow.block = entry["slow"].to(self.slow.block)
+
+    def _find_slow(self) -> None:
+        self.slow = slow_directions(self.whole.layer, bool(self.whole.composite), self.whole.vectors, 0)
+
+    def _toward(self) -> Tensor | None:
+        return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
     def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
         """Clip what was just found, if the norm, times what the finding is known to miss, is above the target."""
@@ -112,9 +135,15 @@ class HeldLayer:
         self.resting = norm * missed <= allowed * (1 + _IDLE)
         return norm * missed / allowed
 
+    def gains(self, target: Target) -> float:
+        """By which factor the norm is above its target, as far as slow directions tell."""
+        norm = self.sensed * self.share
+        return norm / target(self, norm)
+
     def glance(self, step: int, target: Target, found: float | None = None) -> None:
         """A closer look at the small one; what a power step just before it found tells what such steps miss."""
-        searched = look(self.small, _LOOK, step)
+        searched = look(self.small, _LOOK, step, self._toward())
+        self._share(searched * self.bias)
         allowed = target(self, searched * self.bias)
         if found is not None:
             self.small.learn(found, searched)
@@ -123,10 +152,30 @@ class HeldLayer:
 
     def look(self, step: int, target: Target) -> None:
         """A closer look at both, from which it is learned what the small one misses."""
-        found, searched = look(self.small, _LOOK, step), look(self.whole, _LOOK, step)
+        found = look(self.small, _LOOK, step, self._toward())
+        searched = look(self.whole, _LOOK, step, self._found_on_small())
+        self._share(searched)
         self.compared = step
         self._learn(found, searched, 0.5)
         self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
+
+    def _found_on_small(self) -> Tensor:
+        """What the small one has found, on the whole map inside zeros.
+
+        With padding by zeros its image there is at least as long as on the small map.
+        """
+        inner, outer = self.small.operator.in_shape, self.whole.operator.in_shape
+        module: Any = self.whole.layer.module
+        margins: list[int] = []
+        for small, large, stride in zip(inner[1:], outer[1:], module.stride, strict=True):
+            before = (large - small) // 2 // stride * stride
+            margins = [before, large - small - before, *margins]
+        X = from_groups(self.small.vectors[:, :1], inner)
+        return to_groups(F.pad(X, margins), self.whole.operator.groups)
+
+    def _share(self, norm: float) -> None:
+        if self.sensed > 0:
+            self.share = min(1.0, norm / self.sensed)
 
     def _foreseen(self, norm: float, allowed: float, step: int) -> float:
         """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed."""
@@ -177,7 +226,7 @@ def measure(layers: Sequence[TrackedLayer], step: int) -> list[float]:
     return found
 
 
-def look(tracked: TrackedLayer, steps: int, seed: int) -> float:
+def look(tracked: TrackedLayer, steps: int, seed: int, toward: Tensor | None = None) -> float:
     """A closer look at one layer: what a short Krylov run finds.
 
     Raises:
@@ -185,12 +234,31 @@ def look(tracked: TrackedLayer, steps: int, seed: int) -> float:
     """
     tracked.note_changes()
     try:
-        found = float(tracked.search(steps, seed))
+        found = float(tracked.search(steps, seed, toward))
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
         raise not_finite(tracked)
     return found
+
+
+def sense(layers: Sequence[HeldLayer]) -> None:
+    """Find the gains on slow directions, with a single wait for the device.
+
+    Raises:
+        NotFiniteError: a layer's weights are not finite.
+    """
+    values = []
+    for held in (known := [held for held in layers if held.slow is not None]):
+        try:
+            values.append(held.slow.step())  # type: ignore[union-attr]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise not_finite(held.whole) from None
+    found = torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
+    for held, gain in zip(known, found, strict=True):
+        if not math.isfinite(gain):
+            raise not_finite(held.whole)
+        held.sensed = gain
 
 
 def not_finite(tracked: TrackedLayer) -> NotFiniteError:
@@ -219,11 +287,13 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.resting = False
     due = awake
     found = measure([held.small for held in (*due, *glanced)], step)
+    sense([held for index, held in enumerate(layers) if (step + index) % (2 * every) == 0 or held in (*glanced, *whole)])
     far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > _FAR]
     for _ in range(sweeps - 1):
         norms = measure([held.small for held in due], step)
         far = [held for held, norm in zip(due, norms, strict=True) if held.hold_found(norm, target) > _FAR]
-    for held in far:
+    growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > _FAR]
+    for held in (*far, *growing):
         held.glance(step, target)
     for held, norm in zip(glanced, found[len(due) :], strict=True):
         held.glance(step, target, norm)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .affine import is_plain
-from .krylov import apply_grouped, from_groups, random_block, to_groups
+from .krylov import apply_grouped, from_groups, random_block
 from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
@@ -105,15 +105,15 @@ class TrackedLayer:
         now = [p._version for p in self.move.parameters(self.layer)]
         return max(new - old for new, old in zip(now, self._versions or now, strict=True))
 
-    def search(self, steps: int, seed: int) -> Tensor:
+    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> Tensor:
         """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
 
-        The run starts from where the vectors are, stirred, so that it sees what they are blind to: by vectors of any kind and
-        by some that are constant over the map, as top directions nearly are.
+        The run starts from where the vectors are, stirred, so that it is blind to no direction, and ``toward`` a direction of
+        each group, (groups, 1, inputs / groups), that may have grown beside them.
         """
-        noise = random_block(self.operator, self.vectors.shape[1], seed)
-        start = self.vectors + _STIR * (noise + _smooth(self.operator, noise)) / self.vectors.shape[2] ** 0.5
-        k = self.vectors.shape[1]
+        start = self.vectors if toward is None else torch.cat([self.vectors[:, :-1], between(self.vectors[:, -1:], toward)], 1)
+        start = start + _STIR * random_block(self.operator, start.shape[1], seed) / start.shape[2] ** 0.5
+        k = start.shape[1]
         ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), max(k, _AT_ONCE), start)
         return self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
 
@@ -232,11 +232,9 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     )
 
 
-def _smooth(A: LinearOperator, block: Tensor) -> Tensor:
-    """Random vectors (groups, k, inputs / groups) that are constant over a map, from others that are not; as long as those."""
-    X = from_groups(block, A.in_shape)
-    flat = X.flatten(2) if X.ndim > 2 else X[..., None]
-    return to_groups((flat.sum(2, keepdim=True) / flat.shape[2] ** 0.5).expand_as(flat).reshape(X.shape), A.groups)
+def between(own: Tensor, other: Tensor) -> Tensor:
+    """Unit rows half way from each row to the other's, or to its opposite where that is nearer."""
+    return unit_rows(own + torch.where((own * other).sum(2, keepdim=True) < 0, -other, other))[0]
 
 
 def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:

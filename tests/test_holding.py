@@ -11,7 +11,9 @@ from torch import nn
 import robust_spectral as rs
 from robust_spectral import holding
 from robust_spectral.holding import on_small_map
+from robust_spectral.krylov import apply_grouped
 from robust_spectral.layers import LinearLayer
+from robust_spectral.slow import slow_directions
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,48 @@ from robust_spectral.layers import LinearLayer
 )
 def test_a_large_map_has_a_smaller_twin_on_which_strides_fall_alike(module, before, after):
     assert on_small_map(LinearLayer("", module, before)).in_shape == after
+
+
+CIRCULAR = {"padding": 1, "padding_mode": "circular", "dtype": torch.float64}
+
+
+@pytest.mark.parametrize(
+    "module, in_shape",
+    [
+        (nn.Conv2d(5, 8, 3, **CIRCULAR), (5, 8, 8)),
+        (nn.Conv2d(5, 8, 3, 2, **CIRCULAR), (5, 8, 8)),
+        (nn.Conv2d(6, 8, 3, (2, 1), groups=2, **CIRCULAR), (6, 8, 4)),
+        (nn.Conv1d(3, 5, 3, **CIRCULAR), (3, 7)),
+        (nn.ConvTranspose2d(4, 6, 2, 2, groups=2, dtype=torch.float64), (4, 5, 5)),
+        (nn.Linear(7, 3, dtype=torch.float64), (7,)),
+        (nn.Linear(7, 3, dtype=torch.float64), (4, 7)),
+    ],
+)
+def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_the_map(module, in_shape):
+    layer = LinearLayer("", module, in_shape)
+    slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
+    for _ in range(200):
+        gain = float(slow.step())
+    rows = slow.rows(in_shape)
+    images = apply_grouped(layer.operator(dtype=torch.float64), rows)
+    assert rows.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * len(rows))
+    assert float(images.norm(dim=2).max()) == pytest.approx(gain, rel=1e-6)
+    assert gain <= norm(module, in_shape) * (1 + 1e-9)
+
+
+def test_slow_directions_of_a_composite_count_the_scale_of_the_normalisation():
+    convolution, batchnorm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()
+    nn.init.uniform_(batchnorm.weight, 1.0, 2.0)
+    layer = LinearLayer("", convolution, (3, 4, 4), batchnorm)
+    slow = slow_directions(layer, True, torch.zeros(1), seed=0)
+    for _ in range(200):
+        gain = float(slow.step())
+    assert gain == pytest.approx(norm(nn.Sequential(convolution, batchnorm), (3, 4, 4)), rel=1e-4)
+
+
+def test_a_parametrised_layer_has_no_slow_directions():
+    module = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    assert slow_directions(LinearLayer("", module, (3, 8, 8)), False, torch.zeros(1), seed=0) is None
 
 
 def convolutions(seed=0):
@@ -62,7 +106,7 @@ def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
         with torch.no_grad():
             net[0].weight.add_(0.004 * torch.outer(u, v)[:, :, None, None] / 9)
         clipper.step()
-    assert norm(net[0], (8, 24, 24)) <= 1.03
+    assert norm(net[0], (8, 24, 24)) <= 1.015
 
 
 def test_a_norm_that_jumps_is_down_after_the_step():

@@ -2,7 +2,8 @@
 
     python evaluations/benchmarks/timm_census.py --out evaluations/benchmarks/results/timm_census.json
 
-Random weights; the input is 64 x 64 where the model takes it, else its own size. One process a model, with a time limit.
+Random weights; the input is 64 x 64 where the model takes it, else its own size. One process a model, with a time limit. A
+census that was cut goes on with the families that its file does not hold.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def entry(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
+    for key, parameter in model.named_parameters():  # zeros that training starts from would make many a bound trivial
+        if not parameter.any() and not key.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     shape = shape_of(model)
     example = torch.zeros(1, *shape)
     row: dict[str, Any] = {"model": name, "input": shape, "parameters": sum(p.numel() for p in model.parameters())}
@@ -95,8 +99,19 @@ def entry(name: str) -> dict[str, Any]:
     return row
 
 
+def measured(name: str, limit: int) -> dict[str, Any]:
+    """The row of a model, from a process of its own, as far as that came within so many seconds."""
+    command = [sys.executable, "-W", "ignore", __file__, "--model", name]
+    try:
+        output, stopped = subprocess.run(command, capture_output=True, text=True, timeout=limit).stdout, None
+    except subprocess.TimeoutExpired as expired:
+        output, stopped = (expired.stdout or b"").decode(), f"stopped after {limit} s"
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return {**(json.loads(lines[-1]) if lines else {"model": name}), "stopped": stopped}
+
+
 def main() -> None:
-    """Every family in a process of its own; prints a line for each, writes JSON."""
+    """Every family that the file does not hold yet; prints a line for each, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--families", nargs="*", help="default all")
@@ -107,25 +122,23 @@ def main() -> None:
         torch.set_num_threads(1)
         entry(options.model)
         return
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
+    if options.out and options.out.is_file():
+        rows = {row["family"]: row for row in json.loads(options.out.read_text())["rows"]}
     models = smallest_models()
-    for family in options.families or models:
-        command = [sys.executable, "-W", "ignore", __file__, "--model", models[family]]
-        try:
-            output = subprocess.run(command, capture_output=True, text=True, timeout=options.limit).stdout
-            stopped = None
-        except subprocess.TimeoutExpired as expired:
-            output, stopped = (expired.stdout or b"").decode(), f"stopped after {options.limit} s"
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        rows.append({"family": family, **(json.loads(lines[-1]) if lines else {"model": models[family]}), "stopped": stopped})
-        row = rows[-1]
+    for family in options.families or sorted(models.keys() - rows.keys()):
+        rows[family] = row = {"family": family, **measured(models[family], options.limit)}
         shown = [f"{key} {row.get(key, '-')}" for key in ("layers", "clip", "bound", "local")]
-        print(f"{family:24s} {row['model']:34s}", *shown, str(row.get("reason") or stopped or "")[:160], flush=True)
-    finite = [row for row in rows if row.get("bound") or row.get("local")]
-    print(f"{len(rows)} families: {sum('layers' in r for r in rows)} discovered, {sum(r.get('clip') == 'ok' for r in rows)} "
-          f"clipped, {sum(bool(r.get('bound')) for r in rows)} with a global bound, {len(finite)} with either")  # fmt: skip
-    if options.out:
-        write_json(options.out, {"rows": rows, **environment()})
+        print(f"{family:24s} {row['model']:34s}", *shown, str(row.get("reason") or row["stopped"] or "")[:160], flush=True)
+        if options.out:  # as far as it has come
+            write_json(options.out, {"rows": [rows[name] for name in sorted(rows)], **environment()})
+    kinds = {
+        "discovered": lambda row: "layers" in row,
+        "clipped": lambda row: row.get("clip") == "ok",
+        "with a global bound": lambda row: row.get("bound"),
+        "with a global or a local bound": lambda row: row.get("bound") or row.get("local"),
+    }
+    print(f"{len(rows)} families:", *[f"{sum(map(bool, map(is_so, rows.values())))} {kind}" for kind, is_so in kinds.items()])
 
 
 if __name__ == "__main__":

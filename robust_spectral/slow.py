@@ -1,0 +1,72 @@
+"""Inputs of a layer that are constant over its map: a matrix of channels tells its gain on them, for next to nothing.
+
+Maps behind an activation are positive, so that gradients push a weight along such inputs, and a singular direction that
+overtakes the others in training is nearly one of them. Behind a stride "constant" means with the period of the stride.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .coarse import kernel_map
+from .krylov import to_groups
+from .layers import LinearLayer
+
+_BLOCK = 4  # directions that are followed, so that a new one is among them before it is the largest
+
+
+class SlowDirections:
+    """The top singular directions of a layer's matrix of channels, followed by a step of subspace iteration at a time."""
+
+    def __init__(self, layer: LinearLayer, to_kernel: Callable[[Tensor], Tensor], like: Tensor, seed: int) -> None:
+        self.layer, self._to_kernel = layer, to_kernel
+        self._groups = int(getattr(layer.module, "groups", 1))
+        self.block = like.new_zeros(0)
+        channels = self._matrix(like).shape[2]
+        start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=torch.Generator().manual_seed(seed))
+        self.block = torch.linalg.qr(start.to(like))[0]  # (g, in, k)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """One iteration; the largest gain found, as a tensor without a sync."""
+        weight: Any = self.layer.module.weight
+        self.block = self.block.to(weight.device)
+        matrix = self._matrix(self.block)
+        image = matrix @ self.block
+        turned, gains, _ = torch.linalg.svd(matrix.mT @ image, full_matrices=False)
+        self.block = turned  # the largest first
+        return gains[:, 0].max().sqrt()
+
+    def rows(self, in_shape: tuple[int, ...]) -> Tensor:
+        """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups)."""
+        top = self.block[:, :, 0]
+        if isinstance(self.layer.module, nn.Linear):
+            return to_groups(top.expand(1, *in_shape), 1) / math.prod(in_shape[:-1]) ** 0.5
+        module: Any = self.layer.module
+        phases = module.stride if top.numel() > in_shape[0] else (1,) * (len(in_shape) - 1)
+        X = top.reshape(in_shape[0], *phases)
+        for axis, (size, period) in enumerate(zip(in_shape[1:], phases, strict=True), 1):
+            X = X.index_select(axis, (torch.arange(size, device=X.device) + _before(module, axis - 1)) % period)
+        rows = to_groups(X[None], self._groups)
+        return rows / rows.norm(dim=2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        weight: Any = self.layer.module.weight
+        kernel = self._to_kernel(weight.detach()).to(like)
+        return kernel.flatten(2).sum(2).unflatten(0, (self._groups, -1))  # (g, out/g, in/g)
+
+
+def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> SlowDirections | None:
+    """Those of a layer, from random ones on; None of one whose kernel is not known."""
+    to_kernel = kernel_map(layer, composite)
+    return None if to_kernel is None else SlowDirections(layer, to_kernel, like, seed)
+
+
+def _before(module: Any, axis: int) -> int:
+    """Padding before the first input of an axis."""
+    return int(module._reversed_padding_repeated_twice[2 * (len(module.kernel_size) - 1 - axis)])
