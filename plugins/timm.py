@@ -18,7 +18,10 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
-from robust_spectral.graph import JOINERS, Walk, rule, times
+from robust_spectral.graph import JOINERS, Box, Walk, rule, times
+from robust_spectral.intervals import activated, increasing, interval
+from robust_spectral.intervals import batchnorm as batchnorm_box
+from robust_spectral.intervals import linear as linear_box
 from robust_spectral.rounding import Rounding, Terms, exact, normalised, products, rounds
 from robust_spectral.rules import activation_slope, affine_layer, batchnorm, root_mean_square
 
@@ -143,6 +146,17 @@ def batchnorm_then_activation(walk: Walk, n: fx.Node) -> float:
     module: Any = walk.called(n)
     slopes = [activation_slope(part) for part in (module.drop, module.act)]
     return times(walk.bound_of(batchnorm(walk, n)), *slopes)
+
+
+interval(timm.layers.DropPath, timm.layers.BlurPool2d)(increasing)  # a blur has no negative weights
+interval(timm.layers.Conv2dSame)(linear_box)
+
+
+@interval(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
+def batchnorm_then_activation_box(walk: Walk, n: fx.Node) -> Box:
+    """The box of the affine part, through the activation."""
+    module: Any = walk.called(n)
+    return activated(module.act, activated(module.drop, batchnorm_box(walk, n)))
 
 
 rounds(timm.layers.DropPath)(exact)

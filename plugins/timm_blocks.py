@@ -20,6 +20,7 @@ from timm.models import register_model
 from torch import Tensor, fx, nn
 
 from robust_spectral.graph import Walk, rule
+from robust_spectral.intervals import increasing, interval
 from robust_spectral.rounding import exact, rounds
 
 
@@ -88,6 +89,7 @@ def sorting(walk: Walk, n: fx.Node) -> float:
     return walk.bound(n.args[0])
 
 
+interval(MaxMin)(increasing)
 rounds(MaxMin)(exact)
 
 

@@ -32,7 +32,9 @@ interval = registering(INTERVALS)
     torch.roll, torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.flip, F.pad, operator.getitem,
     "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "permute", "transpose", "roll", "chunk", "split",
     "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select", "swapaxes", "expand", "expand_as", "repeat",
-    "contiguous", "clone", "float",
+    "contiguous", "clone", torch.tile, "repeat_interleave", "reshape_as", "view_as", getattr,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.SELU, F.selu,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
 def increasing(walk: Walk, n: fx.Node) -> Box:
     """What rises with every argument has its ends at theirs."""
@@ -55,6 +57,18 @@ def falling_then_rising(walk: Walk, n: fx.Node) -> Box:
     return torch.minimum(*ends).clamp_max(lowest), torch.maximum(*ends)
 
 
+def activated(module: nn.Module, box: Box) -> Box:
+    """The box behind an elementwise module that rises, or falls and then rises.
+
+    Raises:
+        ValueError: it is not known to.
+    """
+    if type(module) not in _LOWEST and INTERVALS.get(type(module)) is not increasing:
+        raise ValueError(f"{type(module).__name__} may fall")
+    low, high = (module(end.clone()) for end in box)
+    return torch.minimum(low, high).clamp_max(_LOWEST.get(type(module), math.inf)), torch.maximum(low, high)
+
+
 @interval(operator.sub, operator.isub, torch.sub, "sub", "sub_")
 def difference(walk: Walk, n: fx.Node) -> Box:
     """Lowest less highest, highest less lowest."""
@@ -75,12 +89,31 @@ def multiplied(walk: Walk, n: fx.Node) -> Box:
     return low, high
 
 
-@interval(operator.truediv, torch.div, "div")
-def divided(walk: Walk, n: fx.Node) -> Box:
-    """By a constant, which may be negative."""
+@interval(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
+def matrix_product(walk: Walk, n: fx.Node) -> Box:
+    """No larger than the product of the largest absolute values."""
+    most = walk.size(n.args[0]) @ walk.size(n.args[1]) * (1 + _ROUNDINGS)
+    return -most, most
+
+
+@interval("float", "double", "to", "type_as")
+def cast(walk: Walk, n: fx.Node) -> Box:
+    """The same values; what a type rounds is no matter of boxes."""
+    return walk.box(n.args[0])
+
+
+@interval(operator.neg, torch.neg, "neg")
+def opposite(walk: Walk, n: fx.Node) -> Box:
+    """The ends, exchanged."""
     low, high = walk.box(n.args[0])
-    divisor = torch.as_tensor(walk.env[n.args[1]] if isinstance(n.args[1], fx.Node) else n.args[1])
-    return torch.minimum(low / divisor, high / divisor), torch.maximum(low / divisor, high / divisor)
+    return -high, -low
+
+
+@interval(torch.abs, "abs")
+def absolute(walk: Walk, n: fx.Node) -> Box:
+    """From the nearest to 0 to the furthest from it."""
+    low, high = walk.box(n.args[0])
+    return torch.maximum(low, -high).clamp_min(0), torch.maximum(low.abs(), high.abs())
 
 
 @interval(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import intervals as intervals
+from . import powers as powers
 from . import rules as rules
 from .affine import evaluating
 from .graph import RULES, Walk, composed, times, where

@@ -166,7 +166,7 @@ def add(walk: Walk, n: fx.Node) -> float | Affine:
     return each[0] if len(each) == 1 else math.nextafter(each[0] + each[1], math.inf)
 
 
-@rule(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, operator.itruediv, torch.div, "div", "div_")
+@rule(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.itruediv, "div_")
 def scale(walk: Walk, n: fx.Node) -> float | Affine:
     """A constant factor counts with its largest absolute value; a product of two functions of the input only locally."""
     first, second = n.args[:2]
@@ -218,9 +218,10 @@ def matrix_product(walk: Walk, n: fx.Node) -> float:
     """A constant matrix counts with its norm; of two functions ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, local only."""
     first, second = n.args[:2]
     if walk.depends(first) and walk.depends(second):
-        if not walk.local or walk.env[first].shape[:-2] != walk.env[second].shape[:-2]:  # type: ignore[index]
+        if not walk.local:
             return math.inf
-        parts = [times(walk.bound(a), _matrix_size(walk, b)) for a, b in ((first, second), (second, first))]
+        pairs = (first, second), (second, first)
+        parts = [times(walk.bound(a), _matrix_size(walk, b), _matrix_repeats(walk, n, a)) for a, b in pairs]
         return math.nextafter(sum(parts), math.inf)
     function, constant = (first, second) if walk.depends(first) else (second, first)
     matrix = walk.env[constant].double()  # type: ignore[index]
@@ -236,6 +237,12 @@ def _matrix_size(walk: Walk, node: Any) -> float:
     frobenius = size.square().sum((-2, -1)).sqrt()
     schur = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
     return float(torch.minimum(frobenius, schur).max()) * (1 + 1e-9)
+
+
+def _matrix_repeats(walk: Walk, n: fx.Node, node: Any) -> float:
+    """Root of how many matrices of a product each matrix of a factor enters."""
+    count = math.prod(walk.env[n].shape[:-2]) / math.prod(walk.env[node].shape[:-2])
+    return 1.0 if count == 1 else math.nextafter(math.sqrt(count), math.inf)
 
 
 @rule(torch.softmax, "softmax", F.softmax, nn.Softmax)
@@ -357,20 +364,33 @@ def rearranged(walk: Walk, n: fx.Node) -> float | Affine:
 @rule(
     torch.permute, torch.transpose, torch.roll, torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.flip,
     "permute", "transpose", "roll", "chunk", "split", "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select",
-    "swapaxes", "type_as", "clone", "masked_fill",
+    "swapaxes", "clone", "masked_fill", nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
 def picked(walk: Walk, n: fx.Node) -> float:
-    """The same elements in another order, or in parts, which count together; or some of them."""
+    """The same elements in another order, or in parts, which count together; or some of them; or constants around them."""
     return walk.bound(_source(walk, n))
+
+
+@rule("type_as", "reshape_as", "view_as")
+def like_another(walk: Walk, n: fx.Node) -> float:
+    """The same elements in the type or the shape of another value, which counts for nothing else."""
+    return walk.bound(n.args[0])
 
 
 @rule(operator.getitem)
 def part(walk: Walk, n: fx.Node) -> float:
-    """Some of the elements, each once: by numbers, slices and the like; an index made of tensors could repeat them."""
-    index = n.args[1] if isinstance(n.args[1], tuple | list) else (n.args[1],)
-    known = [walk.env[i] if isinstance(i, fx.Node) else i for i in index]
-    plain = all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in known)
-    return walk.bound(_source(walk, n)) if plain else math.inf
+    """Some of the elements, by an index that does not depend on the input; one made of tensors may repeat them."""
+    source = _source(walk, n)
+    if source is not n.args[0]:
+        return math.inf
+    value = walk.env[source]
+    if not isinstance(value, Tensor):  # a part of several values
+        return walk.bound(source)
+    index: Any = fx.node.map_arg(n.args[1], lambda node: walk.env[node])
+    places = torch.arange(value.numel(), device=value.device).reshape(value.shape)[index].flatten()
+    most = int(torch.bincount(places).max()) if places.numel() else 1
+    return times(walk.bound(source), 1.0 if most == 1 else math.nextafter(math.sqrt(most), math.inf))
 
 
 @rule(F.pad)

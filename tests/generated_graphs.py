@@ -97,12 +97,16 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.chunk(2, 2)[0], lambda x: torch.stack([x, 2 * x], 1).flatten(1, 2),
     lambda x: torch.cat(x.unbind(2), 2)[:, :, None], lambda x: F.interpolate(x, scale_factor=2),
     lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.reshape(x.shape[0], -1, 1, 1), lambda x: x.unsqueeze(1).squeeze(1),
-    lambda x: F.relu(x) - x,
+    lambda x: F.relu(x) - x, lambda x: F.normalize(x, dim=1, eps=0.5), lambda x: x[:, torch.tensor([0, -1, 0])],
+    lambda x: x.reshape_as(x.transpose(2, 3)),
 ]  # fmt: skip
 LOCAL_FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x * torch.sigmoid(x), lambda x: x * x.mean((2, 3), keepdim=True), lambda x: F.relu(x) * torch.tanh(x),
     lambda x: x.sigmoid() * x.amax(1, keepdim=True), lambda x: F.scaled_dot_product_attention(x, 0.5 * x, x),
-    lambda x: x @ x.transpose(2, 3),
+    lambda x: x @ x.transpose(2, 3), lambda x: x @ x.mean(1, keepdim=True), lambda x: x / (1 + x.abs()),
+    lambda x: x * torch.rsqrt(x.var(1, keepdim=True, correction=0) + 0.3), lambda x: F.relu(x) ** 2,
+    lambda x: x / (x.pow(2).mean(1, keepdim=True) + 0.2).sqrt(), lambda x: (-x).square() - x, lambda x: 1 / (2 + x.tanh()),
+    lambda x: x.mean((2, 3), keepdim=True) / (torch.abs(x).amax(1, keepdim=True) + 0.5).reciprocal(),
 ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
-    "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph", "rules", "intervals",
-    "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
+    "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph", "rules",
+    "intervals", "powers", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
