@@ -25,14 +25,13 @@ from .layers import LinearLayer
 from .slow import SlowDirections, slow_directions
 from .tracking import TrackedLayer
 
-_LOOK = 6  # steps of a closer look
-_GLANCES = 2  # closer looks at layers that are cheap to apply, in every optimizer step
-_COSTLY_EVERY, _WHOLE_EVERY = 6, 3  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
+_LOOK = 7  # steps of a closer look
+_COSTLY_EVERY, _WHOLE_EVERY = 8, 3  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
-_FAR = 1.01  # times its target, from where a layer gets a closer look at once
+_FAR, _COSTLY_FAR = 1.01, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _STATE = ("bias", "rate", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
@@ -54,7 +53,7 @@ class HeldLayer:
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
-        resting: Whether the last power step found nothing to do, so that the next one is left out.
+        resting: Whether the last power step found nothing to do, nor soon, so that the next one is left out.
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
         share: The norm over that gain, at most 1.
@@ -88,6 +87,11 @@ class HeldLayer:
         return weights * math.prod(self.small.operator.out_shape[1:]) <= _CHEAP
 
     @property
+    def far(self) -> float:
+        """By which factor above its target the layer gets a closer look at once."""
+        return _FAR if self.cheap else _COSTLY_FAR
+
+    @property
     def parts(self) -> list[TrackedLayer]:
         """The whole, and the small one where that is another."""
         return [self.whole] if self.small is self.whole else [self.whole, self.small]
@@ -96,7 +100,7 @@ class HeldLayer:
         """A first, long look."""
         self._find_slow()
         found = [look(tracked, 2 * _LOOK, 0) for tracked in self.parts]
-        self._learn(found[-1], found[0], 1.0)
+        self._learn(found[-1], found[0])
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs."""
@@ -132,7 +136,7 @@ class HeldLayer:
         missed = self.small.missed * self.bias
         allowed = target(self, norm * missed)
         self.hold(self.small, norm, missed, allowed)
-        self.resting = norm * missed <= allowed * (1 + _IDLE)
+        self.resting = norm * missed * (1 + 2 * self.rate) <= allowed * (1 + _IDLE)
         return norm * missed / allowed
 
     def gains(self, target: Target) -> float:
@@ -156,7 +160,7 @@ class HeldLayer:
         searched = look(self.whole, _LOOK, step, self._found_on_small())
         self._share(searched)
         self.compared = step
-        self._learn(found, searched, 0.5)
+        self._learn(found, searched)
         self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
 
     def _found_on_small(self) -> Tensor:
@@ -184,9 +188,8 @@ class HeldLayer:
         self.allowed = allowed
         return allowed / (1 + min(self.rate * waited, _MOST_FORESEEN))
 
-    def _learn(self, found: float, searched: float, weight: float) -> None:
-        ratio = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
-        self.bias += weight * (ratio - self.bias)
+    def _learn(self, found: float, searched: float) -> None:
+        self.bias = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
 
 
 def on_small_map(layer: LinearLayer) -> LinearLayer:
@@ -287,12 +290,13 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.resting = False
     due = awake
     found = measure([held.small for held in (*due, *glanced)], step)
-    sense([held for index, held in enumerate(layers) if (step + index) % (2 * every) == 0 or held in (*glanced, *whole)])
-    far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > _FAR]
+    in_turn = [held for i, held in enumerate(layers) if (step + i) % ((2 if held.cheap else 8) * every) == 0]
+    sense([held for held in layers if held in (*in_turn, *glanced, *whole)])
+    far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > held.far]
     for _ in range(sweeps - 1):
         norms = measure([held.small for held in due], step)
-        far = [held for held, norm in zip(due, norms, strict=True) if held.hold_found(norm, target) > _FAR]
-    growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > _FAR]
+        far = [held for held, norm in zip(due, norms, strict=True) if held.hold_found(norm, target) > held.far]
+    growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > held.far]
     for held in (*far, *growing):
         held.glance(step, target)
     for held, norm in zip(glanced, found[len(due) :], strict=True):
@@ -307,8 +311,10 @@ def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> l
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """The one that has waited longest for a closer look, and those whose norms have grown unseen most since theirs."""
-    usual = sum(held.rate for held in layers) / max(1, len(layers)) + 1e-12
-    waiting = sorted(layers, key=lambda held: held.looked)
-    growing = sorted(waiting[1:], key=lambda held: (held.looked - step) * (held.rate + usual))
-    return [*waiting[:1], *growing[: _GLANCES - 1]]
+    """By turns the one that has waited longest for a closer look, and that whose norm has grown unseen most since its own."""
+    if not layers:
+        return []
+    usual = sum(held.rate for held in layers) / len(layers) + 1e-12
+    if step % 2:
+        return [min(layers, key=lambda held: held.looked)]
+    return [max(layers, key=lambda held: (step - held.looked) * (held.rate + usual))]

@@ -58,7 +58,8 @@ class SlowDirections:
     def _matrix(self, like: Tensor) -> Tensor:
         weight: Any = self.layer.module.weight
         kernel = self._to_kernel(weight.detach()).to(like)
-        return kernel.flatten(2).sum(2).unflatten(0, (self._groups, -1))  # (g, out/g, in/g)
+        taps = kernel.flatten(2)
+        return (taps @ taps.new_ones(taps.shape[2])).unflatten(0, (self._groups, -1))  # (g, out/g, in/g); faster than a sum
 
 
 def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> SlowDirections | None:

@@ -124,7 +124,7 @@ def batch(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
 
 
 def ratios(setting: Setting, methods: dict[str, Method], device: str) -> dict[str, Any]:
-    """Seconds of a plain step, and of every method's as a multiple of it: median and quartiles over the rounds."""
+    """Seconds of a plain step, and of every method's as a multiple of it: median and quartiles over the rounds, and in all."""
     images, labels = batch(setting, device)
     ready, refused = {}, {}
     for name, prepare in methods.items():
@@ -147,7 +147,7 @@ def ratios(setting: Setting, methods: dict[str, Method], device: str) -> dict[st
     for name in ready:
         paired = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
         low, middle, high = statistics.quantiles(paired, n=4)
-        found[name] = {"ratio": middle, "quartiles": [low, high]}
+        found[name] = {"ratio": middle, "quartiles": [low, high], "of_all_seconds": sum(times[name]) / sum(times["plain"])}
     return found
 
 
@@ -221,7 +221,8 @@ def main() -> None:
         rows.append(row)
         print(f"{setting.model} {setting.image}², batch {setting.batch}: plain step {row['seconds'] * 1e3:.1f} ms", flush=True)
         for name in methods:
-            shown = f"{row[name]['ratio']:.3f} x" if name in row else row["refused"][name]
+            got = row.get(name)
+            shown = f"{got['ratio']:.3f} x ({got['of_all_seconds']:.3f} in all)" if got else row["refused"][name]
             memory = f"  {row['memory_mib'][name]:.0f} MiB" if name in row.get("memory_mib", {}) else ""
             print(f"  {name:22s} {shown}{memory}", flush=True)
     if options.out:
