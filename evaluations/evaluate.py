@@ -163,7 +163,7 @@ def certified_radii(
         logits = torch.cat([exact(batch.double()) for batch in images.split(128)])
     double = certified_radius(logits, labels, bound)
     kept = double > 0
-    if bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
+    if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
         return single, torch.float32
     return double, torch.float64
 
