@@ -314,7 +314,7 @@ def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
     """By turns the one that has waited longest for a closer look, and that whose norm has grown unseen most since its own."""
     if not layers:
         return []
-    usual = sum(held.rate for held in layers) / len(layers) + 1e-12
     if step % 2:
         return [min(layers, key=lambda held: held.looked)]
+    usual = sum(held.rate for held in layers) / len(layers) + 1e-12
     return [max(layers, key=lambda held: (step - held.looked) * (held.rate + usual))]

@@ -26,7 +26,6 @@ class SlowDirections:
     def __init__(self, layer: LinearLayer, to_kernel: Callable[[Tensor], Tensor], like: Tensor, seed: int) -> None:
         self.layer, self._to_kernel = layer, to_kernel
         self._groups = int(getattr(layer.module, "groups", 1))
-        self.block = like.new_zeros(0)
         channels = self._matrix(like).shape[2]
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=torch.Generator().manual_seed(seed))
         self.block = torch.linalg.qr(start.to(like))[0]  # (g, in, k)
