@@ -49,7 +49,8 @@ class HeldLayer:
         whole: The layer as it is applied; what is proved and reported is about it.
         small: What the power steps follow.
         bias: Norm of the whole over that of the small one.
-        rate: By how much, relative to its target, the norm has been growing past it unseen, in a step.
+        rate: By how much, relative to its target, the norm has been growing past it unseen, in a step; it rises at once and
+            falls slowly.
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
@@ -101,6 +102,8 @@ class HeldLayer:
         self._find_slow()
         found = [look(tracked, 2 * _LOOK, 0) for tracked in self.parts]
         self._learn(found[-1], found[0])
+        for tracked in self.parts:
+            tracked.forget()
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs."""
@@ -130,6 +133,7 @@ class HeldLayer:
         target = target / missed
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
             tracked.hold_(target)
+        tracked.forget()
 
     def hold_found(self, norm: float, target: Target) -> float:
         """Clip what a power step found, if it is above the target; by which factor it is."""
@@ -184,7 +188,8 @@ class HeldLayer:
     def _foreseen(self, norm: float, allowed: float, step: int) -> float:
         """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed."""
         waited, self.looked = max(1, step - self.looked), step
-        self.rate = (self.rate + max(0.0, norm / self.allowed - 1) / waited) / 2
+        grown = max(0.0, norm / self.allowed - 1) / waited
+        self.rate = max(grown, (self.rate + grown) / 2)
         self.allowed = allowed
         return allowed / (1 + min(self.rate * waited, _MOST_FORESEEN))
 

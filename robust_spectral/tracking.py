@@ -166,6 +166,10 @@ class TrackedLayer:
         a = _smallest_change(G @ G.mT, excess)
         add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
 
+    def forget(self) -> None:
+        """Let go of what was last found; the vectors stay. On large maps it would take the memory of some activations."""
+        self.__dict__.pop("ritz", None)
+
     def gradients(self) -> Tensor:
         """Those of the values just found by what moves, (groups, k, numbers / groups)."""
         A = self.operator
