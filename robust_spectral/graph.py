@@ -142,6 +142,11 @@ class Walk(fx.Interpreter):
             self.norms[key] = spectral_norm(build(), self.each)
         return self.norms[key].upper
 
+    def rerun(self, n: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """What a node gives for other values of its arguments."""
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), value_of)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
     def called(self, node: Any) -> nn.Module | None:
         """The module a node calls, if it calls one."""
         called = isinstance(node, fx.Node) and node.op == "call_module"

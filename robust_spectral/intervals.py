@@ -33,7 +33,7 @@ interval = registering(INTERVALS)
     "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "permute", "transpose", "roll", "chunk", "split",
     "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select", "swapaxes", "expand", "expand_as", "repeat",
     "contiguous", "clone", torch.tile, "repeat_interleave", "reshape_as", "view_as", getattr,
-    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.SELU, F.selu,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.SELU, F.selu, nn.Unfold, F.unfold, "unfold", nn.Fold, F.fold,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
 def increasing(walk: Walk, n: fx.Node) -> Box:
@@ -87,13 +87,6 @@ def multiplied(walk: Walk, n: fx.Node) -> Box:
     for value in products[1:]:
         low, high = torch.minimum(low, value), torch.maximum(high, value)
     return low, high
-
-
-@interval(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
-def matrix_product(walk: Walk, n: fx.Node) -> Box:
-    """No larger than the product of the largest absolute values."""
-    most = walk.size(n.args[0]) @ walk.size(n.args[1]) * (1 + _ROUNDINGS)
-    return -most, most
 
 
 @interval("float", "double", "to", "type_as")
@@ -164,23 +157,6 @@ def normalised(walk: Walk, n: fx.Node) -> Box:
     return (offset - reach).expand_as(value), (offset + reach).expand_as(value)
 
 
-@interval(torch.softmax, "softmax", F.softmax, nn.Softmax)
-def shares(walk: Walk, n: fx.Node) -> Box:
-    """Between 0 and 1."""
-    return torch.zeros_like(walk.env[n]), torch.ones_like(walk.env[n])
-
-
-@interval(F.scaled_dot_product_attention)
-def attention(walk: Walk, n: fx.Node) -> Box:
-    """Averages of the values; 0 where all are masked."""
-    low, high = walk.box(n.args[2])
-    low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
-    if n.kwargs.get("attn_mask") is not None:
-        low, high = low.clamp_max(0), high.clamp_min(0)
-    slack = _ROUNDINGS * torch.maximum(low.abs(), high.abs())
-    return (low - slack).expand_as(walk.env[n]), (high + slack).expand_as(walk.env[n])
-
-
 def _again(walk: Walk, n: fx.Node, end: int) -> Any:
     """The node's value at one end of its arguments' boxes."""
 
@@ -188,9 +164,4 @@ def _again(walk: Walk, n: fx.Node, end: int) -> Any:
         value = walk.box(node)[end]
         return value.clone() if isinstance(value, Tensor) else value
 
-    args, kwargs = fx.node.map_arg((n.args, n.kwargs), argument)
-    if n.op == "call_module":
-        return walk.submodules[str(n.target)](*args, **kwargs)
-    if n.op == "call_method":
-        return getattr(args[0], str(n.target))(*args[1:], **kwargs)
-    return n.target(*args, **kwargs)  # type: ignore[operator]
+    return walk.rerun(n, argument)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import attention as attention
 from . import intervals as intervals
 from . import powers as powers
 from . import rules as rules

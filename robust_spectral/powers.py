@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .graph import Affine, Box, Walk, rule, times
 from .intervals import interval
-from .rules import scale
+from .rules import most_met, scale
 
 _UP = 1 + 1e-12  # past what float64 arithmetic errs by
 
@@ -71,24 +71,21 @@ def rising_or_falling(walk: Walk, n: fx.Node) -> Box:
 def quotient(walk: Walk, n: fx.Node) -> float | Affine:
     """d(x / y) = dx / y - x dy / y², by a function of the input that is bounded away from 0: local only.
 
-    An element of y that divides several of x meets all of those, which count with their root of the sum of squares.
+    An element that is repeated along some axes meets all the others there.
     """
     x, y = n.args[:2]
     if not walk.depends(y):
         return scale(walk, n)
-    shape: Any = walk.env[n].shape
-    if not walk.local or n.kwargs or (walk.depends(x) and walk.env[x].shape != shape):  # type: ignore[index]
+    if not walk.local or n.kwargs:
         return math.inf
-    low, high = walk.box(y)
-    least = torch.maximum(low, -high).double()  # the smallest absolute value
+    shape, (low, high) = walk.env[n].shape, walk.box(y)
+    least = torch.maximum(low, -high).double().expand(shape)  # the smallest absolute value
     if not float(least.min()) > 0:
         return math.inf
-    gains = (walk.size(x).expand(shape) / least.expand(shape).square()).square()
-    own = (1,) * (len(shape) - least.ndim) + tuple(least.shape)
-    repeated = [axis for axis, (a, b) in enumerate(zip(shape, own, strict=True)) if a != b]
-    meets = (gains.sum(repeated) if repeated else gains).max().sqrt()
-    parts = times(walk.bound(x), float(1 / least.min()) * _UP), times(walk.bound(y), float(meets) * _UP)
-    return math.nextafter(sum(parts), math.inf)
+    part = times(walk.bound(y), most_met(walk.size(x).expand(shape) / least.square(), walk.env[y].shape) * _UP)  # type: ignore[index]
+    if walk.depends(x):
+        part += times(walk.bound(x), most_met(1 / least, walk.env[x].shape) * _UP)  # type: ignore[index]
+    return math.nextafter(part, math.inf)
 
 
 @interval(operator.truediv, torch.div, "div")

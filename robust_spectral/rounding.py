@@ -154,7 +154,7 @@ rounds = registering(ROUNDINGS)
     torch.cat, torch.concat, torch.stack, torch.chunk, torch.split, torch.unbind, torch.tensor_split, operator.getitem,
     "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "permute", "transpose", "roll", "chunk", "split",
     "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select", "swapaxes", "expand", "expand_as", "repeat",
-    "contiguous", "clone",
+    "contiguous", "clone", nn.Unfold, F.unfold, "unfold",
 )  # fmt: skip
 def exact(walk: Rounding, n: fx.Node) -> Terms:
     """What is picked, compared or turned round is not rounded; an affine node of these keeps every element, once."""

@@ -205,76 +205,17 @@ def product(walk: Walk, n: fx.Node, first: Any, second: Any) -> float:
         return math.inf
     total = 0.0
     for moving, other in ((first, second), (second, first)):
-        size = walk.size(other).expand(walk.env[n].shape)
-        shape = (1,) * (size.ndim - walk.env[moving].ndim) + tuple(walk.env[moving].shape)
-        repeated = [axis for axis, (m, s) in enumerate(zip(size.shape, shape, strict=True)) if m != s]
-        meets = size.square().sum(repeated).sqrt() if repeated else size
-        total = math.nextafter(total + times(walk.bound(moving), float(meets.max()) * (1 + 1e-12)), math.inf)
+        meets = most_met(walk.size(other).expand(walk.env[n].shape), walk.env[moving].shape)
+        total = math.nextafter(total + times(walk.bound(moving), meets), math.inf)
     return total
 
 
-@rule(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
-def matrix_product(walk: Walk, n: fx.Node) -> float:
-    """A constant matrix counts with its norm; of two functions ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, local only."""
-    first, second = n.args[:2]
-    if walk.depends(first) and walk.depends(second):
-        if not walk.local:
-            return math.inf
-        pairs = (first, second), (second, first)
-        parts = [times(walk.bound(a), _matrix_size(walk, b), _matrix_repeats(walk, n, a)) for a, b in pairs]
-        return math.nextafter(sum(parts), math.inf)
-    function, constant = (first, second) if walk.depends(first) else (second, first)
-    matrix = walk.env[constant].double()  # type: ignore[index]
-    if matrix.ndim != 2:
-        return math.inf
-    norm = float(torch.linalg.matrix_norm(matrix, 2)) * (1 + 1e-12)
-    return times(walk.bound(function), math.nextafter(norm, math.inf))
-
-
-def _matrix_size(walk: Walk, node: Any) -> float:
-    """Largest spectral norm of the matrices on the last two axes: by Frobenius, or by sums of rows and columns (Schur)."""
-    size = walk.size(node)
-    frobenius = size.square().sum((-2, -1)).sqrt()
-    schur = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
-    return float(torch.minimum(frobenius, schur).max()) * (1 + 1e-9)
-
-
-def _matrix_repeats(walk: Walk, n: fx.Node, node: Any) -> float:
-    """Root of how many matrices of a product each matrix of a factor enters."""
-    count = math.prod(walk.env[n].shape[:-2]) / math.prod(walk.env[node].shape[:-2])
-    return 1.0 if count == 1 else math.nextafter(math.sqrt(count), math.inf)
-
-
-@rule(torch.softmax, "softmax", F.softmax, nn.Softmax)
-def softmax(walk: Walk, n: fx.Node) -> float:
-    """Its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2, so a norm of 1/2 at most (Gershgorin)."""
-    return times(walk.bound(_source(walk, n)), 0.5)
-
-
-@rule(F.scaled_dot_product_attention)
-def attention(walk: Walk, n: fx.Node) -> float:
-    """softmax(Q Kᵀ s) V with s = 1 / sqrt(head size): no global constant (Kim et al. 2021); locally, by the product rule.
-
-    ‖d out‖ <= ‖P‖ ‖dV‖ + s/2 ‖V‖ (‖K‖ ‖dQ‖ + ‖Q‖ ‖dK‖), and ‖P‖ <= sqrt(queries), as the rows of P have sum 1.
-    """
-    if not walk.local or len(n.args) != 3 or n.kwargs.get("is_causal") or n.kwargs.get("enable_gqa"):
-        return math.inf
-    others: dict[str, Any] = dict(n.kwargs)
-    if any(walk.depends(a) for a in others.values()) or float(others.get("dropout_p") or 0.0) != 0.0:
-        return math.inf
-    query, key, value = n.args
-    shape = walk.env[query].shape  # type: ignore[index]
-    if any(walk.env[node].shape[:-2] != shape[:-2] for node in (key, value)):  # type: ignore[index]
-        return math.inf
-    given = others.get("scale")
-    s = abs(float(given)) if given is not None else 1 / math.sqrt(shape[-1])
-    sizes = {name: _matrix_size(walk, node) for name, node in (("q", query), ("k", key), ("v", value))}
-    terms = [
-        times(walk.bound(value), math.nextafter(math.sqrt(shape[-2]), math.inf)),
-        times(walk.bound(query), s * (1 + 1e-15) / 2, sizes["v"], sizes["k"]),
-        times(walk.bound(key), s * (1 + 1e-15) / 2, sizes["v"], sizes["q"]),
-    ]
-    return sum(terms) * (1 + 1e-15)
+def most_met(others: Tensor, shape: Shape) -> float:
+    """Root of the sum of squares of the numbers >= 0 that one element of a value meets, repeated to their shape, at most."""
+    own = (1,) * (others.ndim - len(shape)) + tuple(shape)
+    repeated = [axis for axis, (one, all_) in enumerate(zip(own, others.shape, strict=True)) if one != all_]
+    met = others.square().sum(repeated).sqrt() if repeated else others
+    return float(met.max()) * (1 + 1e-12)
 
 
 @rule(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -378,33 +319,30 @@ def like_another(walk: Walk, n: fx.Node) -> float:
     return walk.bound(n.args[0])
 
 
-@rule(operator.getitem)
-def part(walk: Walk, n: fx.Node) -> float:
-    """Some of the elements, by an index that does not depend on the input; one made of tensors may repeat them."""
-    source = _source(walk, n)
-    if source is not n.args[0]:
-        return math.inf
+@rule(
+    operator.getitem, F.pad, nn.Unfold, F.unfold, "unfold", "expand", "expand_as", "repeat", torch.tile, "repeat_interleave",
+)  # fmt: skip
+def copied(walk: Walk, n: fx.Node) -> float:
+    """Elements in other places, and constants: root of how often the element is there that is there most often."""
+    source: Any = n.args[0]
     value = walk.env[source]
+    if n.target != "expand_as" and any(walk.depends(node) for node in n.all_input_nodes if node is not source):
+        return math.inf
     if not isinstance(value, Tensor):  # a part of several values
         return walk.bound(source)
-    index: Any = fx.node.map_arg(n.args[1], lambda node: walk.env[node])
-    places = torch.arange(value.numel(), device=value.device).reshape(value.shape)[index].flatten()
+    numbers = torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
+    found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node]).flatten()
+    places = found[(found >= 1) & (found <= value.numel())].long()  # a constant may pass for an element, and count too much
     most = int(torch.bincount(places).max()) if places.numel() else 1
     return times(walk.bound(source), 1.0 if most == 1 else math.nextafter(math.sqrt(most), math.inf))
 
 
-@rule(F.pad)
-def padded(walk: Walk, n: fx.Node) -> float:
-    """Constants around the values change nothing; a padding that repeats values is not covered."""
-    mode = n.kwargs.get("mode", n.args[2] if len(n.args) > 2 else "constant")
-    return walk.bound(_source(walk, n)) if mode == "constant" else math.inf
-
-
-@rule("expand", "expand_as", "repeat", torch.tile, "repeat_interleave")
-def repeated(walk: Walk, n: fx.Node) -> float:
-    """Every element several times."""
-    count = walk.env[n].numel() / walk.env[n.args[0]].numel()  # type: ignore[index]
-    return times(walk.bound(_source(walk, n)), math.nextafter(math.sqrt(count), math.inf))
+@rule(nn.Fold, F.fold)
+def summed_where_they_overlap(walk: Walk, n: fx.Node) -> float:
+    """Each sum has elements of its own: root of the longest one's number of terms."""
+    source = _source(walk, n)
+    terms = float(walk.rerun(n, lambda node: torch.ones_like(walk.env[node])).max())
+    return times(walk.bound(source), math.nextafter(math.sqrt(terms), math.inf))
 
 
 @rule(getattr)

@@ -98,16 +98,26 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: torch.cat(x.unbind(2), 2)[:, :, None], lambda x: F.interpolate(x, scale_factor=2),
     lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.reshape(x.shape[0], -1, 1, 1), lambda x: x.unsqueeze(1).squeeze(1),
     lambda x: F.relu(x) - x, lambda x: F.normalize(x, dim=1, eps=0.5), lambda x: x[:, torch.tensor([0, -1, 0])],
-    lambda x: x.reshape_as(x.transpose(2, 3)),
+    lambda x: x.reshape_as(x.transpose(2, 3)), lambda x: F.pad(x, (1, 0, 1, 1), mode="reflect"),
+    lambda x: x.unfold(2, 2, 1).flatten(3), lambda x: F.unfold(x, 2, padding=1, stride=1)[:, :, None],
+    lambda x: F.fold(F.unfold(x, 2, stride=1), x.shape[2:], 2), lambda x: x @ ramp(x.shape[3], 3),
+    lambda x: ramp(3, x.shape[2]) @ x, lambda x: torch.einsum("bhwc,kwc->bhwk", x, ramp(2, x.shape[2], x.shape[3])),
+    lambda x: torch.einsum("kc,bcwh->bkh", ramp(2, x.shape[1]), x)[:, None],
 ]  # fmt: skip
 LOCAL_FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x * torch.sigmoid(x), lambda x: x * x.mean((2, 3), keepdim=True), lambda x: F.relu(x) * torch.tanh(x),
     lambda x: x.sigmoid() * x.amax(1, keepdim=True), lambda x: F.scaled_dot_product_attention(x, 0.5 * x, x),
+    lambda x: torch.einsum("bchw,bkhw->bckh", x, torch.tanh(x)), lambda x: torch.einsum("bchw,bcwk->bch", x, 2 * x)[:, None],
     lambda x: x @ x.transpose(2, 3), lambda x: x @ x.mean(1, keepdim=True), lambda x: x / (1 + x.abs()),
     lambda x: x * torch.rsqrt(x.var(1, keepdim=True, correction=0) + 0.3), lambda x: F.relu(x) ** 2,
     lambda x: x / (x.pow(2).mean(1, keepdim=True) + 0.2).sqrt(), lambda x: (-x).square() - x, lambda x: 1 / (2 + x.tanh()),
     lambda x: x.mean((2, 3), keepdim=True) / (torch.abs(x).amax(1, keepdim=True) + 0.5).reciprocal(),
 ]  # fmt: skip
+
+
+def ramp(*shape: int) -> Tensor:
+    """A constant whose numbers differ."""
+    return torch.linspace(-1, 1.5, math.prod(shape), dtype=torch.float64).reshape(shape)
 
 
 def activation(draft: Draft, i: int) -> Step:

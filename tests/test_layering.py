@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
     "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph", "rules",
-    "intervals", "powers", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
+    "intervals", "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
