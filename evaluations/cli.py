@@ -59,8 +59,9 @@ def spectrum(
         plot.write_text(layer_spectra(layers))
     bound = lipschitz_bound(net, example, failure_probability)
     if as_json:
-        value = None if math.isinf(bound.value) else bound.value
-        typer.echo(json.dumps({"model": model, "layers": layers, "lipschitz_bound": value, "reason": bound.reason}, indent=1))
+        proved = {"lipschitz_bound": bound.value, "lipschitz_bound_in_pixel_box": bound.local}
+        found = {key: None if math.isinf(value) else value for key, value in proved.items()}
+        typer.echo(json.dumps({"model": model, "layers": layers, **found, "reason": bound.reason}, indent=1))
         return
     columns = ["layer", "kind", "input", "lower", "upper", "proved by", *(["estimates"] if top else [])]
     table = Table(*columns, title=f"{model}: spectral norms")
@@ -71,6 +72,8 @@ def spectrum(
     console.print(table)
     console.print(f"Lipschitz bound (pixels in [0, 1] -> logits, L2): {bound.value:.6g}" if bound.reason is None
                   else f"Lipschitz bound: none, {bound.reason}")  # fmt: skip
+    if bound.local < bound.value:
+        console.print(f"Lipschitz bound between images with pixels in [0, 1]: {bound.local:.6g}")
 
 
 @app.command()
@@ -94,6 +97,10 @@ def finetune(
     sched: Annotated[str, typer.Option(help="timm's schedule name.")] = "cosine",
     warmup_epochs: Annotated[int, typer.Option(help="Of the learning rate.")] = 0,
     max_norm: Annotated[float, typer.Option(help="Spectral norm allowed in every layer; inf for no clipping.")] = 1.0,
+    lipschitz_target: Annotated[
+        float | None,
+        typer.Option(help="Bound allowed to the whole network, pixels to logits; spread over its layers."),
+    ] = None,
     composites: Annotated[str, typer.Option(help="Clip a layer with its batch normalisation: auto, always or never.")] = "auto",
     spectral_warmup: Annotated[float, typer.Option(help="Share of the steps that lower norms to --max-norm.")] = 0.5,
     logit_scale: Annotated[float, typer.Option(help="Temperature: the loss is taken on this multiple of the logits.")] = 1.0,
@@ -123,14 +130,16 @@ def finetune(
         model=model, data=data, image_size=image_size, pretrained=pretrained, pretrained_path=pretrained_path,
         initial_checkpoint=initial_checkpoint, epochs=epochs, batch_size=batch_size, opt=opt, lr=lr,
         weight_decay=weight_decay, sched=sched, warmup_epochs=warmup_epochs,
-        max_norm=None if max_norm == math.inf else max_norm, composites=composites,  # type: ignore[arg-type]
-        spectral_warmup=spectral_warmup, logit_scale=logit_scale,
+        max_norm=None if max_norm == math.inf else max_norm, lipschitz_target=lipschitz_target,
+        composites=composites, spectral_warmup=spectral_warmup, logit_scale=logit_scale,  # type: ignore[arg-type]
         objective=objective, margin_eps=margin_eps, lift=lift, fold_bn=fold_bn, residuals=residuals,  # type: ignore[arg-type]
         freeze_bn=freeze_bn, amp=amp, amp_dtype=amp_dtype,
         model_ema=model_ema, model_ema_decay=model_ema_decay, seed=seed, device=device,
     )  # fmt: skip
     if twin:
-        plain = replace(config, max_norm=None, logit_scale=1.0, objective="accuracy", margin_eps=0.0, lift=False)
+        plain = replace(
+            config, max_norm=None, lipschitz_target=None, logit_scale=1.0, objective="accuracy", margin_eps=0.0, lift=False
+        )
         finetune_twins({"plain": plain, "clipped": config}, out, resume=resume)
     else:
         run(config, out, resume=resume)

@@ -173,6 +173,7 @@ def _lipschitz(bound: LipschitzBound, estimate: float, dtype: torch.dtype) -> di
         "certified_dtype": str(dtype).removeprefix("torch."),
         "errors": {str(kind).removeprefix("torch."): error for kind, error in bound.errors.items()},
         "bound": bound.value,
+        "bound_in_pixel_box": bound.local,
         "estimate": estimate,
         "failure_probability": bound.failure_probability,
         "reason": bound.reason or bound.errors_reason,

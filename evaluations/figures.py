@@ -17,7 +17,7 @@ def figures(run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pix
     Args:
         run: Its run.json.
         rows: Its rows of samples.parquet.
-        lipschitz: bound, estimate, failure_probability, reason, and the dtype that is certified with its errors.
+        lipschitz: bound, bound_in_pixel_box, estimate, failure_probability, reason, and the dtype certified with its errors.
         pixels: Values of one image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
     """
     clean = [row for row in rows if row["attack"] == "none"]

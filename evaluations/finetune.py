@@ -68,6 +68,7 @@ class FinetuneConfig:
     sched: str = "cosine"
     warmup_epochs: int = 0
     max_norm: float | None = 1.0
+    lipschitz_target: float | None = None
     composites: Composites = "auto"
     spectral_warmup: float = 0.5
     logit_scale: float = 1.0
@@ -87,6 +88,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
+        if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
+            raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
             raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
         if self.amp_dtype not in ("float16", "bfloat16"):
@@ -101,7 +104,7 @@ class FinetuneConfig:
                 f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective, and no other, takes the "
                 "positive radius that images are to be certified at"
             )
-        if self.lift and (not self.clips or self.spectral_warmup > 0):
+        if self.lift and (self.finite_max_norm is None or self.spectral_warmup > 0):
             raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
@@ -109,7 +112,12 @@ class FinetuneConfig:
     @property
     def clips(self) -> bool:
         """Whether the run holds spectral norms."""
-        return self.max_norm is not None and math.isfinite(self.max_norm)
+        return self.finite_max_norm is not None or self.lipschitz_target is not None
+
+    @property
+    def finite_max_norm(self) -> float | None:
+        """The norm asked of every layer by itself, if any is."""
+        return self.max_norm if self.max_norm is not None and math.isfinite(self.max_norm) else None
 
 
 def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
@@ -159,8 +167,12 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     model = create_model(config, data).to(config.device)
     if not all_finite(model.state_dict()):
         raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
-    with torch.no_grad():
-        model(example)
+    try:
+        with torch.no_grad():
+            model(example)
+    except RuntimeError as error:
+        shape = tuple(example.shape[1:])
+        raise ValueError(f"{config.model} does not take images of shape {shape}, give another --image-size: {error}") from error
     training = _Training(config, data, model, out)
     if resume and (out / "state.pt").is_file():
         training.restore()
@@ -292,7 +304,7 @@ class _Training:
         weights = save_weights(trained.model, self.out / "model.safetensors")
         images, labels = self.data.test_images(len(self.data.test))  # type: ignore[arg-type]
         write_json(self.out / "run.json", {
-            "config": asdict(config) | {"max_norm": config.max_norm if config.clips else None},
+            "config": asdict(config) | {"max_norm": config.finite_max_norm},
             "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
             "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
             "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in after],
@@ -310,8 +322,9 @@ class _Training:
         return FastClip(
             model,
             self.data.example().to(config.device),
-            config.max_norm if config.clips and config.max_norm is not None else math.inf,
+            config.finite_max_norm or math.inf,
             composites=config.composites,
+            lipschitz_target=config.lipschitz_target,
             warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
             seed=config.seed,
         )

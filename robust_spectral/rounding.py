@@ -253,6 +253,38 @@ def averaged(walk: Rounding, n: fx.Node) -> Terms:
     return math.ceil(count) + 2, gain * walk.size(source)
 
 
+@rounds(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)
+def normalised_by_itself(walk: Rounding, n: fx.Node) -> Terms:
+    """z γ / sqrt(v + eps) + β with z = x - mean and v the mean of z² of a group of m elements.
+
+    However v is summed, by Welford's method or as the mean of x² less the squared mean, it is off by δ <= 4 γ_k ‖x‖² / m (Chan,
+    Golub and LeVeque 1983, Algorithms for computing the sample variance). As ‖z‖ <= sqrt(m (v + eps)), the value moves with it
+    by at most sqrt(m) δ / (2 eps) times γ; all else rounds numbers no larger than ‖x‖ / sqrt(eps) times γ.
+    """
+    module = _called(walk, n)
+    shape = walk.env[n].shape
+    if isinstance(module, nn.GroupNorm):
+        count = math.prod(shape[1:]) // module.num_groups
+    else:
+        count = math.prod(getattr(module, "normalized_shape", shape[2:]))
+    eps = torch.finfo(walk.env[n].dtype).eps if module.eps is None else module.eps  # of float64, the smallest that it may be
+    gain = 1.0 if module.weight is None else float(module.weight.detach().double().abs().max())
+    bias = getattr(module, "bias", None)
+    offset = 0.0 if bias is None else float(bias.double().norm()) * math.sqrt(walk.elements(n) / bias.numel())
+    size = walk.size(n.args[0])
+    total = gain * (4 * size / math.sqrt(eps) + 2 * size**2 / (math.sqrt(count) * eps)) + 2 * offset
+    return 4 * count + 16, total * (1 + 1e-9)
+
+
+@rounds(torch.softmax, "softmax", F.softmax, nn.Softmax)
+def shares(walk: Rounding, n: fx.Node) -> Terms:
+    """exp(x - max) over a sum of m of those: off by a share of at most 4 ‖x‖ u + γ_k, and no longer than 1."""
+    module = walk.called(n)
+    axis: Any = module.dim if module is not None else n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)  # type: ignore[union-attr]
+    count = walk.env[n].shape[axis]
+    return count + _SMOOTH, (2 + 8 * walk.size(n.args[0])) * math.sqrt(walk.elements(n) / count)
+
+
 @rounds("float", "double", "to")
 def cast(walk: Rounding, n: fx.Node) -> Terms:
     """To another type of number."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import norm
 
-from robust_spectral import FastClip, linear_layers
+from robust_spectral import FastClip, linear_layers, lipschitz_bound
 from robust_spectral.evaluations import cli
 from robust_spectral.evaluations.evaluate import AttackPlan, evaluate, into_ball, size_of
 from robust_spectral.evaluations.figures import certified, sandwich
@@ -107,6 +107,14 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("finetune --model test_resnet --data digits --max-norm -1 --out OUT", "must be positive"),
         ("finetune --model test_resnet --data digits --initial-checkpoint nowhere.pth --out OUT", "no such file"),
         ("finetune --model test_resnet --data digits --freeze-bn --lr 1e30 --out OUT", "the last complete epoch is kept"),
+        (
+            "finetune --model test_resnet --data digits --lipschitz-target -1 --out OUT",
+            "lipschitz_target=-1.0: must be positive",
+        ),
+        (
+            "finetune --model maxmin_mlp --data digits --image-size 9 --out OUT",
+            "maxmin_mlp does not take images of shape (1, 9, 9)",
+        ),
         ("evaluate OUT", "no such run folder"),
         ("report OUT", "no such run folder"),
         ("evaluate . --attack pdg", "near: pgd"),
@@ -218,6 +226,25 @@ def test_moving_average_is_clipped_and_saved(tmp_path):
     for layer in linear_layers(model, data.example()):
         composite = torch.nn.Sequential(layer.module, *([layer.batchnorm] if layer.batchnorm is not None else []))
         assert norm(composite, layer.in_shape) <= 2 * 1.001
+
+
+def test_a_target_for_the_whole_network_is_met_by_its_bound(tmp_path):
+    command("finetune --model maxmin_mlp --data digits --image-size 28 --epochs 1 --max-norm inf --lipschitz-target 3",
+            tmp_path / "run")  # fmt: skip
+    model, data, run = load_run(tmp_path / "run")
+    assert run["defence"] == "fastclip" and run["config"]["max_norm"] is None
+    assert 1 < lipschitz_bound(model, data.example()).value <= 3
+
+
+def test_a_network_with_gates_has_a_bound_between_images_in_the_report(tmp_path):
+    folder = finetune(
+        FinetuneConfig(model="test_efficientnet", data="digits", image_size=32, epochs=0, max_norm=None), tmp_path / "run"
+    )
+    evaluate(folder, [AttackPlan("pgd", "l2", (0.5,), 2)])
+    lipschitz = read_json(folder / "report.json")["lipschitz"]
+    assert lipschitz["bound"] is None and lipschitz["bound_in_pixel_box"] > 0
+    write_report(folder)
+    assert "between images with pixels in [0, 1] the bound is" in (folder / "report.html").read_text()
 
 
 def test_mixed_precision_keeps_the_norms_it_ends_with(tmp_path):

@@ -52,6 +52,14 @@ def trained_like(batchnorm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     return batchnorm
 
 
+def slanted(norm: nn.Module) -> nn.Module:
+    """With weights and offsets that differ."""
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    return norm
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)),
     "conv": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.GELU(), nn.Conv2d(8, 4, 3, padding=1)),
@@ -65,6 +73,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "parts": lambda: Of(lambda x: torch.sub(x.chunk(2, 1)[0], x[:, 3:].flip(1), alpha=3).flatten(1)),
     "sums": lambda: Of(lambda x: x.sum((2, 3)) + F.avg_pool2d(x, 2).amax((2, 3))),
     "padded": lambda: Of(lambda x: F.hardswish(F.pad(x, (1, 2), value=5.0).permute(0, 2, 3, 1))),
+    "group norm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), slanted(nn.GroupNorm(2, 6, eps=0.1)), nn.Flatten()),
+    "layer norm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), slanted(nn.LayerNorm((6, 6), eps=0.1)), nn.ReLU()),
+    "instance norm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.InstanceNorm2d(6, eps=0.1), nn.ReLU()),
+    "root mean square": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), slanted(nn.RMSNorm((6, 6), eps=0.1))),
+    "softmax": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.Softmax(1)),
     "timm": lambda: nn.Sequential(
         timm.layers.Conv2dSame(4, 6, 3, 2),
         trained_like(timm.layers.BatchNormAct2d(6, act_layer=nn.SiLU)),
@@ -96,6 +109,16 @@ def test_a_forward_pass_in_float32_is_no_further_off_than_its_bound(name: str) -
     assert found.errors[torch.float64] <= 3e-9 * found.errors[torch.float32]
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(1, 4, eps=1e-3), nn.LayerNorm((4, 8, 8), eps=1e-3), nn.InstanceNorm2d(4, eps=1e-3)]
+)
+def test_the_bound_holds_where_a_variance_cancels(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), norm)
+    nn.init.constant_(model[0].bias, 30.0)  # type: ignore[arg-type]
+    found = rs.lipschitz_bound(model, torch.zeros(1, *SHAPE)).errors[torch.float32]
+    assert 1e-5 < measured(model, points(16)) <= found
+
+
 def test_the_bound_holds_for_the_numbers_that_round_worst() -> None:
     """A sum of many small numbers behind a large one, each lost on its own."""
     size = 4096
@@ -123,9 +146,11 @@ def test_the_error_grows_with_the_box() -> None:
 
 
 def test_nothing_is_claimed_where_it_is_not_known_how_an_operation_rounds() -> None:
-    found = rs.lipschitz_bound(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Flatten()), torch.zeros(1, *SHAPE))
+    found = rs.lipschitz_bound(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Flatten()), torch.zeros(1, *SHAPE)
+    )
     assert math.isfinite(found.value) and math.isinf(found.errors[torch.float32])
-    assert found.reason is None and found.errors_reason is not None and "GroupNorm rounds (at '1')" in found.errors_reason
+    assert found.reason is None and found.errors_reason is not None and "Upsample rounds (at '1')" in found.errors_reason
     assert float(rs.certified_radius(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), found)) == 0
 
 
