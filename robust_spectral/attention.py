@@ -31,7 +31,7 @@ def matrix_product(walk: Walk, n: fx.Node) -> float:
         parts = [times(walk.bound(a), _largest_norm(walk.size(b)), _repeats(walk, n, a)) for a, b in pairs]
         return math.nextafter(sum(parts), math.inf)
     function, constant = (first, second) if walk.depends(first) else (second, first)
-    return times(walk.bound(function), _constant_norm(walk.env[constant]), _repeats(walk, n, function))
+    return times(walk.bound(function), _constant_norm(walk.env[constant]), _repeats(walk, n, function))  # type: ignore[index]
 
 
 @interval(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")

@@ -280,7 +280,7 @@ def normalised_by_itself(walk: Rounding, n: fx.Node) -> Terms:
 def shares(walk: Rounding, n: fx.Node) -> Terms:
     """exp(x - max) over a sum of m of those: off by a share of at most 4 ‖x‖ u + γ_k, and no longer than 1."""
     module = walk.called(n)
-    axis: Any = module.dim if module is not None else n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)  # type: ignore[union-attr]
+    axis: Any = module.dim if module is not None else n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
     count = walk.env[n].shape[axis]
     return count + _SMOOTH, (2 + 8 * walk.size(n.args[0])) * math.sqrt(walk.elements(n) / count)
 
