@@ -263,6 +263,9 @@ def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
 
 
 def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:
-    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves."""
-    operator = layer.operator(composite=composite)
+    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves.
+
+    Its kernel, a copy of the weight where there are strides, would not follow training; proofs make their own.
+    """
+    operator = replace(layer.operator(composite=composite), kernel=None)
     return operator if is_plain(layer.module) else replace(operator, groups=1)
