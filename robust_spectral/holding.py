@@ -23,15 +23,17 @@ from torch.nn.modules.conv import _ConvNd
 from .krylov import from_groups, to_groups
 from .layers import LinearLayer
 from .slow import SlowDirections, slow_directions
-from .tracking import TrackedLayer
+from .spectrum import unit_rows
+from .tracking import TrackedLayer, between
 
-_LOOK = 7  # steps of a closer look
-_COSTLY_EVERY, _WHOLE_EVERY = 8, 3  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
+_LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
+_COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
 _FAR, _COSTLY_FAR = 1.01, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
+_SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _STATE = ("bias", "rate", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
@@ -161,16 +163,17 @@ class HeldLayer:
     def look(self, step: int, target: Target) -> None:
         """A closer look at both, from which it is learned what the small one misses."""
         found = look(self.small, _LOOK, step, self._toward())
-        searched = look(self.whole, _LOOK, step, self._found_on_small())
+        searched = look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
         self._share(searched)
         self.compared = step
         self._learn(found, searched)
         self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
 
     def _found_on_small(self) -> Tensor:
-        """What the small one has found, on the whole map inside zeros.
+        """What the small one has found, on the whole map: inside zeros, and where there is no stride also spread over it.
 
-        With padding by zeros its image there is at least as long as on the small map.
+        With padding by zeros the image of the one is at least as long as on the small map; that of the other is longer where
+        the direction varies slowly.
         """
         inner, outer = self.small.operator.in_shape, self.whole.operator.in_shape
         module: Any = self.whole.layer.module
@@ -179,7 +182,11 @@ class HeldLayer:
             before = (large - small) // 2 // stride * stride
             margins = [before, large - small - before, *margins]
         X = from_groups(self.small.vectors[:, :1], inner)
-        return to_groups(F.pad(X, margins), self.whole.operator.groups)
+        inside = to_groups(F.pad(X, margins), self.whole.operator.groups)
+        if set(module.stride) != {1}:
+            return inside
+        spread = F.interpolate(X, outer[1:], mode=_SMOOTH[len(outer) - 2])
+        return between(inside, unit_rows(to_groups(spread, self.whole.operator.groups))[0])
 
     def _share(self, norm: float) -> None:
         if self.sensed > 0:
@@ -194,7 +201,9 @@ class HeldLayer:
         return allowed / (1 + min(self.rate * waited, _MOST_FORESEEN))
 
     def _learn(self, found: float, searched: float) -> None:
-        self.bias = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
+        """Quick to believe that the small one falls short, slow to forget it: a short search of the whole finds too little."""
+        bias = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
+        self.bias = max(bias, (self.bias + bias) / 2)
 
 
 def on_small_map(layer: LinearLayer) -> LinearLayer:
@@ -295,7 +304,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.resting = False
     due = awake
     found = measure([held.small for held in (*due, *glanced)], step)
-    in_turn = [held for i, held in enumerate(layers) if (step + i) % ((2 if held.cheap else 8) * every) == 0]
+    in_turn = [held for i, held in enumerate(layers) if (step + i) % ((3 if held.cheap else 8) * every) == 0]
     sense([held for held in layers if held in (*in_turn, *glanced, *whole)])
     far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > held.far]
     for _ in range(sweeps - 1):

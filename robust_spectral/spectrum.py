@@ -196,8 +196,10 @@ def size_of(A: LinearOperator, seed: int) -> float:
 
 
 def dense_blocks(A: LinearOperator) -> Tensor:
-    """The transposed matrix of every group, (g, in/g, out/g): costs one application per input element of a group."""
+    """The transposed matrix of every group, (g, in/g, out/g): an application per input or output element, as are fewer."""
     size = prod(A.in_shape) // A.groups
+    if prod(A.out_shape) // A.groups < size:
+        return dense_blocks(A.H).mT
     eye = torch.eye(size, dtype=A.dtype, device=A.device)[None].expand(A.groups, -1, -1)
     return torch.cat([apply_grouped(A, chunk) for chunk in eye.split(1024, dim=1)], dim=1)
 
