@@ -3,16 +3,32 @@
 import numpy as np
 import pytest
 import reference
+import timm.scheduler
 import torch
+import torch.nn.functional as F
 from art.attacks.evasion import ProjectedGradientDescent
-from art.defences.trainer import AdversarialTrainerMadryPGD
+from art.defences.trainer import (
+    AdversarialTrainer,
+    AdversarialTrainerAWPPyTorch,
+    AdversarialTrainerFBFPyTorch,
+    AdversarialTrainerMadryPGD,
+    AdversarialTrainerOAATPyTorch,
+    AdversarialTrainerTRADESPyTorch,
+)
 from art.defences.trainer.trainer import Trainer
 from art.estimators.classification import PyTorchClassifier
 from sklearn.datasets import load_digits
 from torch import nn
 
 from robust_spectral import certified_radius, lipschitz_bound
-from robust_spectral.plugins.art import FastClipTrainer, FastClipTransformer, LipschitzClassifier, register, unregister
+from robust_spectral.plugins.art import (
+    FastClipTrainer,
+    FastClipTransformer,
+    LipschitzClassifier,
+    LipschitzReport,
+    register,
+    unregister,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +37,20 @@ def digits():
     return (data.images[:256, None] / 16).astype(np.float32), np.eye(10, dtype=np.float32)[data.target[:256]]
 
 
+class Network(nn.Module):
+    """Not an ``nn.Sequential`` itself: TRADES and FBF of ART fail on the list of activations that ART makes of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dense = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.dense(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1))
+
+
 def network(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    return Network()
 
 
 def classifier(model=None, kind=PyTorchClassifier, clip_values=(0, 1), **options):
@@ -33,7 +60,7 @@ def classifier(model=None, kind=PyTorchClassifier, clip_values=(0, 1), **options
 
 
 def true_norms(model):
-    return [reference.norm(model[0], (1, 8, 8)), reference.norm(model[4], (128,))]
+    return [reference.norm(model.conv, (1, 8, 8)), reference.norm(model.dense, (128,))]
 
 
 def test_trainer_alone_ends_with_every_norm_at_most_the_target(digits):
@@ -42,22 +69,116 @@ def test_trainer_alone_ends_with_every_norm_at_most_the_target(digits):
     assert max(true_norms(trainer.get_classifier().model)) <= 0.7 * 1.001
 
 
-def test_trainer_around_madry_pgd_clips_the_inner_classifier(digits):
-    inner = AdversarialTrainerMadryPGD(classifier(), nb_epochs=2, batch_size=64, eps=0.1, eps_step=0.05, max_iter=2)
-    trainer = FastClipTrainer(inner, max_norm=0.7)
-    trainer.fit(*digits)
-    assert isinstance(trainer, Trainer)
+def attack(inner):
+    return ProjectedGradientDescent(inner, eps=0.1, eps_step=0.05, max_iter=2, verbose=False)
+
+
+OAAT = {
+    "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "lr_schedule": "cosine", "oaat_warmup": 0, "max_iter": 2, "norm": np.inf,
+    "epsilon": 0.1, "i_epsilon": 0.05, "mixup_epsilon": 0.1, "mixup_alpha": 1.0, "alpha": 0.5, "beta": 1.0, "beta_final": 1.0,
+    "awp_gamma": 0.01, "awp_warmup": 1, "alternate_iter_eps": 99, "lpips_weight": 1.0, "i_lpips_weight": 1.0,
+    "layer_names_activation": ["conv"], "list_swa_epoch": [0], "list_swa_tau": [0.5], "load_swa_model_tau": 0.5,
+    "swa_save_epoch": 99, "models_path": None,
+}  # fmt: skip
+TRAINERS = {
+    "alone": lambda inner: inner,
+    "adversarial": lambda inner: AdversarialTrainer(inner, attack(inner), ratio=0.5),
+    "madry": lambda inner: AdversarialTrainerMadryPGD(inner, eps=0.1, eps_step=0.05, max_iter=2),
+    "trades": lambda inner: AdversarialTrainerTRADESPyTorch(inner, attack(inner), beta=1.0),
+    "awp": lambda inner: AdversarialTrainerAWPPyTorch(inner, classifier(network(7)), attack(inner), "PGD", 0.01, 1.0, 0),
+    "fbf": lambda inner: AdversarialTrainerFBFPyTorch(inner, eps=0.1),
+    "oaat": lambda inner: AdversarialTrainerOAATPyTorch(
+        inner, classifier(network(7)), classifier(network(8)), [classifier(network(9))], attack(inner), dict(OAAT)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_of_art_ends_with_every_norm_at_most_the_target(digits, name):
+    trainer = FastClipTrainer(TRAINERS[name](classifier()), max_norm=0.7)
+    trainer.fit(*digits, nb_epochs=2, batch_size=64)
+    assert isinstance(trainer, Trainer) and trainer.clipper.steps >= 8
     assert max(true_norms(trainer.get_classifier().model)) <= 0.7 * 1.001
 
 
-def test_infinite_target_gives_the_weights_that_art_alone_gives(digits):
+@pytest.mark.parametrize("name", TRAINERS)
+def test_an_infinite_target_leaves_the_weights_that_art_alone_gives(digits, name):
     weights = []
-    for wrap in (lambda c: c, lambda c: FastClipTrainer(c, max_norm=float("inf"))):
-        model = network()
+    for wrap in (lambda trainer: trainer, lambda trainer: FastClipTrainer(trainer, max_norm=float("inf"))):
         np.random.seed(0)
-        wrap(classifier(model)).fit(*digits, nb_epochs=2, batch_size=64)
-        weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        inner = classifier()
+        torch.manual_seed(0)
+        wrap(TRAINERS[name](inner)).fit(*digits, nb_epochs=2, batch_size=64)
+        weights.append(inner.model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_an_optimizer_that_the_trainer_puts_in_the_place_of_another_is_followed(digits):
+    trainer = FastClipTrainer(TRAINERS["oaat"](classifier()), max_norm=0.7)
+    first = trainer.classifier.optimizer
+    trainer.fit(*digits, nb_epochs=4, batch_size=64)
+    assert trainer.classifier.optimizer is not first
+    assert trainer.clipper.steps == 4 * 4
+
+
+def test_the_optimizer_of_a_proxy_classifier_is_not_followed(digits):
+    trainer = FastClipTrainer(TRAINERS["awp"](classifier()), max_norm=0.7)
+    trainer.fit(*digits, nb_epochs=1, batch_size=64)
+    assert trainer.clipper.steps == 4
+
+
+SCHEDULERS = {
+    "torch": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+    "timm": lambda optimizer: timm.scheduler.StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("trainer", ["alone", "trades", "awp"])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_of_torch_and_timm_step_once_in_an_epoch(digits, trainer, kind):
+    inner = classifier()
+    FastClipTrainer(TRAINERS[trainer](inner)).fit(
+        *digits, nb_epochs=2, batch_size=64, scheduler=SCHEDULERS[kind](inner.optimizer)
+    )
+    assert inner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 4)
+
+
+def test_a_scheduler_for_a_trainer_that_would_step_it_with_every_batch_is_refused(digits):
+    inner = classifier()
+    with pytest.raises(ValueError, match=r"AdversarialTrainerMadryPGD\.fit takes no scheduler"):
+        FastClipTrainer(TRAINERS["madry"](inner)).fit(*digits, scheduler=SCHEDULERS["torch"](inner.optimizer), batch_size=64)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_labels_may_be_indices(digits, name):
+    images, labels = digits
+    weights = []
+    for given in (labels, labels.argmax(1)):
+        np.random.seed(0)
+        inner = classifier()
+        torch.manual_seed(0)
+        FastClipTrainer(TRAINERS[name](inner), max_norm=0.7).fit(images, given, nb_epochs=1, batch_size=64)
+        weights.append(inner.model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_float64_images_are_cast_with_a_warning(digits):
+    images, labels = digits
+    with pytest.warns(UserWarning, match="cast to float32"):
+        FastClipTrainer(classifier(), max_norm=0.7).fit(images.astype(np.float64), labels, nb_epochs=1, batch_size=64)
+
+
+def test_a_model_on_another_device_than_its_classifier_says_is_refused():
+    inner = classifier()
+    inner.model.to("meta")
+    with pytest.raises(ValueError, match="the model is on meta, its classifier works on cpu"):
+        FastClipTrainer(inner)
+
+
+def test_a_lipschitz_target_counts_the_standardisation_outside_the_model(digits):
+    inner = classifier(kind=LipschitzClassifier, preprocessing=(0.5, 0.25))
+    FastClipTrainer(inner, max_norm=float("inf"), lipschitz_target=3.0).fit(*digits, nb_epochs=1, batch_size=64)
+    assert 1 < inner.lipschitz_bound().value <= 3
 
 
 def test_fit_generator_clips_too(digits):
@@ -127,6 +248,20 @@ def test_no_attack_succeeds_inside_a_certified_radius(digits):
     attack = ProjectedGradientDescent(certifying, norm=2, eps=eps, eps_step=eps / 4, max_iter=20, verbose=False)
     attacked = certifying.predict(attack.generate(images[:64])).argmax(1)
     assert (attacked == prediction)[radius >= eps].all()
+
+
+def test_the_report_sets_what_is_proved_against_what_attacks_find(digits):
+    images, labels = digits
+    certifying = classifier(kind=LipschitzClassifier, preprocessing=(0.5, 0.5))
+    FastClipTrainer(certifying, max_norm=1.0).fit(images, labels, nb_epochs=3, batch_size=64)
+    report = LipschitzReport([0.05, 0.5, 5.0], clever_samples=1)
+    found = report.evaluate(certifying, images[:48], labels[:48].argmax(1), eps_step=0.5, max_iter=10)
+    assert 0 < found["lipschitz_estimate"] <= found["lipschitz_bound"]
+    assert 0 < found["certified"][0.05] <= found["attacked"][0.05] <= found["accuracy"]
+    assert found["certified"][0.5] <= found["attacked"][0.5] < found["accuracy"]
+    assert found["loss_sensitivity"] > 0 and 0 < found["clever"][0] <= 5
+    with pytest.raises(TypeError, match="takes a LipschitzClassifier"):
+        report.evaluate(classifier(), images, labels)
 
 
 def test_register_makes_the_trainer_reachable_in_art_and_unregister_takes_it_away():
