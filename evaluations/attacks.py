@@ -6,7 +6,6 @@ budget its name stands for.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from robust_spectral.plugins.registry import find
 
 NORMS = {"l2": 2, "linf": np.inf}
 
@@ -69,19 +70,17 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps:
     return adversarial.detach()
 
 
-ATTACKS = {"pgd": Attack("pgd", pgd), "autoattack": Attack("autoattack", autoattack)}
+PGD, AUTOATTACK = Attack("pgd", pgd), Attack("autoattack", autoattack)
 
 
 def find_attack(name: str) -> Attack:
-    """An attack by name.
+    """An attack by name, of this package or another that is installed.
 
     Raises:
         ValueError: there is none of that name; the near ones are offered.
     """
-    if name in ATTACKS:
-        return ATTACKS[name]
-    near = difflib.get_close_matches(name, ATTACKS, n=2, cutoff=0.3) or list(ATTACKS)
-    raise ValueError(f"attack {name!r}: unknown; near: {', '.join(near)}")
+    attack: Attack = find("attack", name)
+    return attack
 
 
 @contextmanager

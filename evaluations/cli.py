@@ -96,6 +96,10 @@ def finetune(
     weight_decay: Annotated[float, typer.Option()] = 1e-4,
     sched: Annotated[str, typer.Option(help="timm's schedule name.")] = "cosine",
     warmup_epochs: Annotated[int, typer.Option(help="Of the learning rate.")] = 0,
+    defence: Annotated[
+        str,
+        typer.Option(help="fastclip, fastclip-composite, none, miyato, gouk, delattre, senderovich, bjorck or another."),
+    ] = "fastclip",
     max_norm: Annotated[float, typer.Option(help="Spectral norm allowed in every layer; inf for no clipping.")] = 1.0,
     lipschitz_target: Annotated[
         float | None,
@@ -130,7 +134,7 @@ def finetune(
         model=model, data=data, image_size=image_size, pretrained=pretrained, pretrained_path=pretrained_path,
         initial_checkpoint=initial_checkpoint, epochs=epochs, batch_size=batch_size, opt=opt, lr=lr,
         weight_decay=weight_decay, sched=sched, warmup_epochs=warmup_epochs,
-        max_norm=None if max_norm == math.inf else max_norm, lipschitz_target=lipschitz_target,
+        defence=defence, max_norm=None if max_norm == math.inf else max_norm, lipschitz_target=lipschitz_target,
         composites=composites, spectral_warmup=spectral_warmup, logit_scale=logit_scale,  # type: ignore[arg-type]
         objective=objective, margin_eps=margin_eps, lift=lift, fold_bn=fold_bn, residuals=residuals,  # type: ignore[arg-type]
         freeze_bn=freeze_bn, amp=amp, amp_dtype=amp_dtype,

@@ -25,9 +25,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from robust_spectral import FastClip, fold_batchnorms_
+from robust_spectral import FastClip, Lanczos, fold_batchnorms_, top_singular
 from robust_spectral.affine import is_batchnorm
 from robust_spectral.fastclip import Composites
+from robust_spectral.plugins.defences import Defence, NoDefence
+from robust_spectral.plugins.registry import find
 from robust_spectral.plugins.timm import PixelModel, load, load_weights
 from robust_spectral.plugins.timm_blocks import average_residuals_
 
@@ -67,6 +69,7 @@ class FinetuneConfig:
     weight_decay: float = 1e-4
     sched: str = "cosine"
     warmup_epochs: int = 0
+    defence: str = "fastclip"
     max_norm: float | None = 1.0
     lipschitz_target: float | None = None
     composites: Composites = "auto"
@@ -88,6 +91,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
+        find("defence", self.defence)
+        if self.lipschitz_target is not None and not self.fastclip:
+            raise ValueError(f"lipschitz_target={self.lipschitz_target}: of fastclip only, not of defence={self.defence!r}")
         if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
             raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
@@ -111,8 +117,13 @@ class FinetuneConfig:
 
     @property
     def clips(self) -> bool:
-        """Whether the run holds spectral norms."""
-        return self.finite_max_norm is not None or self.lipschitz_target is not None
+        """Whether the run holds spectral norms with FastClip."""
+        return self.fastclip and (self.finite_max_norm is not None or self.lipschitz_target is not None)
+
+    @property
+    def fastclip(self) -> bool:
+        """Whether the defence is FastClip, with all its options, and no other."""
+        return self.defence in ("fastclip", "fastclip-composite")
 
     @property
     def finite_max_norm(self) -> float | None:
@@ -191,8 +202,13 @@ class _Training:
         self.config, self.data, self.model, self.out = config, data, model, out
         self.epoch, self.rows, self.started = 0, list[dict[str, Any]](), time.time()
         self.skipped = self.skipped_in_a_row = 0
-        self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.batches = max(1, len(data.train) // config.batch_size)  # type: ignore[arg-type]
+        self._set_mode(training=True)
+        self.clipper = self._clipper(model)
+        self.before = {row["name"]: row["upper"] for row in self.clipper.report(rtol=0.02)}
+        self.rival: Defence = NoDefence() if config.fastclip else find("defence", config.defence)(config.finite_max_norm or 1.0)
+        self.rival.prepare(model, data.example().to(config.device))
+        self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=config.sched, num_epochs=max(1, config.epochs), warmup_epochs=config.warmup_epochs,
             step_on_epochs=False, updates_per_epoch=self.batches,
@@ -203,12 +219,11 @@ class _Training:
         self.loss = (
             CertifiedCrossEntropy(config.logit_scale, config.margin_eps) if certified else CrossEntropy(config.logit_scale)
         )
-        self._set_mode(training=True)
-        self.clipper = self._clipper(model)
-        self.clipper.attach(self.optimizer)
+        if config.fastclip:
+            self.clipper.attach(self.optimizer)
+        self.rival.attach(self.optimizer)
         if config.lift and config.max_norm is not None:
             Lift(model, config.max_norm).attach(self.optimizer)
-        self.before = {row["name"]: row["upper"] for row in self.clipper.report(rtol=0.02)}
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         """One pass over the training split, every random draw of which follows from the seed and the epoch."""
@@ -240,6 +255,7 @@ class _Training:
         with torch.autocast(device, dtype=dtype) if config.amp else nullcontext():
             logits = self.model(images)
             loss = self.loss(logits.float(), labels)
+        loss = loss + self.rival.penalty()
         value = loss.item()
         self.optimizer.zero_grad()
         if not math.isfinite(value):
@@ -268,8 +284,8 @@ class _Training:
             raise ValueError(f"{self.out}: weights became NaN or infinite; {_STOPPED}")
         state = {
             "epoch": epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "clipper": self.clipper.state_dict(), "scaler": self.scaler.state_dict(), "rows": self.rows,
-            "before": self.before, "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "clipper": self.clipper.state_dict(), "rival": self.rival.state(), "scaler": self.scaler.state_dict(),
+            "rows": self.rows, "before": self.before, "ema": None if self.ema is None else self.ema.module.state_dict(),
             "seconds": time.time() - self.started, "skipped": self.skipped,
         }  # fmt: skip
         write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
@@ -282,6 +298,7 @@ class _Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clipper.load_state_dict(state["clipper"])
+        self.rival.restore(state["rival"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -290,14 +307,15 @@ class _Training:
 
     def close(self) -> None:
         """Final clip with proof, then the files that make the run complete; run.json last."""
-        trained = self.model if self.ema is None else self.ema.module
-        clipper = self.clipper
+        trained, config, clipper = self.model if self.ema is None else self.ema.module, self.config, self.clipper
         if self.ema is not None:
             clipper = self._clipper(trained)
             clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same vectors
         self._set_mode(training=False)
+        self.rival.finish(trained)
+        if not config.fastclip:  # whose weights are plain ones now
+            clipper = self._clipper(trained)
         clipper.finish()
-        config = self.config
         after = clipper.report()
         log = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log))
@@ -315,15 +333,15 @@ class _Training:
     @property
     def defence(self) -> str:
         """What the run does to its layers, in a word."""
-        return "fastclip" if self.config.clips else "none"
+        return self.config.defence if self.config.clips or not self.config.fastclip else "none"
 
     def _clipper(self, model: nn.Module) -> FastClip:
         config = self.config
         return FastClip(
             model,
             self.data.example().to(config.device),
-            config.finite_max_norm or math.inf,
-            composites=config.composites,
+            config.finite_max_norm if config.clips and config.finite_max_norm is not None else math.inf,
+            composites="always" if config.defence == "fastclip-composite" else config.composites,
             lipschitz_target=config.lipschitz_target,
             warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
             seed=config.seed,
@@ -343,9 +361,17 @@ class _Training:
             generator=generator, collate_fn=stack,
         )  # fmt: skip
 
+    def _norms(self) -> dict[str, float]:
+        """Estimates of the norm of every layer: the clipper's, or under another defence those of a few Krylov steps."""
+        if self.config.fastclip:
+            return self.clipper.norms()
+        solver = Lanczos(rtol=1e-2, max_steps=12)
+        layers = {layer.name: layer.operator(composite=bool(layer.batchnorm)) for layer in self.clipper.layers}
+        return {name: float(top_singular(operator, 1, solver).values[0]) for name, operator in layers.items()}
+
     def _log(self, epoch: int, step: int, loss: float, accuracy: float, progress: Progress, task: Any) -> None:
         try:
-            norms = self.clipper.norms()
+            norms = self._norms()
         except ValueError as error:
             raise ValueError(f"{self.out}: the weights are not finite any more; {_STOPPED}") from error
         largest = max(norms, key=lambda name: norms[name])

@@ -18,7 +18,11 @@ CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 EVALUATIONS = sorted((ROOT / "evaluations").rglob("*.py"))
 NUMERICS = {"torch", "numpy", "scipy"}
-HOSTS = {"autoattack": "pyautoattack", "timm_blocks": "timm"}  # plugin file -> what it imports, where the two names differ
+HOSTS = {
+    "autoattack": "pyautoattack",
+    "timm_blocks": "timm",
+    "defences": "deel",
+}  # plugin file -> what it imports, where the two names differ
 
 
 def imported(path: Path, package: str) -> Iterator[str]:

@@ -51,7 +51,7 @@ class Setting:
         return model.to(device, memory_format=torch.channels_last) if device != "cpu" else model.to(device)
 
 
-CPU = [Setting("test_resnet", 28, 64, 60), Setting("resnet18", 32, 64, 24), Setting("resnet50", 224, 8, 8)]
+CPU = [Setting("test_resnet", 28, 64, 60), Setting("resnet18", 32, 64, 60), Setting("resnet50", 224, 8, 8)]
 CUDA = [Setting("test_resnet", 28, 64, 200), Setting("resnet18", 32, 64, 200), Setting("resnet50", 224, 256, 60)]
 
 
