@@ -32,6 +32,7 @@ _CHEAP = 1.2e7  # multiply-adds of an application
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
+_MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.01, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
@@ -56,7 +57,7 @@ class HeldLayer:
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
-        resting: Whether the last power step found nothing to do, nor soon, so that the next one is left out.
+        resting: How many power steps are left out, as the last one found nothing to do, nor soon.
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
         share: The norm over that gain, at most 1.
@@ -69,7 +70,7 @@ class HeldLayer:
     looked: int = 0
     compared: int = 0
     allowed: float = math.inf
-    resting: bool = False
+    resting: int = 0
     slow: SlowDirections | None = None
     sensed: float = 0.0
     share: float = 1.0
@@ -142,7 +143,8 @@ class HeldLayer:
         missed = self.small.missed * self.bias
         allowed = target(self, norm * missed)
         self.hold(self.small, norm, missed, allowed)
-        self.resting = norm * missed * (1 + 2 * self.rate) <= allowed * (1 + _IDLE)
+        slack, pace = 1 + _IDLE - norm * missed / allowed, 2 * self.rate + _IDLE / 8
+        self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
         return norm * missed / allowed
 
     def gains(self, target: Target) -> float:
@@ -301,7 +303,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
     awake = [held for held in due if not held.resting]
     for held in due:
-        held.resting = False
+        held.resting = max(0, held.resting - 1)
     due = awake
     found = measure([held.small for held in (*due, *glanced)], step)
     in_turn = [held for i, held in enumerate(layers) if (step + i) % ((3 if held.cheap else 8) * every) == 0]
