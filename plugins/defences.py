@@ -118,7 +118,25 @@ class FastClipComposite(FastClipDefence):
     composites = "always"
 
 
-class Miyato(NoDefence):
+class _Parametrised(NoDefence):
+    """One that parametrises weights."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Make every parametrised weight a plain one, as it is in eval mode."""
+        model.eval()
+        for module in [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+class _OnLayers(NoDefence):
+    """One that goes through the linear layers."""
+
+    def prepare(self, model: nn.Module, example_input: Tensor) -> None:
+        """Find the layers."""
+        self.layers = linear_layers(model, example_input)
+
+
+class Miyato(_Parametrised):
     """torch's spectral normalisation: weights, reshaped to matrices, over a running estimate of their norm, times ``max_norm``.
 
     Source: Miyato et al. (2018), Spectral normalization for generative adversarial networks.
@@ -129,10 +147,6 @@ class Miyato(NoDefence):
         for module in _modules(model, example_input):
             parametrizations.spectral_norm(module)
             parametrize.register_parametrization(module, "weight", _Times(self.max_norm))
-
-    def finish(self, model: nn.Module) -> None:
-        """Fold the parametrisations into plain weights."""
-        _fold(model)
 
 
 class Gouk(NoDefence):
@@ -174,7 +188,7 @@ class Gouk(NoDefence):
             tracked.vectors = vectors.to(tracked.vectors)
 
 
-class Delattre(NoDefence):
+class Delattre(_OnLayers):
     """A penalty on the norms above ``max_norm``, by bounds from Gram iterations on the symbols of circular convolutions.
 
     Args:
@@ -189,17 +203,13 @@ class Delattre(NoDefence):
         super().__init__(max_norm)
         self.strength, self.iterations = strength, iterations
 
-    def prepare(self, model: nn.Module, example_input: Tensor) -> None:
-        """Find the layers."""
-        self.layers = linear_layers(model, example_input)
-
     def penalty(self) -> Tensor | float:
         """The strength times the sum of what is above."""
         above = [(gram_bound(layer, self.iterations) - self.max_norm).clamp_min(0) for layer in self.layers]
         return self.strength * torch.stack(above).sum()
 
 
-class Senderovich(NoDefence):
+class Senderovich(_OnLayers):
     """Every so many steps the singular values of the symbols are clipped, and the kernel is cut back to its window.
 
     The cut raises some values again, so that the norm comes near ``max_norm`` and seldom below.
@@ -215,10 +225,6 @@ class Senderovich(NoDefence):
     def __init__(self, max_norm: float = 1.0, every: int = 50) -> None:
         super().__init__(max_norm)
         self.every, self.steps = every, 0
-
-    def prepare(self, model: nn.Module, example_input: Tensor) -> None:
-        """Find the layers."""
-        self.layers = linear_layers(model, example_input)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip every so many steps."""
@@ -245,7 +251,7 @@ class Senderovich(NoDefence):
         self.steps = int(state["steps"])
 
 
-class Bjorck(NoDefence):
+class Bjorck(_Parametrised):
     """Dense layers orthogonalised by deel-torchlip: a norm of 1 by its spectral normalisation, then Björck iterations.
 
     Convolutions are left alone, and the norm allowed is 1. Needs the package deel-torchlip.
@@ -274,10 +280,6 @@ class Bjorck(NoDefence):
         for module in dense:
             parametrizations.spectral_norm(module)
             bjorck_norm(module)
-
-    def finish(self, model: nn.Module) -> None:
-        """Fold the parametrisations into plain weights."""
-        _fold(model)
 
 
 def gram_bound(layer: LinearLayer, iterations: int) -> Tensor:
@@ -340,10 +342,3 @@ class _Times(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.factor * weight
-
-
-def _fold(model: nn.Module) -> None:
-    """Every parametrised weight made a plain one, as it is in eval mode."""
-    model.eval()
-    for module in [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
