@@ -227,7 +227,7 @@ def one_rank(rank: int, folder: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8), composites="never")
         clipper.attach(optimizer)
-        for x, y in batches(8):
+        for x, y in batches(100):
             optimizer.zero_grad()
             loss(replica, x[rank::2], y[rank::2]).backward()
             optimizer.step()

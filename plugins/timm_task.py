@@ -1,0 +1,143 @@
+"""FastClip as a timm training task: timm's own train.py, or a loop like it, with one class exchanged.
+
+`FastClipTask` stands where `ClassificationTask` stood. It clips in `update_ema`, which timm's loop calls after every update
+whether there is a moving average or not; that is after the optimizer, its gradient scaler and Lookahead's averaging have done
+their work, so that no hook on the optimizer is needed. The clipper's state travels in timm's checkpoints as task state,
+beside the weights and not among them.
+
+    python -m robust_spectral.plugins.timm_task --max-norm 1 train.py --model resnet18 …
+
+runs a train.py as it is, under torchrun as well, with that class in it, and writes the weights, clipped with proof, when it
+ends: those of the moving average where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm.task
+import torch
+from timm.data import resolve_model_data_config
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from robust_spectral import ClipResult, FastClip
+
+
+class FastClipTask(ClassificationTask):
+    """timm's classification task with the spectral norms of its model's layers held.
+
+    Args:
+        model: A timm model, or any other with ``example_input``. Sized before it is compiled or distributed, as timm does.
+        criterion: As for ``ClassificationTask``, and so are further keywords that it knows (``device``, ``dtype``, …).
+        max_norm: The spectral norm allowed in every layer.
+        example_input: A batch that the model takes, in the shape it is trained on; default one of timm's input size for it.
+        spectral: Options for `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, …
+        **kwargs: For ``ClassificationTask``.
+
+    Raises:
+        ValueError: as `robust_spectral.FastClip`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Any = None,
+        *,
+        max_norm: float = 1.0,
+        example_input: Tensor | None = None,
+        spectral: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, criterion, **kwargs)
+        if example_input is None:
+            example_input = torch.zeros(1, *resolve_model_data_config(model)["input_size"])
+        self._example = example_input.to(next(model.parameters()))
+        self.max_norm, self._options = max_norm, spectral or {}
+        self.clipper = FastClip(model, self._example, max_norm, **self._options)
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Clip after an update, then move the average, whose norms stay held since norms are convex."""
+        self.clipper.step()
+        super().update_ema(step)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The clipper's state: plain values and tensors, loadable with ``weights_only``."""
+        return {} if ema else {"fastclip": self.clipper.state_dict()}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Go on from a checkpoint's state; one without it, as of a run without clipping, starts afresh.
+
+        Raises:
+            ValueError: the state is of a model with other layers.
+        """
+        if state and "fastclip" in state and not ema:
+            self.clipper.load_state_dict(state["fastclip"])
+
+    def finish(self) -> dict[str, ClipResult]:
+        """Clip until every norm is proved, in the model and in its moving average; what moved in the model, by layer.
+
+        Raises:
+            ValueError: a layer's weights are not finite.
+        """
+        results = self.clipper.finish()
+        if self.has_ema():
+            average = unwrap_model(self.get_trainable_module(ema=True))
+            clipper = FastClip(average, self._example, self.max_norm, **self._options)
+            clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same directions
+            clipper.finish()
+        return results
+
+
+def main(arguments: list[str]) -> FastClipTask:
+    """Run a train.py with `FastClipTask` in the place of timm's ``ClassificationTask``; returns the task that it trained.
+
+    Args:
+        arguments: ``--max-norm``, ``--composites``, ``--image-size`` and ``--out`` of ours, then train.py and its own.
+
+    Raises:
+        RuntimeError: the script made no ``ClassificationTask``.
+    """
+    parser = argparse.ArgumentParser("python -m robust_spectral.plugins.timm_task", description=main.__doc__)
+    parser.add_argument("--max-norm", type=float, default=1.0, help="spectral norm allowed in every layer")
+    parser.add_argument("--composites", default="auto", help="clip a layer with its batch normalisation: auto, always or never")
+    parser.add_argument("--image-size", type=int, help="height and width trained on; default timm's for the model")
+    parser.add_argument("--out", type=Path, default=Path("clipped.safetensors"), help="the weights, clipped with proof")
+    parser.add_argument("script", help="timm's train.py, or one that uses timm.task as it does")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    ours = parser.parse_args(arguments)
+    made: list[FastClipTask] = []
+
+    def task(model: nn.Module, *args: Any, **kwargs: Any) -> FastClipTask:
+        size = ours.image_size
+        example = None if size is None else torch.zeros(1, resolve_model_data_config(model)["input_size"][0], size, size)
+        spectral = {"composites": ours.composites}
+        made.append(FastClipTask(model, *args, max_norm=ours.max_norm, example_input=example, spectral=spectral, **kwargs))
+        return made[-1]
+
+    before, sys.argv, timm.task.ClassificationTask = sys.argv, [ours.script, *ours.rest], task
+    try:
+        runpy.run_path(ours.script, run_name="__main__")
+    finally:
+        sys.argv, timm.task.ClassificationTask = before, ClassificationTask
+    if not made:
+        raise RuntimeError(f"{ours.script}: made no timm.task.ClassificationTask, so nothing was clipped")
+    made[-1].finish()
+    if os.environ.get("RANK", "0") == "0":
+        trained = unwrap_model(made[-1].get_trainable_module(ema=made[-1].has_ema()))
+        safetensors.torch.save_file({key: value.contiguous() for key, value in trained.state_dict().items()}, ours.out)
+    return made[-1]
+
+
+if __name__ == "__main__":
+    for row in main(sys.argv[1:]).clipper.report():
+        print(f"{row['name']}: {row['upper']:.5g}")  # noqa: T201
