@@ -19,6 +19,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 EVALUATIONS = sorted((ROOT / "evaluations").rglob("*.py"))
 NUMERICS = {"torch", "numpy", "scipy"}
 HOSTS = {
+    "art_attacks": "art",
     "autoattack": "pyautoattack",
     "timm_blocks": "timm",
     "timm_task": "timm",

@@ -1,0 +1,202 @@
+"""MAITE's protocols: a torch model as one of its image classifiers, and certified accuracy as one of its metrics.
+
+MAITE passes between models and metrics whatever numpy can read, so that what a certificate rests on is easily lost on the way:
+the numeric type that the logits were computed in, and whether they are logits at all. `ImageClassifier` keeps both, and
+`CertifiedAccuracy` refuses predictions that have lost them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from maite.protocols import ArrayLike, MetricMetadata, ModelMetadata
+from torch import Tensor, nn
+
+from robust_spectral import LipschitzBound, certified_radius
+from robust_spectral.affine import evaluating
+
+
+class ImageClassifier:
+    """A torch model that takes pixels in [0, 1], as MAITE's ``image_classification.Model``.
+
+    Args:
+        model: From images (n, channels, height, width) to logits (n, classes), in float32 or float64.
+        id: The model's name in MAITE's records.
+        index2label: Names of the classes by their index.
+        device: Where the model is moved to; default where it is.
+
+    Raises:
+        TypeError: the model's weights are in another type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        id: str,
+        index2label: Mapping[int, str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.model = model if device is None else model.to(device)
+        self.metadata = ModelMetadata(id=id) if index2label is None else ModelMetadata(id=id, index2label=dict(index2label))
+        tensors = (t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point())
+        first = next(tensors, torch.empty(0, device=device))
+        self.device, self.dtype = first.device, first.dtype
+        if self.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"ImageClassifier(model): its weights are in {self.dtype}; call model.float() or model.double()")
+
+    def __call__(self, batch: Sequence[ArrayLike], /) -> Sequence[np.ndarray]:
+        """Logits of a batch, in eval mode and the full precision of the model's type: no autocast, no TF32.
+
+        Args:
+            batch: Images of one shape (channels, height, width), floating point, in [0, 1].
+
+        Returns:
+            Sequence[np.ndarray]: One (classes,) for each image, in the model's type.
+
+        Raises:
+            ValueError: images of other shapes, of integers, or with values outside [0, 1].
+        """
+        if len(batch) == 0:
+            return []
+        images = [_image(i, image).to(self.device, self.dtype) for i, image in enumerate(batch)]
+        if any(image.shape != images[0].shape for image in images):
+            shapes = sorted({tuple(image.shape) for image in images})
+            raise ValueError(f"ImageClassifier: images of a batch have shapes {shapes}; resize them to one")
+        with evaluating(self.model), torch.no_grad(), _full_precision(self.device):
+            logits: Tensor = self.model(torch.stack(images))
+        return list(logits.cpu().numpy())
+
+
+class CertifiedAccuracy:
+    """Share of images whose class provably stays, as MAITE's ``image_classification.Metric``, beside the clean accuracy.
+
+    An image counts at ``eps`` if ``certified_radius(logits, label, bound) >= eps``; see there for what is promised. Predictions
+    must be logits, not probabilities: the bound is one of the model without a softmax. They must be arrays of the type that
+    the model computed in, with neither autocast nor TF32; that cannot be seen in an array, and `ImageClassifier` sees to it.
+
+    Args:
+        bound: The result of ``lipschitz_bound`` for this very model.
+        eps: L2 sizes of perturbation, in the units of the model's input.
+        id: The metric's name in MAITE's records.
+
+    Raises:
+        TypeError: ``bound`` is not a `LipschitzBound`.
+        ValueError: no eps, or one that is not positive and finite.
+    """
+
+    def __init__(self, bound: LipschitzBound, eps: Sequence[float], id: str = "certified_accuracy") -> None:
+        if not isinstance(bound, LipschitzBound):
+            raise TypeError(f"CertifiedAccuracy(bound={bound!r}): takes the result of lipschitz_bound")
+        if not len(eps) or not all(0 < e < math.inf for e in eps):
+            raise ValueError(f"CertifiedAccuracy(eps={eps}): give at least one size, each positive and finite")
+        self.metadata = MetricMetadata(id=id)
+        self.bound, self.eps = bound, [float(e) for e in eps]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._right, self._radii = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.float64)
+
+    def update(
+        self, pred_batch: Sequence[ArrayLike], target_batch: Sequence[ArrayLike], metadata_batch: Sequence[Any] = (), /
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            pred_batch: Logits (classes,) of each image, float32 or float64 arrays.
+            target_batch: Its true class, one-hot or by the largest score, (classes,).
+            metadata_batch: Not looked at; MAITE before 0.9 does not pass it.
+
+        Raises:
+            TypeError: predictions that are not arrays, or of another type.
+            ValueError: probabilities, or predictions and targets that do not fit.
+        """
+        if len(pred_batch) != len(target_batch):
+            raise ValueError(f"CertifiedAccuracy.update: {len(pred_batch)} predictions for {len(target_batch)} targets")
+        if len(pred_batch) == 0:
+            return
+        logits = _logits(pred_batch)
+        labels = torch.tensor([_label(i, target, logits.shape[1]) for i, target in enumerate(target_batch)])
+        right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
+        self._right = torch.cat([self._right, right])
+        self._radii = torch.cat([self._radii, certified_radius(logits, labels, self.bound)])
+
+    def compute(self) -> dict[str, Any]:
+        """The shares over all batches since the last reset.
+
+        Returns:
+            dict: ``accuracy``, ``certified_accuracy_l2_<eps>`` for each eps, the number of ``images``, and the
+            ``failure_probability`` of the bound.
+
+        Raises:
+            ValueError: there was no image.
+        """
+        if not len(self._right):
+            raise ValueError("CertifiedAccuracy.compute: no image was counted; call update first")
+        shares = {f"certified_accuracy_l2_{eps}": float((self._radii >= eps).double().mean()) for eps in self.eps}
+        return {"accuracy": float(self._right.double().mean()), **shares, "images": len(self._right),
+                "failure_probability": self.bound.failure_probability}  # fmt: skip
+
+
+def _image(index: int, image: ArrayLike) -> Tensor:
+    """One image (channels, height, width) with its values checked."""
+    pixels = image.detach() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if pixels.ndim != 3 or not pixels.is_floating_point():
+        raise ValueError(
+            f"ImageClassifier: image {index} of the batch is {pixels.dtype} of shape {tuple(pixels.shape)}; give "
+            "floating-point (channels, height, width) in [0, 1], bytes divided by 255"
+        )
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError(
+            f"ImageClassifier: image {index} of the batch has values from {float(pixels.min()):g} to {float(pixels.max()):g}; "
+            "give pixels in [0, 1], not standardised: the normalisation belongs into the model"
+        )
+    return pixels
+
+
+def _logits(predictions: Sequence[ArrayLike]) -> Tensor:
+    """Predictions (n, classes) of one type, on the CPU."""
+    rows = [torch.from_numpy(np.array(row)) if isinstance(row, np.ndarray) else row for row in predictions]
+    if not all(isinstance(row, Tensor) for row in rows) or len({row.dtype for row in rows}) > 1:
+        kinds = sorted({type(row).__name__ if not isinstance(row, Tensor) else str(row.dtype) for row in rows})
+        raise TypeError(
+            f"CertifiedAccuracy.update: predictions are {', '.join(kinds)}; give arrays of the one type the model computed in"
+        )
+    if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
+        shapes = sorted({tuple(row.shape) for row in rows})
+        raise ValueError(f"CertifiedAccuracy.update: predictions have shapes {shapes}; each must be (classes,)")
+    logits = torch.stack([row.detach().cpu() for row in rows])
+    if bool((logits >= 0).all() & ((logits.double().sum(1) - 1).abs() < 1e-5).all()):
+        raise ValueError(
+            "CertifiedAccuracy.update: predictions are probabilities (none negative, each row sums to 1); the bound is one of "
+            "logits: leave out the softmax"
+        )
+    return logits
+
+
+def _label(index: int, target: ArrayLike, classes: int) -> int:
+    scores = target.detach().cpu() if isinstance(target, Tensor) else torch.from_numpy(np.array(target))
+    if scores.shape != (classes,) or int((scores == scores.max()).sum()) != 1:
+        raise ValueError(
+            f"CertifiedAccuracy.update: target {index} of the batch has shape {tuple(scores.shape)}; give ({classes},) scores "
+            "of which one is the largest, as one-hot has it"
+        )
+    return int(scores.argmax())
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32, which the logits would not show afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = False, False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
