@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -120,7 +121,8 @@ class FastClip:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Clip after every step of an optimizer; ``remove()`` of the handle ends it.
 
-        A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again.
+        A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again. A wrapper without hooks of
+        its own, such as Accelerate's, is looked through.
 
         Raises:
             ValueError: another clipper is attached and holds a layer of this one.
@@ -135,7 +137,7 @@ class FastClip:
                 )
         for tracked in self._tracked.values():
             _HELD_BY[tracked.layer.module] = ref(self)
-        handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: self.step())
+        handle: RemovableHandle = _with_hooks(optimizer).register_step_post_hook(lambda *_: self.step())
         self._handles = [*(h for h in self._handles if _alive(h)), handle]
         self._note_weights()
         return handle
@@ -149,17 +151,12 @@ class FastClip:
         self.steps += 1
         if self.off:
             return
-        kept = [(t, t.vectors, t.left, t.estimate) for held in self._held.values() for t in held.parts]
-        blocks = [(held.slow, held.slow.block) for held in self._held.values() if held.slow is not None]
         try:
-            self._resolve()
-            hold(list(self._held.values()), self.steps, self._every, self._sweeps, self._target)
+            with self._unharmed():
+                self._resolve()
+                hold(list(self._held.values()), self.steps, self._every, self._sweeps, self._target)
             self._skipped_in_a_row = 0
         except NotFiniteError:
-            for tracked, vectors, left, estimate in kept:
-                tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
-            for slow, block in blocks:
-                slow.block = block
             self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
             if self._skipped_in_a_row >= _MOST_SKIPPED:
                 raise
@@ -171,9 +168,10 @@ class FastClip:
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        self._resolve()
-        oldest = max(0, self.steps - self._every + 1)
-        measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest], self.steps)
+        with self._unharmed():
+            self._resolve()
+            oldest = max(0, self.steps - self._every + 1)
+            measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest], self.steps)
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -228,7 +226,7 @@ class FastClip:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of another clipper of the same model.
+        """Take over the state of another clipper of the same model; what was asked of this one stays, its ``max_norm`` too.
 
         Raises:
             ValueError: the state belongs to a model with other layers.
@@ -238,8 +236,25 @@ class FastClip:
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         for name, entry in state["layers"].items():
+            asked = self._tracked[name].target
             self._held[name].restore(entry)
+            if not self._relative and self._lipschitz_target is None:  # which follow from what the weights were once
+                self._tracked[name].target = asked
         self._note_weights()
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
+        kept = [(t, t.vectors, t.left, t.estimate) for held in self._held.values() for t in held.parts]
+        blocks = [(held.slow, held.slow.block) for held in self._held.values() if held.slow is not None]
+        try:
+            yield
+        except NotFiniteError:
+            for tracked, vectors, left, estimate in kept:
+                tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
+            for slow, block in blocks:
+                slow.block = block
+            raise
 
     def _excess(self, lipschitz_target: float) -> float:
         """By which factor the network's bound is above its target."""
@@ -318,6 +333,14 @@ class FastClip:
 def _after(first: ClipResult, last: ClipResult) -> ClipResult:
     """Two clips in a row as one; what moved is at most the sum."""
     return ClipResult(first.before, last.after, first.distortion + last.distortion, first.steps + last.steps)
+
+
+def _with_hooks(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer, or the one inside of a wrapper that has no hooks."""
+    inner = getattr(optimizer, "optimizer", None)
+    if hasattr(optimizer, "_optimizer_step_post_hooks") or not isinstance(inner, torch.optim.Optimizer):
+        return optimizer
+    return _with_hooks(inner)
 
 
 def _alive(handle: RemovableHandle) -> bool:

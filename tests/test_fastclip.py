@@ -289,6 +289,42 @@ def test_a_state_of_another_model_is_refused(convnet: nn.Module, images: Tensor)
         rs.FastClip(convnet, images).load_state_dict(other.state_dict())
 
 
+def test_a_state_of_a_clipper_with_another_norm_goes_on_towards_the_new_one(convnet: nn.Module, images: Tensor) -> None:
+    first = rs.FastClip(convnet, images, max_norm=0.5)
+    first.step()
+    second = rs.FastClip(convnet, images, max_norm=0.3)
+    second.load_state_dict(first.state_dict())
+    second.finish()
+    assert second.steps == 1 and max(row["upper"] for row in second.report()) <= 0.3 * 1.001
+
+
+def test_a_look_at_norms_that_are_not_finite_does_the_clipper_no_harm(convnet: nn.Module, images: Tensor) -> None:
+    clipper = rs.FastClip(convnet, images, max_norm=0.5)
+    clipper.step()
+    weight, good = convnet[0].weight, convnet[0].weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+        clipper.step()
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            clipper.norms()
+        weight.copy_(good)
+    clipper.step()
+    assert clipper.skipped == 1 and max(clipper.norms().values()) <= 0.5 * 1.02
+
+
+def test_an_optimizer_inside_a_wrapper_without_hooks_is_found(convnet: nn.Module, images: Tensor) -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    clipper = rs.FastClip(convnet, images)
+    clipper.attach(Wrapper(optimizer))  # type: ignore[arg-type]
+    optimizer.step()
+    assert clipper.steps == 1
+
+
+
 @pytest.mark.parametrize("start, steps", [(16.0, 4), (0.5, 4)], ids=["from above", "from below"])
 def test_the_target_falls_geometrically_from_the_layers_own_norm(start: float, steps: int) -> None:
     model = nn.Linear(6, 6, bias=False)

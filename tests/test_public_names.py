@@ -38,7 +38,16 @@ HOMES = {
     "lipschitz": ["lipschitz_bound", "lipschitz_estimate", "LipschitzBound"],
     "certify": ["certified_radius"],
 }
-PLUGINS = {"art": ["FastClipTrainer", "FastClipTransformer", "LipschitzClassifier", "register"], "timm": ["load"]}
+PLUGINS = {
+    "art": ["FastClipTrainer", "FastClipTransformer", "LipschitzClassifier", "register"],
+    "timm": ["load"],
+    "timm_task": ["FastClipTask"],
+    "lightning": ["FastClipCallback"],
+    "transformers": ["FastClipCallback"],
+    "maite": ["ImageClassifier", "CertifiedAccuracy"],
+    "robustbench": ["model_info", "problems", "write_model_info"],
+    "robustbench_images": ["save_adversarial"],
+}
 
 
 @pytest.mark.parametrize("name", CORE)

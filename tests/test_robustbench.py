@@ -1,4 +1,4 @@
-"""RobustBench's entries, adversarial images and conditions on models, on files and networks made here."""
+"""RobustBench's entries and adversarial images, on files made here."""
 
 import json
 import math

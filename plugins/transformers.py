@@ -1,0 +1,128 @@
+"""`FastClip` as a callback of the ``Trainer`` of transformers.
+
+The trainer tells its callbacks of the start of training when the optimizer is made and a checkpoint restored, and writes its
+checkpoints before it tells them of the end. So the weights in ``checkpoint-<step>`` are as the steps leave them, each with the
+clipper's state in ``fastclip.pt`` beside it; norms are proved when ``train`` returns (of the best weights, with
+``load_best_model_at_end``), and ``trainer.save_model`` writes those.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from robust_spectral import ClipResult, FastClip
+
+STATE_NAME = "fastclip.pt"
+
+
+class FastClipCallback(TrainerCallback):
+    """Holds the spectral norms of a model's layers at ``max_norm`` while a ``Trainer`` trains it, and proves them at the end.
+
+    The largest norm, an estimate from below, stands as ``spectral/max_norm`` in the trainer's log history. A run that is
+    resumed from its own output folder goes on exactly. After training, ``clipper`` is the `FastClip` and ``results`` what its
+    `finish` moved.
+
+    Args:
+        max_norm: The spectral norm allowed, or norms by name pattern.
+        example_input: A batch of what the model's forward takes first, (n, ...): ``pixel_values``, ``input_ids``, ….
+        **options: For `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, ….
+    """
+
+    def __init__(self, max_norm: float | Mapping[str, float] = 1.0, *, example_input: Tensor, **options: Any) -> None:
+        self.max_norm, self.example_input, self.options = max_norm, example_input, options
+        self.clipper: FastClip | None = None
+        self.results: dict[str, ClipResult] = {}
+        self._handle: RemovableHandle | None = None
+        self._steps_before = 0, 0  # of the clipper and of the trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module,
+        optimizer: torch.optim.Optimizer, **_: Any,
+    ) -> None:  # fmt: skip
+        """Make the clipper, restore it where the run is resumed, and hook the optimizer that accelerate wraps."""
+        self._detach()  # from a run that an error ended
+        self.clipper = FastClip(model, _like(next(model.parameters()), self.example_input), self.max_norm, **self.options)
+        if state.global_step:
+            _restore(self.clipper, args, state)
+        self._steps_before = self.clipper.steps, state.global_step
+        self._handle = self.clipper.attach(_bare(optimizer))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Add the largest norm to what is logged of training."""
+        if self.clipper is not None and "loss" in logs:
+            logs["spectral/max_norm"] = state.log_history[-1]["spectral/max_norm"] = _largest_norm(self.clipper)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the clipper's state beside a checkpoint."""
+        if self.clipper is not None and args.should_save and (folder := _checkpoint(args, state)).is_dir():
+            torch.save(self.clipper.state_dict(), folder / STATE_NAME)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Unhook the optimizer and clip until every norm is proved.
+
+        Raises:
+            RuntimeError: the optimizer took steps of which the clipper saw none.
+        """
+        assert self.clipper is not None
+        self._detach()
+        seen, taken = self.clipper.steps - self._steps_before[0], state.global_step - self._steps_before[1]
+        if taken and not seen:
+            raise RuntimeError(
+                f"FastClipCallback: the clipper saw none of the {taken} steps of this run, so nothing was clipped in training; "
+                "the trainer's optimizer was replaced after on_train_begin, or skipped every step (float16 overflow)"
+            )
+        self.results = self.clipper.finish()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+
+def _like(parameter: Tensor, example: Tensor) -> Tensor:
+    """The example where the weights are, and of their type unless it holds indices."""
+    return example.to(parameter) if example.is_floating_point() else example.to(parameter.device)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, which takes no hooks itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _restore(clipper: FastClip, args: TrainingArguments, state: TrainerState) -> None:
+    """Take over the state beside the checkpoint; which one was resumed the trainer does not tell its callbacks."""
+    named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+    for path in (folder / STATE_NAME for folder in (*named, _checkpoint(args, state))):
+        if path.is_file():
+            clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return
+    warnings.warn(
+        f"FastClipCallback: the run goes on at step {state.global_step} and there is no {path}, so the clipper starts afresh; "
+        "to go on exactly, set resume_from_checkpoint of the TrainingArguments to the checkpoint that has one",
+        stacklevel=2,
+    )
+
+
+def _largest_norm(clipper: FastClip) -> float:
+    try:
+        return max(clipper.norms().values())
+    except ValueError:  # weights are not finite; how long that may last is for the clipper to say
+        return math.nan
