@@ -1,95 +1,201 @@
-"""The attacks an evaluation runs, each a function from a model and images to adversarial images of the same order.
+"""How an attack is run so that its verdicts can be trusted, whatever the attack itself does.
 
-PGD is that of the Adversarial Robustness Toolbox, AutoAttack the authors' own code as packaged in pyautoattack, with the
-budget its name stands for.
+An attack has a `norm`, an `eps` and a call from model, images and labels to adversarial images. Here it is shown the model
+through a `Witness`, which keeps the first image inside the ball that fools the model, should the attack pass it over. What it
+returns is put back into the ball and the pixel box in float64, and predicted again. An attack that fails is a verdict of its
+own, never a robust image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust_spectral.affine import evaluating
 from robust_spectral.plugins.registry import find
 
 NORMS = {"l2": 2, "linf": np.inf}
+ROUNDING = 1e-6  # by which a stored image may be outside its ball, relative to eps
 
 
-@dataclass(frozen=True)
-class Attack:
-    """An attack: a name, the largest number of images it is run on by default, and how it is run."""
+class Attack(Protocol):
+    """What the harness runs; registered under the entry points ``robust_spectral.attacks``, made with ``norm`` and ``eps``.
 
-    name: str
-    run: Callable[[nn.Module, Tensor, Tensor, str, float, int], Tensor]
-
-
-def pgd(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int, steps: int = 40) -> Tensor:
-    """Projected gradient descent, 40 steps of 2.5 eps / 40 from one random start."""
-    from art.attacks.evasion import ProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
-
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    device = "gpu" if images.is_cuda else "cpu"
-    classifier = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), tuple(images.shape[1:]), classes, clip_values=(0.0, 1.0), device_type=device
-    )
-    attack = ProjectedGradientDescent(
-        classifier, norm=NORMS[norm], eps=eps, eps_step=2.5 * eps / steps, max_iter=steps, num_random_init=1, batch_size=128,
-        verbose=False,
-    )  # fmt: skip
-    on_device = torch.cuda.device(images.device) if images.is_cuda else nullcontext()  # ART's "gpu" is the current one
-    with _seeded(seed), on_device:
-        adversarial = attack.generate(images.cpu().numpy(), labels.cpu().numpy())
-    return torch.from_numpy(adversarial).to(images)
-
-
-def autoattack(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Tensor:
-    """AutoAttack, standard version: APGD-CE, targeted APGD-DLR, targeted FAB and Square, 100 iterations or 5000 queries.
-
-    Raises:
-        ValueError: the model has fewer than four classes, for which the standard version is not defined.
+    A dataclass, so that its budget is part of its record; ``package`` names the distribution whose version is, too.
     """
-    from pyautoattack import AutoAttack
 
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    if classes < 4:
-        raise ValueError(f"autoattack: the standard version needs at least 4 classes, the model has {classes}")
-    attack = AutoAttack(
-        model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, seed=seed, version="standard", device=images.device
-    )
-    for part in (attack.apgd_targeted, attack.fab):
-        part.n_target_classes = min(9, classes - 1)
-    with _seeded(seed):
-        adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=128)
-    return adversarial.detach()
+    norm: str
+    eps: float
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images (n, channels, height, width) in [0, 1], one for each image, in their order."""
 
 
-PGD, AUTOATTACK = Attack("pgd", pgd), Attack("autoattack", autoattack)
-
-
-def find_attack(name: str) -> Attack:
+def make_attack(name: str, norm: str, eps: float) -> Attack:
     """An attack by name, of this package or another that is installed.
 
     Raises:
-        ValueError: there is none of that name; the near ones are offered.
+        ValueError: there is none of that name (the near ones are offered), or it has no such norm.
     """
-    attack: Attack = find("attack", name)
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
+    attack: Attack = find("attack", name)(norm=norm, eps=eps)
     return attack
 
 
+def describe(attack: Attack) -> dict[str, Any]:
+    """What makes an attack the one it is: its class, its budget, the version of the package it comes from."""
+    kind, package = type(attack), getattr(attack, "package", None)
+    told = {"class": f"{kind.__module__}.{kind.__qualname__}", **asdict(attack)}  # type: ignore[call-overload]
+    return told | ({"package": f"{package} {version(package)}"} if package else {})
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random perturbations of full size, whatever the model: a control, which any attack must beat."""
+
+    norm: str = "l2"
+    eps: float = 0.5
+    draws: int = 100
+    package: ClassVar[None] = None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The last of all draws; the witness has seen the others."""
+        noisy = images
+        with torch.no_grad():
+            for _ in range(self.draws):
+                noisy = into_ball(images + self._draw(images), images, self.norm, self.eps)
+                model(noisy)
+        return noisy
+
+    def _draw(self, images: Tensor) -> Tensor:
+        noise = torch.randn_like(images)
+        if self.norm == "linf":
+            return self.eps * noise.sign()
+        return self.eps * noise / size_of(noise, "l2").reshape(-1, *[1] * (noise.ndim - 1))
+
+
+class Witness(nn.Module):
+    """The model under attack, which remembers for every image the first input in its ball that was not given its label."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float) -> None:
+        super().__init__()
+        self.model, self.images, self.labels, self.norm, self.eps = model, images, labels, norm, eps
+        self.best, self.found = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's logits of a batch; one of another number of images than are attacked is not remembered."""
+        logits: Tensor = self.model(x)
+        if x.shape == self.images.shape:
+            self._note(x.detach(), logits.detach())
+        return logits
+
+    def _note(self, x: Tensor, logits: Tensor) -> None:
+        new = ((logits.argmax(1) != self.labels) & ~self.found).nonzero()[:, 0]
+        if len(new):
+            x = x[new]
+            size = size_of(x.double() - self.images[new].double(), self.norm)
+            boxed = ((x >= 0) & (x <= 1)).flatten(1).all(1)  # false for NaN
+            new, x = new[boxed & (size <= self.eps * (1 + ROUNDING))], x[boxed & (size <= self.eps * (1 + ROUNDING))]
+            self.best[new], self.found[new] = x.to(self.best), True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an attack came to on a batch of n images.
+
+    Attributes:
+        adversarial: The images it ended with, (n, channels, height, width), inside ball and box.
+        predicted: Their predicted classes, (n,).
+        distance: Norms of their perturbations, (n,), float64.
+        error: Why it failed, and then no image counts as robust or fooled; None where it did not.
+    """
+
+    adversarial: Tensor
+    predicted: Tensor
+    distance: Tensor
+    error: str | None = None
+
+
+def run_attack(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Verdict:
+    """Attack images that the model classifies correctly, in eval mode, with the global random states seeded.
+
+    Args:
+        attack: The attack.
+        model: Takes pixels in [0, 1] and gives logits.
+        images: (n, channels, height, width).
+        labels: (n,).
+        seed: Of torch and numpy, which are left as they were.
+    """
+    witness = Witness(model, images, labels, attack.norm, attack.eps)
+    with seeded(seed), evaluating(model):
+        witness.eval()
+        try:
+            adversarial = into_ball(attack(witness, images, labels), images, attack.norm, attack.eps)
+            predicted = predict(model, adversarial)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, it is no robustness
+            return Verdict(images, labels, torch.zeros(len(labels), dtype=torch.float64), f"{type(error).__name__}: {error}")
+        missed = witness.found & (predicted == labels)
+        if bool(missed.any()):
+            adversarial[missed] = witness.best[missed]
+            predicted = predict(model, adversarial)
+    return Verdict(adversarial, predicted, size_of(adversarial.double() - images.double(), attack.norm))
+
+
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Classes (n,) of images.
+
+    Raises:
+        ValueError: a logit is not finite.
+    """
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in images.split(128)])
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model's logits are NaN or infinite")
+    return logits.argmax(1)
+
+
+def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor) -> Tensor:
+    """Adversarial images put back into the pixel box and the ball of radius eps, or of one of (n, 1, 1, 1), around the images.
+
+    Raises:
+        ValueError: they are of another shape than the images, or a value is not finite.
+    """
+    if adversarial.shape != images.shape:
+        raise ValueError(f"an attack returned images of shape {tuple(adversarial.shape)} for {tuple(images.shape)}")
+    if not bool(torch.isfinite(adversarial).all()):
+        raise ValueError("an attack returned NaN or infinite pixels")
+    delta = adversarial.double().clamp(0, 1) - images.double()
+    if norm == "linf":
+        most = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
+        delta = delta.clamp(-most, most)
+    else:
+        size = size_of(delta, norm).reshape(-1, *[1] * (delta.ndim - 1))
+        delta = delta * (eps / size.clamp_min(1e-300)).clamp(max=1)
+    return (images.double() + delta).clamp(0, 1).to(images.dtype)
+
+
+def size_of(delta: Tensor, norm: str) -> Tensor:
+    """Norm of each perturbation of a batch."""
+    return torch.linalg.vector_norm(delta.flatten(1), ord=NORMS[norm], dim=1)
+
+
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global random states that the attacks draw from, and put them back afterwards."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random states that attacks draw from, and put them back afterwards."""
     numpy_state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:

@@ -1,0 +1,190 @@
+"""The harness around attacks: nothing outside the ball counts, nothing found is lost, and a failure is no robustness."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from pyautoattack import AutoAttack as Official
+from torch import Tensor, nn
+
+from robust_spectral.evaluations.attacks import Noise, describe, make_attack, run_attack, seeded, size_of
+from robust_spectral.plugins.art_attacks import ScaleFreeCrossEntropy
+from robust_spectral.plugins.registry import names
+
+EVERY = sorted(set(names("attack")))
+
+
+def net(classes: int = 4) -> nn.Module:
+    """Two convolutions that tell apart in which quarter of an image its bright spot lies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, classes),
+    )  # fmt: skip
+    images, labels = spots(256, classes)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def spots(count: int, classes: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    images, labels = torch.rand(count, 1, 8, 8, generator=generator) / 2, torch.arange(count) % classes
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = divmod(label, 2)
+        image[0, 4 * row : 4 * row + 3, 4 * column : 4 * column + 3] += 0.4
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    model = net()
+    images, labels = spots(24)
+    right = model(images).argmax(1) == labels
+    return model, images[right], labels[right]
+
+
+@pytest.mark.parametrize("norm, eps", [("l2", 1.5), ("linf", 0.2)])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state(name, norm, eps, trained) -> None:
+    model, images, labels = trained
+    if "cw" in name and norm == "linf":
+        with pytest.raises(ValueError, match="in l2, not in linf"):
+            make_attack(name, norm, eps)
+        return
+    state, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    verdict = run_attack(make_attack(name, norm, eps), model, images, labels, seed=0)
+    assert verdict.error is None
+    assert float(size_of(verdict.adversarial.double() - images.double(), norm).max()) <= eps * (1 + 1e-6)
+    assert float(verdict.adversarial.min()) >= 0 and float(verdict.adversarial.max()) <= 1
+    assert torch.equal(model(verdict.adversarial).argmax(1), verdict.predicted)
+    assert torch.equal(torch.get_rng_state(), state) and all(map(torch.equal, model.parameters(), weights))
+    assert name in ("noise", "torchattacks-cw") or bool((verdict.predicted != labels).any())  # the others find something
+
+
+@pytest.mark.parametrize("name", ["pgd", "autoattack", "square", "torchattacks-autoattack-10", "noise"])
+def test_the_seed_decides_what_an_attack_finds(name, trained) -> None:
+    first, again = (run_attack(make_attack(name, "linf", 0.1), *trained, seed=3) for _ in range(2))
+    assert torch.equal(first.adversarial, again.adversarial)
+
+
+@pytest.mark.parametrize("norm, eps", [("l2", 0.6), ("linf", 0.1)])
+def test_autoattack_gives_the_very_images_of_the_official_code(norm, eps, trained) -> None:
+    model, images, labels = trained
+    direct = Official(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, seed=5, version="standard")
+    direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 3
+    with seeded(5):
+        found, _ = direct.run_standard_evaluation(images, labels, batch_size=len(images))
+    ours = run_attack(make_attack("autoattack", norm, eps), model, images, labels, seed=5)
+    assert torch.equal(model(found).argmax(1), ours.predicted)
+    assert 0 < int((ours.predicted != labels).sum()) < len(labels)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_autoattack_runs_without_its_targeted_part_where_there_are_too_few_classes(classes) -> None:
+    model = net(classes)
+    images, labels = spots(12, classes)
+    verdict = run_attack(make_attack("autoattack", "l2", 2.0), model, images, labels, seed=0)
+    assert verdict.error is None and bool((verdict.predicted != labels).any())
+
+
+@dataclass
+class Passing:
+    """An attack that shows the model an adversarial image and then returns another."""
+
+    norm: str = "l2"
+    eps: float = 1.5
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        found = make_attack("pgd", self.norm, self.eps)(model, images, labels)
+        model(found)
+        return images
+
+
+def test_an_adversarial_image_that_an_attack_passes_over_is_kept(trained) -> None:
+    model, images, labels = trained
+    kept, pgd = (run_attack(attack, model, images, labels, seed=0) for attack in (Passing(), make_attack("pgd", "l2", 1.5)))
+    assert bool(((kept.predicted != labels) >= (pgd.predicted != labels)).all())
+    assert float(kept.distance.max()) <= 1.5 * (1 + 1e-6)
+
+
+@dataclass
+class Returning:
+    """An attack that returns what it is told to."""
+
+    what: str
+    norm: str = "l2"
+    eps: float = 0.5
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        if self.what == "error":
+            raise RuntimeError("gradient lost")
+        return {"nan": images * math.nan, "fewer": images[1:], "far": 1 - images}[self.what]
+
+
+@pytest.mark.parametrize("what, words", [("error", "RuntimeError: gradient lost"), ("nan", "NaN"), ("fewer", "of shape")])
+def test_an_attack_that_fails_is_told_as_such(what, words, trained) -> None:
+    verdict = run_attack(Returning(what), *trained, seed=0)
+    assert verdict.error is not None and words in verdict.error
+
+
+def test_an_image_far_outside_its_ball_is_brought_back_before_it_counts(trained) -> None:
+    verdict = run_attack(Returning("far"), *trained, seed=0)
+    assert verdict.error is None and float(verdict.distance.max()) <= 0.5 * (1 + 1e-6)
+
+
+def test_a_model_without_finite_logits_is_an_error_and_not_robust(trained) -> None:
+    model, images, labels = trained
+    assert "NaN or infinite" in str(run_attack(Noise(), nn.Sequential(model, Divided()), images, labels, seed=0).error)
+
+
+class Divided(nn.Module):
+    """Logits over zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.zeros(())
+
+
+def test_the_loss_of_pgd_has_gradients_where_logits_are_huge() -> None:
+    logits, label = torch.tensor([[3e4, 1.0, 0.0]], requires_grad=True), torch.tensor([0])
+    assert float(torch.autograd.grad(nn.functional.cross_entropy(logits, label), logits)[0].abs().max()) == 0
+    assert float(torch.autograd.grad(ScaleFreeCrossEntropy()(logits, label), logits)[0].abs().max()) > 0
+    small = torch.randn(5, 4)
+    assert torch.allclose(
+        ScaleFreeCrossEntropy()(small, torch.arange(5) % 4), nn.functional.cross_entropy(small, torch.arange(5) % 4)
+    )
+
+
+def test_an_attack_is_described_by_its_class_budget_and_version() -> None:
+    told = describe(make_attack("autoattack", "linf", 0.1))
+    assert told == {"class": "robust_spectral.plugins.autoattack.AutoAttack", "norm": "linf", "eps": 0.1,
+                    "package": "pyautoattack 0.2.0"}  # fmt: skip
+    assert describe(make_attack("torchattacks-pgd", "l2", 1.0))["steps"] == 40
+
+
+def test_torchattacks_autoattack_has_ten_or_a_hundred_steps_by_name(trained) -> None:
+    model, images, _ = trained
+    steps = {
+        name: [part.steps for part in make_attack(name, "l2", 0.5)._attack(model, images)._autoattack.attacks[:3]]
+        for name in ("torchattacks-autoattack-10", "torchattacks-autoattack-100")
+    }
+    assert steps == {"torchattacks-autoattack-10": [10] * 3, "torchattacks-autoattack-100": [100] * 3}
+
+
+def test_an_unknown_attack_or_norm_is_told_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match="near: pgd"):
+        make_attack("pdg", "l2", 0.5)
+    with pytest.raises(ValueError, match="expected one of l2, linf"):
+        make_attack("pgd", "l1", 0.5)
+
+
+def test_random_states_are_as_they_were_after_seeding() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    with seeded(1):
+        torch.rand(3), np.random.rand(3)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
