@@ -1,10 +1,14 @@
-"""The command line: spectrum, finetune, evaluate, report. A mistake of the user ends with one line and exit status 2."""
+"""Spectral norms held, measured and proved: spectrum, finetune, evaluate, report, leaderboard, export.
+
+Exit status: 0 done; 2 a mistake that you can mend, told in one line; 130 interrupted, and the same command goes on.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -126,7 +131,7 @@ def finetune(
     resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
 ) -> None:
     """Fine-tune a timm model with its layers' spectral norms held at --max-norm."""
-    from .finetune import FinetuneConfig
+    from .config import FinetuneConfig
     from .finetune import finetune as run
     from .twins import finetune_twins
 
@@ -152,19 +157,38 @@ def finetune(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    attack: Annotated[list[str], typer.Option(help="pgd, autoattack; may be given again.")] = ["pgd"],  # noqa: B006
+    run: Annotated[Path | None, typer.Argument(help="Folder of a finished run; or give --model, --data and --out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model trained elsewhere: timm/NAME, module:function or file.py:function.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights; without them those it comes with.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make of it.")] = None,
+    defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
+    attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
     eps: Annotated[list[float], typer.Option(help="Size of the perturbation; may be given again.")] = [0.5],  # noqa: B006
     samples: Annotated[int, typer.Option(help="Test images, from the first one.")] = 200,
     autoattack_eps: Annotated[list[float] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
     autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
+    gate_samples: Annotated[int, typer.Option(help="Images that the sanity gates look at.")] = 64,
+    block: Annotated[int, typer.Option(help="Images in a unit of work; what is lost at most when it is stopped.")] = 128,
+    engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(help="Processes of the local engine.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto to join the one at hand.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n shares; the last one to end writes the report.")] = "1/1",
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Attack a run, and its twin, and record a verdict for every image."""
-    from .evaluate import AttackPlan
+    """Attack a run and its twin, or any model, and record a verdict for every image.
+
+    Goes on where it was stopped: what is done lies in the run's folder, one file a block of images.
+    """
+    from .engine import make_engine
     from .evaluate import evaluate as attack_run
+    from .work import AttackPlan
 
     plans = [
         AttackPlan(name, norm, tuple(autoattack_eps or eps), samples if autoattack_samples is None else autoattack_samples)
@@ -172,23 +196,120 @@ def evaluate(
         else AttackPlan(name, norm, tuple(eps), samples)
         for name in dict.fromkeys(attack)
     ]
-    attack_run(run, plans, seed=seed, device=device, say=lambda text: console.print(text, highlight=False, markup=False))
+    folder = _folder_to_evaluate(run, model, data, out, checkpoint, image_size, defence)
+    says = errors if as_json else console
+    with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
+        task = bar.add_task("units", total=None)
+        complete = attack_run(
+            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples,
+            engine=make_engine(engine, workers, address), shard=_share(shard), command=_command(),
+            say=lambda text: says.print(text, highlight=False, markup=False),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    if as_json and complete:
+        from .runs import read_json, twin_folders
+
+        found = {name or "model": read_json(path / "report.json") for name, path in twin_folders(folder).items()}
+        typer.echo(json.dumps(found, indent=1))
+
+
+def _folder_to_evaluate(
+    run: Path | None, model: str | None, data: str | None, out: Path | None, checkpoint: Path | None, image_size: int | None,
+    defence: str,
+) -> Path:  # fmt: skip
+    from .models import adopt
+    from .runs import open_run
+
+    if (run is None) == (model is None):
+        raise ValueError("evaluate: give the folder of a run, or --model with --data and --out")
+    if run is not None:
+        open_run(run)
+        return run
+    if data is None or out is None or model is None:
+        raise ValueError(
+            f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
+        )
+    return adopt(model, data, out, checkpoint=checkpoint, image_size=image_size, defence=defence)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """ "2/4" as numbers."""
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit()):
+        raise ValueError(f"shard {text!r}: expected i/n, as in 2/4")
+    return int(first), int(last)
+
+
+def _command() -> str:
+    """The command line of this process."""
+    return shlex.join(["robust-spectral", *sys.argv[1:]])
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
     """Show the figures of an evaluated run, and write its page, report.html."""
     from .report import print_report, write_report
 
     figures = write_report(run)
+    if as_json:
+        typer.echo(json.dumps(figures, indent=1))
+        return
     print_report(figures, console)
     console.print(f"page: {run / 'report.html'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[Path, typer.Argument(help="Folder with evaluated runs, at any depth.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Build a static site that ranks the models of many runs: open its index.html."""
+    from .leaderboard import build
+
+    rows = build(runs, out, say=lambda text: errors.print(text, markup=False, highlight=False))
+    if as_json:
+        typer.echo((out / "leaderboard.json").read_text(), nl=False)
+    else:
+        models = len({row["id"] for row in rows})
+        console.print(f"{models} models, {len(rows)} rows: {out / 'index.html'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not hold anything yet.")],
+    to: Annotated[str, typer.Option(help="hub: a folder timm and its hub load; robustbench: entry and images.")] = "hub",
+    about: Annotated[
+        Path | None, typer.Option(help="For robustbench: JSON with link, name, authors, venue, architecture, …")
+    ] = None,
+    board: Annotated[str, typer.Option(help="For robustbench: its dataset and threat model.")] = "cifar10/L2",
+    entry: Annotated[str, typer.Option(help="For robustbench: the entry's name, as in Lee2026Norms_R18.")] = "",
+) -> None:
+    """Write a run so that others can use it: for timm and the Hugging Face hub, or for RobustBench."""
+    from .export import to_hub, to_robustbench
+
+    if to not in ("hub", "robustbench"):
+        raise ValueError(f"export(to={to!r}): expected hub or robustbench")
+    if to == "hub":
+        to_hub(run, out)
+    elif about is None:
+        raise ValueError("export(to='robustbench'): needs --about, a JSON file with link, name, authors, venue, architecture …")
+    else:
+        to_robustbench(run, out, board, entry, about)
+    console.print(f"written: {out}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
+    except KeyboardInterrupt:
+        errors.print(Text("interrupted; what was done is kept"), soft_wrap=True)
+        sys.exit(130)
     except ImportError as error:
         errors.print(Text(f"error: {error}; pip install 'robust-spectral[evaluations]'"), soft_wrap=True)
         sys.exit(2)

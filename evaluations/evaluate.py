@@ -1,180 +1,218 @@
 """Attack a finished run and set what the attacks leave standing against what is proved.
 
-Every image goes through all attacks asked for; an adversarial image is put back into the ball and the pixel box in float64
-and predicted again before it counts. An image that falls at one size of perturbation has fallen at every larger one. The
-verdicts are kept per sample (`samples.parquet`), the figures follow from them (`report.json`).
+The work is planned as units (`work`), done by an engine (`engine`) into records (`records`), and merged here: a pure function
+of the records, so that the figures do not depend on who did what, when, or how often it was stopped. An image that falls at
+one size of perturbation has fallen at every larger one. The verdicts are kept per sample (`samples.parquet`), the figures
+follow from them (`report.json`).
 """
 
 from __future__ import annotations
 
-import copy
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, lipschitz_estimate
-from robust_spectral.affine import evaluating
+from robust_spectral import LipschitzBound, certified_radius
 
-from .attacks import NORMS, find_attack
-from .data import data_hash
+from .engine import Engine, in_this_process, run_units
 from .figures import figures
-from .finetune import load_run
+from .records import Record, Unit, read_record, refuse_foreign, seconds_of
 from .runs import check_device, twin_folders, write_atomically, write_json
+from .work import AttackPlan, Subject, Work, bound_of, open_subject, plan_work
 
 Say = Callable[[str], None]
+Fallen = tuple[Tensor, Tensor]
 _MOST_OF_IT = 0.99  # of each certified radius that is to be left by rounding in float32, or else float64 is certified
+_EXAMPLES = 8  # adversarial images that are kept for the pages
 
 
-@dataclass(frozen=True)
-class AttackPlan:
-    """One attack at several sizes of perturbation, on the first ``samples`` images."""
-
-    attack: str
-    norm: str
-    eps: tuple[float, ...]
-    samples: int
-
-    def __post_init__(self) -> None:
-        find_attack(self.attack)
-        if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r}: expected one of {', '.join(NORMS)}")
-        if not self.eps or not all(e > 0 and math.isfinite(e) for e in self.eps):
-            raise ValueError(f"eps {self.eps}: every size of perturbation must be positive and finite")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: attack at least one image")
-
-
-def evaluate(folder: Path, plans: Sequence[AttackPlan], *, seed: int = 0, device: str = "cpu", say: Say = print) -> None:
+def evaluate(
+    folder: Path,
+    plans: Sequence[AttackPlan],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    block: int = 128,
+    gate_samples: int = 64,
+    engine: Engine = in_this_process,
+    shard: tuple[int, int] = (1, 1),
+    say: Say = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    command: str = "",
+) -> bool:
     """Evaluate a run, or each twin of a run with twins: writes samples.parquet and report.json beside each model.
+
+    Args:
+        folder: The run.
+        plans: The attacks.
+        seed: Of their random draws.
+        device: Where they run.
+        block: Images in a unit of work.
+        gate_samples: Images that the gates look at.
+        engine: Who does the units.
+        shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
+        say: Told what is found.
+        progress: Told after every unit how many are done, of how many.
+        command: What makes this evaluation again, for the record.
+
+    Returns:
+        bool: Whether all units are done, so that there is a report.
 
     Raises:
         ValueError: the folder is no run, the model does not match its record, or an option is out of range.
     """
     check_device(device)
-    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans):
-        raise ValueError("evaluate: an attack is asked for twice with the same norm; give it once, with all sizes")
-    torch.backends.cudnn.allow_tf32 = False  # what is certified are float32 logits
+    if block < 1 or gate_samples < 1 or not 1 <= shard[0] <= shard[1]:
+        raise ValueError(
+            f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
+        )
+    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
+        raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
+    complete = True
     for name, run in twin_folders(folder).items():
-        _evaluate_run(run, plans, seed, device, _prefixed(say, name))
+        subject = open_subject(run, device)
+        refuse_foreign(run, subject.run["model_sha256"], subject.run["test_data_sha256"])
+        work = plan_work(subject.run, len(subject.labels), plans, seed, block, gate_samples)
+        mine = work.units[shard[0] - 1 :: shard[1]]
+        _do(engine, run, mine, device, progress)
+        left = sum(not unit.path(run).is_file() for unit in work.units)
+        if left:
+            say(
+                f"{name or folder}: {left} of {len(work.units)} units are left to other shards; the report is made when none is"
+            )
+            complete = False
+            continue
+        _merge(run, subject, work, _prefixed(say, name), command)
+    return complete
+
+
+def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
+    count = sum(unit.path(folder).is_file() for unit in units)
+    progress(count, len(units))
+
+    def done(unit: Unit) -> None:
+        nonlocal count
+        count += 1
+        progress(count, len(units))
+
+    run_units(engine, folder, units, device, done)
 
 
 def _prefixed(say: Say, name: str) -> Say:
     return lambda text: say(f"{name}: {text}" if name else text)
 
 
-def _evaluate_run(folder: Path, plans: Sequence[AttackPlan], seed: int, device: str, say: Say) -> None:
-    model, data, run = load_run(folder)
-    model = model.to(device).eval()
-    if data_hash(*data.test_images(len(data.test))) != run["test_data_sha256"]:  # type: ignore[arg-type]
-        raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
-    if run["classes"] < 4 and any(plan.attack == "autoattack" for plan in plans):
-        raise ValueError(f"{folder}: autoattack, standard version, needs at least 4 classes, the model has {run['classes']}")
-    images, labels = (t.to(device) for t in data.test_images(max(plan.samples for plan in plans)))
-    with torch.no_grad():
-        logits = torch.cat([model(batch) for batch in images.split(128)])
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(f"{folder}: the model's logits are NaN or infinite")
-    bound = lipschitz_bound(model, images[:1])
-    estimate = lipschitz_estimate(model, images[:64])
-    radii, dtype = certified_radii(model, images, labels, logits, bound)
+def _merge(folder: Path, subject: Subject, work: Work, say: Say, command: str) -> None:
+    """Verdicts and figures from the records of all units."""
+    lipschitz = _read(folder, work.lipschitz)
+    bound = bound_of(lipschitz)
+    clean = [_read(folder, unit) for unit in work.clean]
+    logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
+    radii, dtype = certified_radii(logits, exact, labels, bound)
     predicted = logits.argmax(1)
-    say(f"clean accuracy {100 * float((predicted == labels).float().mean()):.1f} % on {len(labels)} images")
+    say(f"clean accuracy {100 * float((predicted == labels).double().mean()):.1f} % on {len(labels)} images")
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
-    for plan in plans:
-        rows += _run_plan(model, images, labels, predicted, radii, plan, seed, say)
+    errors: dict[tuple[str, str, float], str] = {}
+    fallen: dict[tuple[str, str], Fallen] = {}
+    for (attack, norm, eps), units in work.attacks.items():
+        blocks = [_read(folder, unit) for unit in units]
+        found = {key: torch.cat([block.tensors[key] for block in blocks]) for key in ("predicted", "distance", "labels")}
+        labels_here = found["labels"]
+        guess, far = _after(fallen.get((attack, norm)), found["predicted"], found["distance"], labels_here)
+        fallen[attack, norm], robust = (guess, far), guess == labels_here
+        failed = [block.told["error"] for block in blocks if block.told["error"]]
+        if failed:
+            errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
+        rows += _rows(attack, norm, eps, labels_here, guess, robust, far, radii, "invalid" if failed else "ok")
+        say(f"{attack} {norm} eps {eps:g}: {100 * float(robust.double().mean()):.1f} % of {len(robust)} images stand"
+            + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
-    write_json(folder / "report.json", figures(run, rows, _lipschitz(bound, estimate, dtype), math.prod(images.shape[1:])))
+    gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
+    made = figures(subject.run, rows, _told(lipschitz, bound, dtype), math.prod(subject.images.shape[1:]), gates, errors)
+    cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
+    write_json(folder / "report.json", made | cost | {"parameters": lipschitz.told["parameters"], "command": command})
+    _keep_examples(folder, subject, work)
+    for gate in made["gates"]:
+        if gate["status"] == "fail":
+            say(f"gate failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
 
 
-def _run_plan(
-    model: nn.Module, images: Tensor, labels: Tensor, clean: Tensor, radii: Tensor, plan: AttackPlan, seed: int, say: Say
-) -> list[dict[str, Any]]:
-    """Rows of one attack over its grid, smallest perturbation first."""
-    count = min(plan.samples, len(images))
-    images, labels, clean, radii = images[:count], labels[:count], clean[:count], radii[:count]
-    standing = clean == labels
-    predicted, distance = clean.clone(), torch.zeros(count, dtype=torch.float64, device=images.device)
-    rows: list[dict[str, Any]] = []
-    for eps in sorted(set(plan.eps)):  # what fell keeps the prediction and the distance at which it fell
-        alive = standing.nonzero()[:, 0]
-        if len(alive):
-            x = images[alive]
-            with evaluating(model):
-                adversarial = find_attack(plan.attack).run(model, x, labels[alive], plan.norm, eps, seed)
-                adversarial = into_ball(adversarial, x, plan.norm, eps)
-                with torch.no_grad():
-                    predicted[alive] = torch.cat([model(batch) for batch in adversarial.split(128)]).argmax(1)
-            distance[alive] = size_of(adversarial.double() - x.double(), plan.norm)
-            standing = standing & (predicted == labels)
-        rows += _rows(plan.attack, plan.norm, eps, labels, predicted, standing, distance, radii)
-        say(f"{plan.attack} {plan.norm} eps {eps:g}: {100 * float(standing.float().mean()):.1f} % of {count} images stand")
-    return rows
+def _after(before: Fallen | None, predicted: Tensor, distance: Tensor, labels: Tensor) -> Fallen:
+    """Predictions and distances at a size, where what fell at a smaller one keeps those at which it fell."""
+    if before is None:
+        return predicted, distance
+    fell = before[0] != labels
+    return torch.where(fell, before[0], predicted), torch.where(fell, before[1], distance)
 
 
-def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor) -> Tensor:
-    """Adversarial images put back into the pixel box and the ball of radius eps, or of one of (n, 1, 1, 1), around the images.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if not bool(torch.isfinite(adversarial).all()):
-        raise ValueError("an attack returned NaN or infinite pixels")
-    delta = adversarial.double().clamp(0, 1) - images.double()
-    if norm == "linf":
-        most = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
-        delta = delta.clamp(-most, most)
-    else:
-        size = size_of(delta, norm).reshape(-1, *[1] * (delta.ndim - 1))
-        delta = delta * (eps / size.clamp_min(1e-300)).clamp(max=1)
-    return (images.double() + delta).clamp(0, 1).to(images.dtype)
-
-
-def size_of(delta: Tensor, norm: str) -> Tensor:
-    """Norm of each perturbation of a batch."""
-    return torch.linalg.vector_norm(delta.flatten(1), ord=NORMS[norm], dim=1)
+def _read(folder: Path, unit: Unit) -> Record:
+    record = read_record(folder, unit)
+    assert record is not None
+    return record
 
 
 def _rows(
-    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, radii: Tensor
-) -> list[dict[str, Any]]:
-    columns = zip(labels.tolist(), predicted.tolist(), robust.tolist(), distance.tolist(), radii.tolist(), strict=True)
+    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, radii: Tensor,
+    status: str = "ok",
+) -> list[dict[str, Any]]:  # fmt: skip
+    columns = (column.tolist() for column in (labels, predicted, robust, distance, radii[: len(labels)]))
     return [
         {"sample": i, "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess, "robust": ok,
-         "distance": far, "certified_radius": radius, "status": "ok"}
-        for i, (label, guess, ok, far, radius) in enumerate(columns)
+         "distance": far, "certified_radius": radius, "status": status}
+        for i, (label, guess, ok, far, radius) in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
 
-def certified_radii(
-    model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, bound: LipschitzBound
-) -> tuple[Tensor, torch.dtype]:
-    """Certified radii and the dtype of the forward pass they are about, float64 where rounding in float32 costs much."""
-    single = certified_radius(logits, labels, bound)
-    exact = copy.deepcopy(model).double()
-    with torch.no_grad():
-        logits = torch.cat([exact(batch.double()) for batch in images.split(128)])
-    double = certified_radius(logits, labels, bound)
+def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: LipschitzBound) -> tuple[Tensor, torch.dtype]:
+    """Certified radii and the dtype of the forward pass they are about, float64 where rounding in float32 costs much.
+
+    Args:
+        logits: Of the images, (n, classes), computed in float32.
+        exact: The same, computed in float64.
+        labels: (n,).
+        bound: The network's.
+    """
+    single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
     kept = double > 0
     if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
         return single, torch.float32
     return double, torch.float64
 
 
-def _lipschitz(bound: LipschitzBound, estimate: float, dtype: torch.dtype) -> dict[str, Any]:
+def _told(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "certified_dtype": str(dtype).removeprefix("torch."),
         "errors": {str(kind).removeprefix("torch."): error for kind, error in bound.errors.items()},
         "bound": bound.value,
         "bound_in_pixel_box": bound.local,
-        "estimate": estimate,
+        "estimate": float(record.told["estimate"]),
         "failure_probability": bound.failure_probability,
         "reason": bound.reason or bound.errors_reason,
     }
+
+
+def _keep_examples(folder: Path, subject: Subject, work: Work) -> None:
+    """A few images that fell, at the smallest size at which any did, beside what they were."""
+    found: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
+        for unit in units:
+            tensors = _read(folder, unit).tensors
+            for index, image in zip(tensors["fallen"].tolist(), tensors["adversarial"], strict=True):
+                told = {"sample": unit.start + index, "label": int(tensors["labels"][index]), "attack": attack, "norm": norm,
+                        "predicted": int(tensors["predicted"][index]), "eps": eps,
+                        "distance": float(tensors["distance"][index])}  # fmt: skip
+                if len(found) < _EXAMPLES and told["sample"] not in {seen["sample"] for *_, seen in found}:
+                    found.append((subject.images[unit.start + index], image, told))
+    if found:
+        tensors = {"clean": torch.stack([a for a, _, _ in found]), "adversarial": torch.stack([b for _, b, _ in found])}
+        text = {"examples": json.dumps([told for *_, told in found])}
+        write_atomically(folder / "examples.safetensors", lambda path: safetensors.torch.save_file(tensors, path, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy.stats import binomtest
@@ -11,7 +12,10 @@ from scipy.stats import binomtest
 Row = dict[str, Any]
 
 
-def figures(run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int) -> dict[str, Any]:
+def figures(
+    run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int, gates: Sequence[Row] = (),
+    errors: Mapping[tuple[str, str, float], str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The report.json of one model.
 
     Args:
@@ -19,22 +23,27 @@ def figures(run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pix
         rows: Its rows of samples.parquet.
         lipschitz: bound, bound_in_pixel_box, estimate, failure_probability, reason, and the dtype certified with its errors.
         pixels: Values of one image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
+        gates: What the checks of the model and the attacks came to: name, status, detail.
+        errors: Why an attack failed, by attack, norm and eps.
     """
     clean = [row for row in rows if row["attack"] == "none"]
     attacked = [row for row in rows if row["attack"] != "none"]
     norms = sorted({row["norm"] for row in attacked}) or ["l2"]
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
+    all_gates = [*gates, _sandwich_gate(sandwiches), _certificate_gate(attacked, pixels), _autoattack_gate(attacked)]
+    reason = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "fail") or None
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share([row["robust"] for row in clean]), "n": len(clean),
                      "ci": _with_interval([row["robust"] for row in clean])["ci"]},
-        "robust": [*_per_attack(attacked), *(_worst(entry) for entry in sandwiches)],
+        "robust": [_judged(entry, reason, errors or {}) for entry in (*_per_attack(attacked), *map(_worst, sandwiches))],
         "certified": [entry for norm in norms for entry in certified(clean, norm, attacked, pixels)],
         "lipschitz": lipschitz,
         "layers": run["layers"],
         "sandwich": sandwiches,
-        "gates": [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels), _autoattack_gate(attacked)],
-        "config": run["config"], "model_sha256": run["model_sha256"], "versions": run["versions"], "hardware": run["hardware"],
+        "gates": all_gates,
+        "config": run["config"], "model_sha256": run["model_sha256"],
+        "data_sha256": run["test_data_sha256"], "versions": run["versions"], "hardware": run["hardware"],
         "training_seconds": run["seconds"],
     }  # fmt: skip
 
@@ -91,6 +100,15 @@ def _per_attack(attacked: list[Row]) -> list[Row]:
 def _worst(entry: Row) -> Row:
     return {"attack": "worst case", "norm": entry["norm"], "eps": entry["eps"], "accuracy": entry["worst"],
             "ci": entry["worst_ci"], "n": entry["n"]}  # fmt: skip
+
+
+def _judged(entry: Row, reason: str | None, errors: Mapping[tuple[str, str, float], str]) -> Row:
+    """The entry with whether it may be read as robustness, and if not, why."""
+    level = entry["norm"], entry["eps"]
+    own = errors.get((entry["attack"], *level))
+    if entry["attack"] == "worst case":
+        own = next((error for (_, *failed), error in errors.items() if tuple(failed) == level), None)
+    return entry | {"valid": reason is None and own is None, "reason": own or reason}
 
 
 def _sandwich_gate(sandwiches: list[Row]) -> Row:

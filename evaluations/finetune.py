@@ -12,9 +12,9 @@ import random
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,23 +25,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from robust_spectral import FastClip, Lanczos, fold_batchnorms_, top_singular
+from robust_spectral import FastClip, Lanczos, top_singular
 from robust_spectral.affine import is_batchnorm
-from robust_spectral.fastclip import Composites
 from robust_spectral.plugins.defences import Defence, NoDefence
 from robust_spectral.plugins.registry import find
-from robust_spectral.plugins.timm import PixelModel, load, load_weights
-from robust_spectral.plugins.timm_blocks import average_residuals_
+from robust_spectral.plugins.timm import PixelModel
 
+from .config import FinetuneConfig
 from .data import ImageData, check_pixels, data_hash, load_data, stack
 from .lifting import Lift
+from .models import create_model
 from .objectives import CertifiedCrossEntropy, CrossEntropy
 from .runs import (
     all_finite,
     check_device,
     environment,
-    file_hash,
-    open_run,
     remove_scratch,
     save_weights,
     write_atomically,
@@ -50,111 +48,6 @@ from .runs import (
 
 _MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
 _STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Everything a fine-tuning run depends on; stored in its run.json."""
-
-    model: str
-    data: str
-    image_size: int | None = None
-    pretrained: bool = False
-    pretrained_path: str | None = None
-    initial_checkpoint: str | None = None
-    epochs: int = 3
-    batch_size: int = 64
-    opt: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    sched: str = "cosine"
-    warmup_epochs: int = 0
-    defence: str = "fastclip"
-    max_norm: float | None = 1.0
-    lipschitz_target: float | None = None
-    composites: Composites = "auto"
-    spectral_warmup: float = 0.5
-    logit_scale: float = 1.0
-    objective: Literal["accuracy", "certified"] = "accuracy"
-    margin_eps: float = 0.0
-    lift: bool = False
-    freeze_bn: bool = False
-    fold_bn: bool = False
-    residuals: Literal["summed", "averaged"] = "summed"
-    amp: bool = False
-    amp_dtype: str = "float16"
-    model_ema: bool = False
-    model_ema_decay: float = 0.999
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
-        find("defence", self.defence)
-        if self.lipschitz_target is not None and not self.fastclip:
-            raise ValueError(f"lipschitz_target={self.lipschitz_target}: of fastclip only, not of defence={self.defence!r}")
-        if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
-            raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
-        if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
-            raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
-        if self.amp_dtype not in ("float16", "bfloat16"):
-            raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
-        if self.composites not in ("auto", "always", "never"):
-            raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
-        if self.objective not in ("accuracy", "certified") or self.residuals not in ("summed", "averaged"):
-            given = f"objective={self.objective!r}, residuals={self.residuals!r}"
-            raise ValueError(f"{given}: expected accuracy or certified, and summed or averaged")
-        if (self.objective == "certified") != (0 < self.margin_eps < math.inf):
-            raise ValueError(
-                f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective, and no other, takes the "
-                "positive radius that images are to be certified at"
-            )
-        if self.lift and (self.finite_max_norm is None or self.spectral_warmup > 0):
-            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
-        if not 0 <= self.spectral_warmup <= 1:
-            raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
-
-    @property
-    def clips(self) -> bool:
-        """Whether the run holds spectral norms with FastClip."""
-        return self.fastclip and (self.finite_max_norm is not None or self.lipschitz_target is not None)
-
-    @property
-    def fastclip(self) -> bool:
-        """Whether the defence is FastClip, with all its options, and no other."""
-        return self.defence in ("fastclip", "fastclip-composite")
-
-    @property
-    def finite_max_norm(self) -> float | None:
-        """The norm asked of every layer by itself, if any is."""
-        return self.max_norm if self.max_norm is not None and math.isfinite(self.max_norm) else None
-
-
-def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
-    """The model of a configuration, before fine-tuning."""
-    overlay = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
-    if config.pretrained_path and not Path(config.pretrained_path).is_file():
-        raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
-    torch.manual_seed(config.seed)
-    model = load(
-        config.model,
-        pretrained=config.pretrained or config.pretrained_path is not None,
-        checkpoint=config.initial_checkpoint,
-        num_classes=data.classes,
-        in_chans=data.channels,
-        **overlay,
-    )
-    return _rebuilt(model, config, data)
-
-
-def _rebuilt(model: PixelModel, config: FinetuneConfig, data: ImageData) -> PixelModel:
-    """The model with the changes of its architecture that the configuration asks for."""
-    if config.fold_bn:
-        fold_batchnorms_(model, data.example())
-    if config.residuals == "averaged":
-        average_residuals_(model.model)
-    return model
 
 
 def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path:
@@ -406,21 +299,3 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
 def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                     TextColumn("{task.fields[stats]}"))  # fmt: skip
-
-
-def load_run(folder: Path) -> tuple[PixelModel, ImageData, dict[str, Any]]:
-    """The model and the data of a finished run.
-
-    Raises:
-        ValueError: the folder is no run, or its weights are not the ones run.json was written for.
-    """
-    run = open_run(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
-        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes")
-    known = {field.name for field in fields(FinetuneConfig)}
-    config = FinetuneConfig(**{key: value for key, value in run["config"].items() if key in known})
-    data = load_data(config.data, config.image_size)
-    model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"]), config, data)
-    load_weights(model.model, weights)
-    return model, data, run

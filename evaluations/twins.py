@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .finetune import FinetuneConfig, finetune
+from .config import FinetuneConfig
+from .finetune import finetune
 from .runs import read_json, write_json
 
 

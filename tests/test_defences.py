@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.finetune import FinetuneConfig, finetune, load_run
+from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.finetune import finetune
+from robust_spectral.evaluations.models import load_run
 from robust_spectral.plugins.defences import Bjorck, Delattre, Gouk, Miyato, NoDefence, Senderovich, clip_symbols_, gram_bound
 from robust_spectral.plugins.registry import find, names
 

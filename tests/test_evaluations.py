@@ -10,11 +10,15 @@ from reference import norm
 
 from robust_spectral import FastClip, linear_layers, lipschitz_bound
 from robust_spectral.evaluations import cli
-from robust_spectral.evaluations.evaluate import AttackPlan, evaluate, into_ball, size_of
+from robust_spectral.evaluations.attacks import into_ball, size_of
+from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.figures import certified, sandwich
-from robust_spectral.evaluations.finetune import FinetuneConfig, _Training, finetune, load_run
+from robust_spectral.evaluations.finetune import _Training, finetune
+from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.report import percent, write_report
 from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
+from robust_spectral.evaluations.work import AttackPlan
 
 SMALL = {"model": "test_resnet", "data": "digits", "image_size": 16, "freeze_bn": True, "batch_size": 128}
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import robust_spectral as rs
+from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.data import load_data
-from robust_spectral.evaluations.finetune import FinetuneConfig, finetune, load_run
+from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.lifting import Lift
+from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.objectives import CertifiedCrossEntropy, CrossEntropy
 from robust_spectral.plugins.timm_blocks import Averaged, MaxMin, average_residuals_
 

@@ -15,7 +15,6 @@ import argparse
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.attacks import autoattack
-from robust_spectral.evaluations.evaluate import certified_radii, into_ball
-from robust_spectral.evaluations.finetune import FinetuneConfig, finetune, load_run
+from robust_spectral.evaluations.attacks import into_ball, make_attack, run_attack
+from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.evaluate import certified_radii
+from robust_spectral.evaluations.finetune import finetune
+from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.runs import environment, write_json
 
 _INSIDE = 1 - 1e-6  # of a radius
@@ -157,8 +158,8 @@ def verdict(name: str, options: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     bound = rs.lipschitz_bound(model, images[:1])
     with torch.no_grad():
-        logits = model(images)
-    radii, dtype = certified_radii(model, images, labels, logits, bound)
+        logits, exact = model(images), copy.deepcopy(model).double()(images.double())
+    radii, dtype = certified_radii(logits, exact, labels, bound)
     model, images = copy.deepcopy(model).to(dtype), images.to(dtype)
     sure = radii > 0
     x, y, r = images[sure], labels[sure], radii[sure] * _INSIDE
@@ -181,11 +182,11 @@ def verdict(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def binned(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, count: int, bins: int = 4) -> dict[str, Any]:
     """AutoAttack on bins of images, each at its smallest radius."""
     order = radii.argsort(descending=True)[: count // bins * bins]
-    single: Callable[[Tensor], Tensor] = copy.deepcopy(model).float()
+    single = copy.deepcopy(model).float()
     fallen, sizes = 0, []
     for part in order.chunk(bins) if len(order) else []:
         eps = float(radii[part].min())
-        found = autoattack(single, x[part].float(), labels[part], "l2", eps, seed=0)  # type: ignore[arg-type]
+        found = run_attack(make_attack("autoattack", "l2", eps), single, x[part].float(), labels[part], seed=0).adversarial
         found = into_ball(found.to(x.dtype), x[part], "l2", eps)
         fallen += int(broken(model, x[part], found, labels[part], torch.full_like(radii[part], eps * (1 + 1e-9))).sum())
         sizes.append(eps)

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from robust_spectral.evaluations.finetune import FinetuneConfig, finetune
+from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.runs import environment, file_hash, write_json
 
 CONFIG = FinetuneConfig(

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor, nn
 
 from robust_spectral import linear_layers
-from robust_spectral.evaluations.finetune import load_run
+from robust_spectral.evaluations.models import load_run
 
 
 def reference_norm(module: nn.Module, in_shape: tuple[int, ...]) -> tuple[float, str]:

@@ -1,0 +1,89 @@
+"""Everything a fine-tuning run depends on, checked before anything is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from robust_spectral.fastclip import Composites
+from robust_spectral.plugins.registry import find
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything a fine-tuning run depends on; stored in its run.json."""
+
+    model: str
+    data: str
+    image_size: int | None = None
+    pretrained: bool = False
+    pretrained_path: str | None = None
+    initial_checkpoint: str | None = None
+    epochs: int = 3
+    batch_size: int = 64
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    defence: str = "fastclip"
+    max_norm: float | None = 1.0
+    lipschitz_target: float | None = None
+    composites: Composites = "auto"
+    spectral_warmup: float = 0.5
+    logit_scale: float = 1.0
+    objective: Literal["accuracy", "certified"] = "accuracy"
+    margin_eps: float = 0.0
+    lift: bool = False
+    freeze_bn: bool = False
+    fold_bn: bool = False
+    residuals: Literal["summed", "averaged"] = "summed"
+    amp: bool = False
+    amp_dtype: str = "float16"
+    model_ema: bool = False
+    model_ema_decay: float = 0.999
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
+        find("defence", self.defence)
+        if self.lipschitz_target is not None and not self.fastclip:
+            raise ValueError(f"lipschitz_target={self.lipschitz_target}: of fastclip only, not of defence={self.defence!r}")
+        if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
+            raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
+        if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
+            raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
+        if self.composites not in ("auto", "always", "never"):
+            raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
+        if self.objective not in ("accuracy", "certified") or self.residuals not in ("summed", "averaged"):
+            given = f"objective={self.objective!r}, residuals={self.residuals!r}"
+            raise ValueError(f"{given}: expected accuracy or certified, and summed or averaged")
+        if (self.objective == "certified") != (0 < self.margin_eps < math.inf):
+            raise ValueError(
+                f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective, and no other, takes the "
+                "positive radius that images are to be certified at"
+            )
+        if self.lift and (self.finite_max_norm is None or self.spectral_warmup > 0):
+            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
+        if not 0 <= self.spectral_warmup <= 1:
+            raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
+
+    @property
+    def clips(self) -> bool:
+        """Whether the run holds spectral norms with FastClip."""
+        return self.fastclip and (self.finite_max_norm is not None or self.lipschitz_target is not None)
+
+    @property
+    def fastclip(self) -> bool:
+        """Whether the defence is FastClip, with all its options, and no other."""
+        return self.defence in ("fastclip", "fastclip-composite")
+
+    @property
+    def finite_max_norm(self) -> float | None:
+        """The norm asked of every layer by itself, if any is."""
+        return self.max_norm if self.max_norm is not None and math.isfinite(self.max_norm) else None

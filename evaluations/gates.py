@@ -1,0 +1,180 @@
+"""Checks that a robust accuracy must pass before it is worth reading.
+
+Most broken defences are not robust but hard to attack: their gradients vanish, their answers are random or depend on the
+batch, they give probabilities, or they optimise while they answer. Each gate looks for one such sign on a few images, and a
+gate that fails makes every attacked accuracy of the model invalid. What is judged in images takes at least two of them.
+
+Sources: Carlini et al., On Evaluating Adversarial Robustness (2019); the flags of AutoAttack (Croce and Hein 2020) and their
+thresholds; Pintor et al., Indicators of Attack Failure (2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_spectral.affine import evaluating
+
+from .attacks import Attack, make_attack, run_attack
+
+Status = Literal["pass", "flag", "fail"]
+_REPEATS = 5
+_SAME = 1e-5  # by which logits of one image may differ between batches, as a part of the largest
+_RANDOM = 1e-4  # by which they may differ between two passes on a GPU
+_DOUBLING = 0.005  # of the images, which a doubled budget may break in addition
+_BLACK_BOX = 0.002  # of the images, which a search without gradients may
+_FEWEST = 2
+_QUERIES = 500
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check: its name, what came of it, and what was seen."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
+    """Gates on the model itself, by a few passes of images (n, channels, height, width) with labels (n,)."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with evaluating(model), torch.no_grad():
+        logits = model(images)
+        training = [name or "the model" for name, part in model.named_modules() if part.training]
+        if not bool(torch.isfinite(logits).all()):
+            return [Gate("finite logits", "fail", "some are NaN or infinite")]
+        gates = [
+            _logits_gate(logits),
+            _deterministic(model, images, logits),
+            _batch_independent(model, images, logits),
+            _no_optimisation(model, images),
+            _gradients(model, images, labels, logits),
+        ]
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    return [*gates, _mode(training, moved)]
+
+
+def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Iterator[Gate]:
+    """Gates on the attacks at one size of perturbation, on images that the model classifies correctly."""
+    if not len(labels):
+        yield Gate(f"attacks at {norm} {eps:g}", "pass", "no image is classified correctly, none is attacked")
+        return
+    pgd: Any = make_attack("pgd", norm, eps)
+    square: Any = make_attack("square", norm, eps)
+
+    def stands(attack: Attack, chosen: Tensor) -> Tensor:
+        if not len(chosen):
+            return torch.ones_like(chosen, dtype=torch.bool)
+        verdict = run_attack(attack, model, images[chosen], labels[chosen], seed)
+        if verdict.error is not None:
+            raise ValueError(verdict.error)
+        return verdict.predicted == labels[chosen]
+
+    every = torch.arange(len(labels), device=labels.device)
+    where, total = f"at {norm} {eps:g}", len(labels)
+    try:
+        robust = stands(pgd, every)
+        left = every[robust]
+        yield _beaten(
+            "a single step is weaker than PGD", where, ~stands(make_attack("fgsm", norm, eps), left), total, _DOUBLING
+        )
+        yield _beaten(
+            "random noise is weaker than PGD", where, ~stands(make_attack("noise", norm, eps), left), total, _DOUBLING
+        )
+        twice = replace(pgd, steps=2 * pgd.steps)
+        yield _beaten("twice the steps break no more", where, ~stands(twice, left), total, _DOUBLING)
+        searched = ~stands(replace(square, queries=_QUERIES), left)
+        yield _beaten("a search without gradients breaks no more", where, searched, total, _BLACK_BOX)
+        yield _sweep(model, images, stands(make_attack("pgd", norm, _whole_box(norm, images)), every))
+    except ValueError as error:
+        yield Gate(f"attacks {where}", "fail", f"an attack failed: {error}")
+
+
+def _logits_gate(logits: Tensor) -> Gate:
+    sums = logits.double().sum(1)
+    probabilities = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-5).all())
+    seen = "none negative, each row sums to 1: leave out the softmax" if probabilities else "logits"
+    return Gate("logits, not probabilities", "fail" if probabilities else "pass", seen)
+
+
+def _deterministic(model: nn.Module, images: Tensor, logits: Tensor) -> Gate:
+    apart = max(float((model(images) - logits).abs().max()) for _ in range(_REPEATS - 1)) / _size(logits)
+    good = apart <= (_RANDOM if images.is_cuda else 0.0)
+    return Gate("deterministic", "pass" if good else "fail", f"{_REPEATS} passes differ by {apart:.1e} of the largest logit")
+
+
+def _batch_independent(model: nn.Module, images: Tensor, logits: Tensor) -> Gate:
+    order = torch.arange(len(images) - 1, -1, -1, device=images.device)
+    alone = torch.cat([model(image[None]) for image in images[:16]])
+    backwards = model(images[order])[order]
+    pairs = ((alone, logits[:16]), (backwards, logits))
+    apart = max(float((a - b).abs().max()) for a, b in pairs) / _size(logits)
+    turned = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in pairs)
+    detail = f"alone and in another order, logits differ by {apart:.1e} of the largest, {turned} classes change"
+    return Gate("answers do not depend on the batch", "pass" if apart <= _SAME and not turned else "fail", detail)
+
+
+def _no_optimisation(model: nn.Module, images: Tensor) -> Gate:
+    """Where autograd cannot work, a pass that relies on it fails."""
+    name = "no optimisation in the forward pass"
+    try:
+        with torch.inference_mode():
+            model(images[:1].clone())
+    except RuntimeError as error:
+        return Gate(name, "fail", f"the pass fails where gradients are off: {str(error).splitlines()[0]}")
+    return Gate(name, "pass", "runs where gradients are off")
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Gate:
+    """Of the cross-entropy, at images that are classified correctly: as float32 gives them to any attack."""
+    name, right = "gradients are there", logits.argmax(1) == labels
+    with torch.enable_grad():
+        x = images[right].detach().clone().requires_grad_()
+        output = model(x)
+        if not output.requires_grad:
+            return Gate(name, "fail", "no gradient reaches the pixels")
+        slope = torch.autograd.grad(F.cross_entropy(output, labels[right], reduction="sum"), x, allow_unused=True)[0]
+    sizes = torch.zeros(int(right.sum())) if slope is None else slope.flatten(1).abs().amax(1)
+    dead = int((~torch.isfinite(sizes) | (sizes == 0)).sum())
+    return Gate(name, "fail" if dead >= _FEWEST else "pass", f"zero or not finite at {dead} of {len(sizes)} images")
+
+
+def _mode(training: list[str], moved: list[str]) -> Gate:
+    name = "eval mode is kept"
+    if training or moved:
+        seen = f"'{training[0]}' is in training mode" if training else f"a pass changes '{moved[0]}'"
+        return Gate(name, "fail", seen)
+    return Gate(name, "pass", "no part is in training mode, and a pass changes no buffer")
+
+
+def _beaten(name: str, where: str, broken: Tensor, total: int, most: float) -> Gate:
+    count = int(broken.sum())
+    failed = count >= _FEWEST and count > most * total
+    return Gate(f"{name} {where}", "fail" if failed else "pass", f"{count} of {total} images that PGD leaves fall to it")
+
+
+def _sweep(model: nn.Module, images: Tensor, robust: Tensor) -> Gate:
+    with evaluating(model), torch.no_grad():
+        chance = 1 / model(images[:1]).shape[1]
+    share, total = float(robust.double().mean()), len(robust)
+    most = chance + 3 * math.sqrt(chance * (1 - chance) / total)
+    detail = (
+        f"{100 * share:.1f} % of {total} images stand where any image can become plain grey; chance is {100 * chance:.1f} %"
+    )
+    return Gate("without limit, attacks succeed", "pass" if share <= most else "fail", detail)
+
+
+def _whole_box(norm: str, images: Tensor) -> float:
+    """A size at which every image can be made plain grey."""
+    return 0.5 if norm == "linf" else 0.5 * math.sqrt(math.prod(images.shape[1:]))
+
+
+def _size(logits: Tensor) -> float:
+    return max(float(logits.abs().max()), 1e-30)
