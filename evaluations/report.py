@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
 from . import charts
 from .figures import certified_at
+from .pages import NORM_NAMES, number, percent, render
 from .runs import open_run, read_json, twin_folders, write_atomically, write_json
 
 Figures = dict[str, Any]
@@ -76,19 +76,6 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
     return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
 
 
-NORM_NAMES = {"l2": "L2", "linf": "L∞"}
-
-
-def number(value: float | None) -> str:
-    """Four digits; a value that is not finite is written as ∞ (it is null in JSON)."""
-    return "∞" if value is None or math.isinf(value) else f"{value:.4g}"
-
-
-def percent(value: float) -> str:
-    """A share in per cent, one decimal, rounded down so that no figure is flattered."""
-    return f"{math.floor(round(value * 1000, 9)) / 10:.1f}"
-
-
 def _with_ci(entry: dict[str, Any]) -> str:
     low, high = entry["ci"]
     return f"{percent(entry['accuracy'])} ({100 * low:.0f}–{100 * high:.0f})"
@@ -118,10 +105,6 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _render(models: dict[str, Figures], training: dict[str, list[dict[str, Any]]]) -> str:
-    environment = Environment(
-        loader=PackageLoader("robust_spectral.evaluations"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(number=number, percent=percent)
     first = next(iter(models.values()))
     norms = sorted({entry["norm"] for figures in models.values() for entry in figures["robust"]})
     plots = {
@@ -129,6 +112,4 @@ def _render(models: dict[str, Figures], training: dict[str, list[dict[str, Any]]
         "layers": charts.layer_norms(models),
         "training": charts.training_norms(training) if any(training.values()) else "",
     }
-    return environment.get_template("report.html").render(
-        models=models, first=first, rows=accuracy_rows(models), plots=plots, norm_names=NORM_NAMES
-    )
+    return render("report.html", models=models, first=first, rows=accuracy_rows(models), plots=plots)

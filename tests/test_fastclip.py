@@ -324,7 +324,6 @@ def test_an_optimizer_inside_a_wrapper_without_hooks_is_found(convnet: nn.Module
     assert clipper.steps == 1
 
 
-
 @pytest.mark.parametrize("start, steps", [(16.0, 4), (0.5, 4)], ids=["from above", "from below"])
 def test_the_target_falls_geometrically_from_the_layers_own_norm(start: float, steps: int) -> None:
     model = nn.Linear(6, 6, bias=False)
