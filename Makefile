@@ -6,7 +6,7 @@ PHOTOS := runs/demo-pretrained
 
 CERTIFIED := --model maxmin_mlp --batch-size 256 --opt muon --lr 2e-2 --max-norm 1 --spectral-warmup 0 --lift --objective certified --logit-scale 5
 
-.PHONY: env lint types test fuzz demo demo-pretrained mnist clean
+.PHONY: env lint types test test-extras fuzz demo demo-pretrained mnist clean
 
 env: .venv/ready  ## the environment, with everything the checks and the demo need
 
@@ -27,6 +27,9 @@ types: env  ## the package as it is installed
 
 test: env lint types  ## the whole check
 	$(BIN)/pytest -n 2
+
+test-extras: env  ## every extra alone in a clean environment; about two minutes each
+	$(BIN)/python tests/extras.py
 
 fuzz: env  ## every bound on 20,000 generated layers and 10,000 networks, and how often the probabilistic one fails
 	$(BIN)/python evaluations/benchmarks/fuzz_norms.py --layers 20800 --out evaluations/benchmarks/results/fuzz_norms.json

@@ -1,40 +1,63 @@
-"""Fine-tuning runs killed at random moments and resumed, until they end: do they end with the very weights of one left alone?
+"""Jobs killed at random moments and started again, until they end: do they end with the very files of one left alone?
 
-    python evaluations/benchmarks/kill_resume.py --kills 50 --out evaluations/benchmarks/results/kill_resume.json
+    python evaluations/benchmarks/kill_resume.py --kills 50 --out kill_resume.json
+    python evaluations/benchmarks/kill_resume.py --job evaluate --kills 20 --out kill_evaluate.json
 
-Every run is a process of its own, ended by SIGKILL after a random time and started again with ``resume``, until it is
-complete; then the next run begins, until so many kills are done. Moments range over all that a run does: starting, training,
-writing its state, the final clip, and writing the files that make it complete.
+Every job is a process of its own, ended by SIGKILL after a random time and started again, until it is complete; then the next
+begins, until so many kills are done. Moments range over all that a job does: of a fine-tuning starting, training, writing its
+state, the final clip, and writing the files that make it complete; of an evaluation every unit of work, and the merge.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.runs import environment, file_hash, write_json
+from robust_spectral.evaluations.work import AttackPlan
 
 CONFIG = FinetuneConfig(
     model="test_resnet", data="digits", epochs=4, freeze_bn=True, max_norm=2.0, logit_scale=10.0, model_ema=True, seed=3
 )
+PLANS = [AttackPlan("pgd", "l2", (0.5, 1.0), 160), AttackPlan("autoattack", "linf", (0.1,), 32)]
 
 
-def started(out: Path) -> int:
-    """A process that fine-tunes into a folder, or goes on where one was killed; its id."""
+def attack(folder: Path, base: Path) -> None:
+    """Evaluate a copy of a finished run; the copy is made by the first process, whole or not at all."""
+    if not folder.exists():
+        half = folder.with_suffix(".half")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(base, half)
+        os.replace(half, folder)
+    evaluate(folder, PLANS, block=32, gate_samples=16, say=lambda text: None)
+
+
+def verdicts(folder: Path) -> str:
+    """One hash for all records of verdicts and the table made of them."""
+    paths = sorted([*(folder / "records").glob("*.safetensors"), folder / "samples.parquet"])
+    return hashlib.sha256("".join(path.name + file_hash(path) for path in paths).encode()).hexdigest()
+
+
+def started(job: Callable[[Path], object], out: Path) -> int:
+    """A process that does a job into a folder, or goes on where one was killed; its id."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
-            finetune(CONFIG, out, resume=True)
+            job(out)
             status = 0
         finally:
             os._exit(status)
@@ -55,9 +78,21 @@ def ended(process: int, seconds: float) -> int | None:
     return None if code == -signal.SIGKILL else code
 
 
+def jobs(scratch: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Path], str]]]:
+    """What each job does into a folder, and a hash of what it leaves there."""
+    base = scratch / "base"
+    if ended(started(lambda out: finetune(CONFIG, out, resume=True), base), 600) != 0:
+        raise SystemExit("the run that is to be evaluated failed")
+    return {
+        "finetune": (lambda out: finetune(CONFIG, out, resume=True), lambda out: file_hash(out / "model.safetensors")),
+        "evaluate": (lambda out: attack(out, base), verdicts),
+    }
+
+
 def main() -> None:
     """Kill and resume, print a line for each complete run, write JSON. Exit status 1 where one fails or differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", choices=("finetune", "evaluate"), default="finetune")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -65,22 +100,23 @@ def main() -> None:
     draw = random.Random(options.seed)
     kills, runs, failures = 0, 0, list[int]()
     with tempfile.TemporaryDirectory() as scratch:
+        job, result = jobs(Path(scratch))[options.job]
         whole, clock = Path(scratch) / "whole", time.monotonic()
-        if ended(started(whole), 600) != 0:
-            raise SystemExit("the run that is left alone failed")
-        duration, weights = time.monotonic() - clock, file_hash(whole / "model.safetensors")
-        print(f"left alone: {duration:.1f} s, model sha256 {weights[:12]}", flush=True)
+        if ended(started(job, whole), 600) != 0:
+            raise SystemExit("the job that is left alone failed")
+        duration, expected = time.monotonic() - clock, result(whole)
+        print(f"left alone: {duration:.1f} s, sha256 {expected[:12]}", flush=True)
         same = 0
         while kills < options.kills:
             folder, before = Path(scratch) / str(runs), kills
-            while (code := ended(started(folder), draw.uniform(0.05, 0.6 * duration))) is None:
+            while (code := ended(started(job, folder), draw.uniform(0.05, 0.6 * duration))) is None:
                 kills += 1
             failures += [code] if code else []
             runs += 1
-            same += code == 0 and file_hash(folder / "model.safetensors") == weights
-            print(f"run {runs}: {kills - before} kills, exit status {code}, {same} of {runs} with the same weights", flush=True)
+            same += code == 0 and result(folder) == expected
+            print(f"run {runs}: {kills - before} kills, exit status {code}, {same} of {runs} with the same files", flush=True)
     if options.out:
-        write_json(options.out, {"kills": kills, "runs": runs, "same_weights": same, "failures": failures,
+        write_json(options.out, {"job": options.job, "kills": kills, "runs": runs, "same_files": same, "failures": failures,
                                  "seconds_left_alone": duration, **environment()})  # fmt: skip
     raise SystemExit(0 if same == runs else 1)
 
