@@ -90,8 +90,9 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
         )
         twice = replace(pgd, steps=2 * pgd.steps)
         yield _beaten("twice the steps break no more", where, ~stands(twice, left), total, _DOUBLING)
+        left = left[stands(make_attack("autoattack-gradients", norm, eps), left)]
         searched = ~stands(replace(square, queries=_QUERIES), left)
-        yield _beaten("a search without gradients breaks no more", where, searched, total, _BLACK_BOX)
+        yield _beaten("a search without gradients breaks no more", where, searched, total, _BLACK_BOX, "AutoAttack's gradients")
         yield _sweep(model, images, stands(make_attack("pgd", norm, _whole_box(norm, images)), every))
     except ValueError as error:
         yield Gate(f"attacks {where}", "fail", f"an attack failed: {error}")
@@ -154,10 +155,10 @@ def _mode(training: list[str], moved: list[str]) -> Gate:
     return Gate(name, "pass", "no part is in training mode, and a pass changes no buffer")
 
 
-def _beaten(name: str, where: str, broken: Tensor, total: int, most: float) -> Gate:
+def _beaten(name: str, where: str, broken: Tensor, total: int, most: float, by: str = "PGD") -> Gate:
     count = int(broken.sum())
     failed = count >= _FEWEST and count > most * total
-    return Gate(f"{name} {where}", "fail" if failed else "pass", f"{count} of {total} images that PGD leaves fall to it")
+    return Gate(f"{name} {where}", "fail" if failed else "pass", f"{count} of {total} images stand against {by} and fall to it")
 
 
 def _sweep(model: nn.Module, images: Tensor, robust: Tensor) -> Gate:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_spectral import LipschitzBound, lipschitz_bound, lipschitz_estimate
+from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
 
 from .attacks import describe, make_attack, predict, run_attack
 from .data import data_hash
@@ -110,11 +110,12 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
         count = min(count, images)
         return [unit(task, config, start, min(start + block, count)) for start in range(0, count, block)]
 
+    ours = {"package": f"robust_spectral {__version__}"}
     middle = {plan.norm: sorted(plan.eps)[len(plan.eps) // 2] for plan in reversed(plans)}
     return Work(
-        unit("lipschitz", {}, 0, min(_FOR_ESTIMATE, images)),
-        blocks("clean", {}, max(plan.samples for plan in plans)),
-        [unit("gates", {"norm": norm, "eps": eps}, 0, min(gate_samples, images)) for norm, eps in middle.items()],
+        unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
+        blocks("clean", ours, max(plan.samples for plan in plans)),
+        [unit("gates", {"norm": norm, "eps": eps, **ours}, 0, min(gate_samples, images)) for norm, eps in middle.items()],
         {
             (plan.attack, plan.norm, eps): blocks(plan.attack, describe(make_attack(plan.attack, plan.norm, eps)), plan.samples)
             for plan in plans

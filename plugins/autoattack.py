@@ -53,3 +53,10 @@ class Square(AutoAttack):
 
     queries: int = 5000
     parts: ClassVar[tuple[str, ...]] = ("square",)
+
+
+@dataclass(frozen=True)
+class Gradients(AutoAttack):
+    """The two parts of AutoAttack that follow gradients and keep to eps: APGD-CE and targeted APGD-DLR."""
+
+    parts: ClassVar[tuple[str, ...]] = ("apgd-ce", "apgd-t")
