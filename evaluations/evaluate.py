@@ -138,6 +138,9 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say, command: str) -
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
     made = figures(subject.run, rows, _told(lipschitz, bound, dtype), math.prod(subject.images.shape[1:]), gates, errors)
+    for entry in made["robust"]:
+        units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
+        entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
     cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
     write_json(folder / "report.json", made | cost | {"parameters": lipschitz.told["parameters"], "command": command})
     _keep_examples(folder, subject, work)

@@ -185,7 +185,10 @@ class _Training:
 
     def restore(self) -> None:
         """Go on from the saved state."""
-        state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.out / 'state.pt'}: not readable, remove the folder and start anew: {error}") from error
         self.epoch, self.rows, self.before = state["epoch"], state["rows"], state["before"]
         self.started, self.skipped = time.time() - state["seconds"], state["skipped"]
         self.model.load_state_dict(state["model"])

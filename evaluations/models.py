@@ -28,14 +28,15 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     if config.pretrained_path and not Path(config.pretrained_path).is_file():
         raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
     torch.manual_seed(config.seed)
-    model = load(
-        config.model,
-        pretrained=config.pretrained or config.pretrained_path is not None,
-        checkpoint=config.initial_checkpoint,
-        num_classes=data.classes,
-        in_chans=data.channels,
-        **overlay,
-    )
+    pretrained = config.pretrained or config.pretrained_path is not None
+    try:
+        model = load(
+            config.model, pretrained, config.initial_checkpoint, num_classes=data.classes, in_chans=data.channels, **overlay
+        )
+    except Exception as error:
+        if not config.pretrained_path or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: not readable as weights: {error}") from error
     return _rebuilt(model, config, data)
 
 
