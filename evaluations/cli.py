@@ -129,10 +129,15 @@ def finetune(
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
 ) -> None:
-    """Fine-tune a timm model with its layers' spectral norms held at --max-norm."""
+    """Fine-tune a timm model with its layers' spectral norms held at --max-norm.
+
+    On several GPUs: torchrun --nproc-per-node 2 -m robust_spectral.evaluations finetune …; each takes its share of every batch.
+    """
     from .config import FinetuneConfig
     from .finetune import finetune as run
+    from .ranks import ranks
     from .twins import finetune_twins
 
     config = FinetuneConfig(
@@ -152,7 +157,14 @@ def finetune(
         finetune_twins({"plain": plain, "clipped": config}, out, resume=resume)
     else:
         run(config, out, resume=resume)
-    console.print(f"run: {out}", markup=False, soft_wrap=True)
+    if not ranks().first:
+        return
+    if as_json:
+        from .runs import read_json, twin_folders
+
+        typer.echo(json.dumps({name or "model": read_json(path / "run.json") for name, path in twin_folders(out).items()}))
+    else:
+        console.print(f"run: {out}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Fine-tuning of a timm model with its spectral norms held, into a run folder; every epoch can be resumed from exactly.
 
 The optimizer, the schedule and the moving average are timm's. The seed of every epoch is fixed, so that a run which was
-stopped and resumed ends, on a CPU, with the very weights of one that was not.
+stopped and resumed ends, on a CPU, with the very weights of one that was not. Under torchrun several processes
+share the batches.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .data import ImageData, check_pixels, data_hash, load_data, stack
 from .lifting import Lift
 from .models import create_model
 from .objectives import CertifiedCrossEntropy, CrossEntropy
+from .ranks import Ranks, Shares, ranks
 from .runs import (
     all_finite,
     check_device,
@@ -63,12 +65,16 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
         ValueError: bad input, a folder that holds a run already, a loss or weights that were not finite for ten steps in a
             row, or weights that are not at an epoch's end (the last complete epoch is kept).
     """
-    check_device(config.device)
-    if not _claim(out, config, resume):
+    among = ranks()
+    device = among.place(config.device)
+    check_device(device)
+    if config.batch_size % among.count:
+        raise ValueError(f"batch_size={config.batch_size}: must be a multiple of the {among.count} processes")
+    if not among.told_by_first(lambda: _claim(out, config, resume)):
         return out
     data = load_data(config.data, config.image_size)
-    example = data.example().to(config.device)
-    model = create_model(config, data).to(config.device)
+    example = data.example().to(device)
+    model = create_model(config, data).to(device)
     if not all_finite(model.state_dict()):
         raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
     try:
@@ -77,10 +83,10 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     except RuntimeError as error:
         shape = tuple(example.shape[1:])
         raise ValueError(f"{config.model} does not take images of shape {shape}, give another --image-size: {error}") from error
-    training = _Training(config, data, model, out)
+    training = _Training(config, data, model, out, among)
     if resume and (out / "state.pt").is_file():
         training.restore()
-    with _progress() as progress:
+    with _progress(shown=among.first) as progress:
         for epoch in range(training.epoch, config.epochs):
             training.train_epoch(epoch, progress)
             training.save(epoch + 1)
@@ -91,8 +97,10 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
 class _Training:
     """Model, optimizer, schedule, clipper and log of a running fine-tuning."""
 
-    def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path) -> None:
-        self.config, self.data, self.model, self.out = config, data, model, out
+    def __init__(self, config: FinetuneConfig, data: ImageData, model: PixelModel, out: Path, among: Ranks) -> None:
+        self.config, self.data, self.model, self.out, self.among = config, data, model, out, among
+        self.device, self.example = among.place(config.device), data.example().to(among.place(config.device))
+        self.replica = among.replica(model)
         self.epoch, self.rows, self.started = 0, list[dict[str, Any]](), time.time()
         self.skipped = self.skipped_in_a_row = 0
         self.batches = max(1, len(data.train) // config.batch_size)  # type: ignore[arg-type]
@@ -100,7 +108,7 @@ class _Training:
         self.clipper = self._clipper(model)
         self.before = {row["name"]: row["upper"] for row in self.clipper.report(rtol=0.02)}
         self.rival: Defence = NoDefence() if config.fastclip else find("defence", config.defence)(config.finite_max_norm or 1.0)
-        self.rival.prepare(model, data.example().to(config.device))
+        self.rival.prepare(model, self.example)
         self.optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=config.sched, num_epochs=max(1, config.epochs), warmup_epochs=config.warmup_epochs,
@@ -131,29 +139,30 @@ class _Training:
                 check_pixels(images, self.data.name)
             if index % max(1, self.batches // 4) == 0:
                 progress_made = (epoch + index / self.batches) / self.config.epochs
-                self.loss.renew(self.model, self.data.example().to(self.config.device), progress_made)
-            loss, correct = self._update(images.to(self.config.device), labels.to(self.config.device))
+                self.loss.renew(self.model, self.example, progress_made)
+            loss, accuracy = self._update(images.to(self.device), labels.to(self.device))
             step = epoch * self.batches + index + 1
             if self.scheduler is not None:
                 self.scheduler.step_update(step)
             if index % max(1, self.batches // 4) == 0 or index + 1 == self.batches:
-                self._log(epoch, step, loss, correct / len(labels), progress, task)
+                self._log(epoch, step, loss, accuracy, progress, task)
             progress.advance(task)
         if self.config.clips and self.clipper.steps == 0:
             raise ValueError(f"{self.out}: optimizer {self.config.opt!r} never called the clipper's hook; use another --opt")
 
-    def _update(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    def _update(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """One step; its loss and accuracy, of all processes."""
         config = self.config
         device, dtype = config.device.split(":")[0], getattr(torch, config.amp_dtype)
         with torch.autocast(device, dtype=dtype) if config.amp else nullcontext():
-            logits = self.model(images)
+            logits = self.replica(images)
             loss = self.loss(logits.float(), labels)
         loss = loss + self.rival.penalty()
-        value = loss.item()
+        value, accuracy = self.among.mean(loss.item(), float((logits.argmax(1) == labels).double().mean()))
         self.optimizer.zero_grad()
         if not math.isfinite(value):
             self._skip(value)
-            return value, 0
+            return value, 0.0
         self.skipped_in_a_row = 0
         self.scaler.scale(loss).backward()
         try:
@@ -163,7 +172,7 @@ class _Training:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model)
-        return value, int((logits.argmax(1) == labels).sum())
+        return value, accuracy
 
     def _skip(self, loss: float) -> None:
         """Count a batch whose loss is not finite, and leave the weights as they are."""
@@ -181,7 +190,8 @@ class _Training:
             "rows": self.rows, "before": self.before, "ema": None if self.ema is None else self.ema.module.state_dict(),
             "seconds": time.time() - self.started, "skipped": self.skipped,
         }  # fmt: skip
-        write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
+        if self.among.first:
+            write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
 
     def restore(self) -> None:
         """Go on from the saved state."""
@@ -213,6 +223,13 @@ class _Training:
             clipper = self._clipper(trained)
         clipper.finish()
         after = clipper.report()
+        if self.among.first:
+            self._write(trained, after)
+        self.among.told_by_first(lambda: None)  # it is all there before any process goes on
+
+    def _write(self, trained: PixelModel, layers: list[dict[str, Any]]) -> None:
+        """The files of the complete run."""
+        config = self.config
         log = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log))
         weights = save_weights(trained.model, self.out / "model.safetensors")
@@ -221,8 +238,8 @@ class _Training:
             "config": asdict(config) | {"max_norm": config.finite_max_norm},
             "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
             "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
-            "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in after],
-            "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(config.device),
+            "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in layers],
+            "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(self.device),
         })  # fmt: skip
         (self.out / "state.pt").unlink(missing_ok=True)
 
@@ -235,7 +252,7 @@ class _Training:
         config = self.config
         return FastClip(
             model,
-            self.data.example().to(config.device),
+            self.example,
             config.finite_max_norm if config.clips and config.finite_max_norm is not None else math.inf,
             composites="always" if config.defence == "fastclip-composite" else config.composites,
             lipschitz_target=config.lipschitz_target,
@@ -251,11 +268,10 @@ class _Training:
                     module.eval()
 
     def _loader(self, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            self.data.train, self.config.batch_size, shuffle=True, drop_last=len(self.data.train) >= self.config.batch_size,  # type: ignore[arg-type]
-            generator=generator, collate_fn=stack,
-        )  # fmt: skip
+        generator, count = torch.Generator().manual_seed(seed), len(self.data.train)  # type: ignore[arg-type]
+        size = self.config.batch_size
+        batches = Shares(self.data.train, size, generator, count >= size, self.among)
+        return DataLoader(self.data.train, batch_sampler=batches, generator=generator, collate_fn=stack)
 
     def _norms(self) -> dict[str, float]:
         """Estimates of the norm of every layer: the clipper's, or under another defence those of a few Krylov steps."""
@@ -299,6 +315,6 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
     return True
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[stats]}"))  # fmt: skip
+                    TextColumn("{task.fields[stats]}"), disable=not shown)  # fmt: skip

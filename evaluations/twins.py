@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .config import FinetuneConfig
 from .finetune import finetune
+from .ranks import ranks
 from .runs import read_json, write_json
 
 
@@ -28,4 +29,6 @@ def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: boo
     for name, config in configs.items():
         if name not in finished:
             finetune(config, out / name, resume=resume)
+    if not ranks().first:
+        return
     write_json(out / "run.json", {"twins": list(configs), "configs": {name: asdict(c) for name, c in configs.items()}})
