@@ -264,6 +264,41 @@ def test_the_report_sets_what_is_proved_against_what_attacks_find(digits):
         report.evaluate(classifier(), images, labels)
 
 
+def sequential():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+
+def test_a_sequential_at_the_root_whose_forward_art_takes_apart_is_held_and_certified(digits):
+    images, labels = digits
+    certifying = classifier(sequential(), kind=LipschitzClassifier, preprocessing=(0.5, 0.25))
+    FastClipTrainer(certifying, max_norm=0.7).fit(images, labels, nb_epochs=2, batch_size=64)
+    assert max(reference.norm(certifying.model[0], (1, 8, 8)), reference.norm(certifying.model[3], (512,))) <= 0.7 * 1.001
+    assert 0 < certifying.lipschitz_bound().value <= 4 * 0.49 * 1.01  # 1 / std is outside the model
+    assert (certifying.certify(images[:8])[1] > 0).any()
+
+
+def test_what_art_makes_to_refit_a_certifying_classifier_certifies_too(digits):
+    again = classifier(kind=LipschitzClassifier).clone_for_refitting()
+    assert type(again) is LipschitzClassifier and again.lipschitz_bound().value > 0
+    FastClipTrainer(again, max_norm=0.7).fit(*digits, nb_epochs=1, batch_size=64)
+    assert max(true_norms(again.model)) <= 0.7 * 1.001
+
+
+def test_predictions_before_training_which_leave_eval_mode_on_change_nothing(digits):
+    weights = []
+    for looks in (False, True):
+        np.random.seed(0)
+        inner = classifier()
+        trainer = FastClipTrainer(inner, max_norm=0.7)
+        if looks:
+            trainer.predict(digits[0])
+        torch.manual_seed(0)
+        trainer.fit(*digits, nb_epochs=1, batch_size=64)
+        weights.append(inner.model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
 def test_register_makes_the_trainer_reachable_in_art_and_unregister_takes_it_away():
     import art.defences.trainer as home
 
