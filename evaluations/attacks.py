@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust_spectral import __version__
 from robust_spectral.affine import evaluating
 from robust_spectral.plugins.registry import find
 
@@ -53,7 +54,7 @@ def make_attack(name: str, norm: str, eps: float) -> Attack:
 def describe(attack: Attack) -> dict[str, Any]:
     """What makes an attack the one it is: its class, its budget, the version of the package it comes from."""
     kind, package = type(attack), getattr(attack, "package", None)
-    told = {"class": f"{kind.__module__}.{kind.__qualname__}", **asdict(attack)}  # type: ignore[call-overload]
+    told = {"class": f"{kind.__module__}.{kind.__qualname__}", "harness": __version__, **asdict(attack)}  # type: ignore[call-overload]
     return told | ({"package": f"{package} {version(package)}"} if package else {})
 
 
