@@ -180,8 +180,8 @@ def test_the_loss_of_pgd_has_gradients_where_those_of_the_cross_entropy_vanish()
 
 def test_an_attack_is_described_by_its_class_budget_and_version() -> None:
     told = describe(make_attack("autoattack", "linf", 0.1))
-    assert told == {"class": "robust_spectral.plugins.autoattack.AutoAttack", "harness": __version__, "norm": "linf", "eps": 0.1,
-                    "package": "pyautoattack 0.2.0"}  # fmt: skip
+    versions = {"harness": __version__, "package": "pyautoattack 0.2.0"}
+    assert told == {"class": "robust_spectral.plugins.autoattack.AutoAttack", "norm": "linf", "eps": 0.1, **versions}
     assert describe(make_attack("torchattacks-pgd", "l2", 1.0))["steps"] == 40
 
 
