@@ -23,6 +23,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from .idx import read_idx
 
+_BLOCK = 256  # images held at once where all are gone through
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -39,14 +41,18 @@ class ImageData:
         """One image as a batch, (1, channels, height, width)."""
         return self.test[0][0][None]
 
-    def test_images(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` test images and their labels.
+    @property
+    def tests(self) -> int:
+        """How many test images there are."""
+        return len(self.test)  # type: ignore[arg-type]
+
+    def test_images(self, stop: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Test images from ``start`` up to, and without, ``stop``, and their labels.
 
         Raises:
             ValueError: an image has values outside [0, 1] or not finite.
         """
-        size = min(count, len(self.test))  # type: ignore[arg-type]
-        pairs = [self.test[i] for i in range(size)]
+        pairs = [self.test[i] for i in range(start, min(stop, self.tests))]
         images = torch.stack([image for image, _ in pairs])
         check_pixels(images, self.name)
         return images, torch.tensor([int(label) for _, label in pairs])
@@ -82,10 +88,14 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
     )
 
 
-def data_hash(images: Tensor, labels: Tensor) -> str:
-    """sha256 of images and labels, so that a record says what it was measured on."""
-    digest = hashlib.sha256(images.numpy().tobytes())
-    digest.update(labels.numpy().tobytes())
+def data_hash(data: ImageData) -> str:
+    """sha256 of all test images and their labels, block by block, so that a record says what it was measured on."""
+    digest, labels = hashlib.sha256(), []
+    for start in range(0, data.tests, _BLOCK):
+        images, found = data.test_images(start + _BLOCK, start)
+        digest.update(images.numpy().tobytes())
+        labels.append(found)
+    digest.update(torch.cat(labels).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -9,7 +9,6 @@ follow from them (`report.json`).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def evaluate(
     for name, run in twin_folders(folder).items():
         subject = open_subject(run, device)
         refuse_foreign(run, subject.run["model_sha256"], subject.run["test_data_sha256"])
-        work = plan_work(subject.run, len(subject.labels), plans, seed, block, gate_samples)
+        work = plan_work(subject.run, subject.data.tests, plans, seed, block, gate_samples)
         mine = work.units[shard[0] - 1 :: shard[1]]
         _do(engine, run, mine, device, progress)
         left = sum(not unit.path(run).is_file() for unit in work.units)
@@ -137,7 +136,7 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say, command: str) -
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
-    made = figures(subject.run, rows, _told(lipschitz, bound, dtype), math.prod(subject.images.shape[1:]), gates, errors)
+    made = figures(subject.run, rows, _told(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
     for entry in made["robust"]:
         units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
         entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
@@ -214,7 +213,7 @@ def _keep_examples(folder: Path, subject: Subject, work: Work) -> None:
                         "predicted": int(tensors["predicted"][index]), "eps": eps,
                         "distance": float(tensors["distance"][index])}  # fmt: skip
                 if len(found) < _EXAMPLES and told["sample"] not in {seen["sample"] for *_, seen in found}:
-                    found.append((subject.images[unit.start + index], image, told))
+                    found.append((subject.data.test[unit.start + index][0], image, told))
     if found:
         tensors = {"clean": torch.stack([a for a, _, _ in found]), "adversarial": torch.stack([b for _, b, _ in found])}
         text = {"examples": json.dumps([told for *_, told in found])}

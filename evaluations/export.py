@@ -98,7 +98,8 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
 
 def _adversarial(folder: Path, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Test images with those that fell to autoattack replaced, and the test images."""
-    clean = open_subject(folder, "cpu").images
+    data = open_subject(folder, "cpu").data
+    clean, _ = data.test_images(data.tests)
     images = clean.clone()
     for path in sorted((folder / FOLDER).glob(f"autoattack-{norm}-{eps:g}-*.safetensors")):
         tensors = safetensors.torch.load_file(path)

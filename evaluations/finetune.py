@@ -233,11 +233,10 @@ class _Training:
         log = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log))
         weights = save_weights(trained.model, self.out / "model.safetensors")
-        images, labels = self.data.test_images(len(self.data.test))  # type: ignore[arg-type]
         write_json(self.out / "run.json", {
             "config": asdict(config) | {"max_norm": config.finite_max_norm},
             "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
-            "model_sha256": weights, "test_data_sha256": data_hash(images, labels), "seed": config.seed,
+            "model_sha256": weights, "test_data_sha256": data_hash(self.data), "seed": config.seed,
             "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in layers],
             "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(self.device),
         })  # fmt: skip

@@ -118,7 +118,7 @@ def adopt(
     weights = save_weights(weighted(model), out / "model.safetensors")
     write_json(out / "run.json", {
         "config": config, "classes": logits.shape[1], "channels": images.channels, "image_size": images.image_size,
-        "model_sha256": weights, "test_data_sha256": data_hash(*images.test_images(len(images.test))),  # type: ignore[arg-type]
+        "model_sha256": weights, "test_data_sha256": data_hash(images),
         "seed": 0, "defence": defence, "layers": _layers(model, images.example()), "seconds": None, **environment(),
     })  # fmt: skip
     return out

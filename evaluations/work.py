@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
 
 from .attacks import describe, make_attack, predict, run_attack
-from .data import data_hash
+from .data import ImageData, data_hash
 from .gates import check_attacks, check_model
 from .models import load_run
 from .records import Record, Unit
@@ -32,13 +32,11 @@ _FOR_ESTIMATE = 64  # images at which Jacobian norms are taken
 
 @dataclass(frozen=True)
 class Subject:
-    """A run opened on a device: the model in eval mode, all test images, what its record says."""
+    """A run opened on a device: the model in eval mode, the data, what its record says."""
 
     model: nn.Module
-    images: Tensor
-    labels: Tensor
+    data: ImageData
     run: dict[str, Any]
-    device: str
 
 
 def open_subject(folder: Path, device: str) -> Subject:
@@ -55,10 +53,9 @@ def open_subject(folder: Path, device: str) -> Subject:
 def _open(folder: Path, device: str, written: int) -> Subject:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # what is certified are float32 logits
     model, data, run = load_run(folder)
-    images, labels = data.test_images(len(data.test))  # type: ignore[arg-type]
-    if data_hash(images, labels) != run["test_data_sha256"]:
+    if data_hash(data) != run["test_data_sha256"]:
         raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
-    return Subject(model.to(device).eval(), images, labels, run, device)
+    return Subject(model.to(device).eval(), data, run)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
         ValueError: as `open_subject`; the model's logits are not finite; or an attack here is of another version.
     """
     subject = open_subject(folder, device)
-    images, labels = (t[unit.start : unit.stop].to(device) for t in (subject.images, subject.labels))
+    images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
     started = time.perf_counter()
     tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}
     record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)

@@ -195,7 +195,7 @@ def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:
         told = json.loads(file.metadata()["examples"])
     assert subject.model(tensors["adversarial"]).argmax(1).tolist() == [example["predicted"] for example in told]
     assert all(example["predicted"] != example["label"] for example in told)
-    assert torch.equal(tensors["clean"], subject.images[[example["sample"] for example in told]])
+    assert torch.equal(tensors["clean"], subject.data.test_images(40)[0][[example["sample"] for example in told]])
 
 
 @pytest.mark.parametrize(

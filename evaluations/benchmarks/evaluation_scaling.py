@@ -27,7 +27,7 @@ def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tup
         copy = Path(scratch) / "run"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("records"))
         subject = open_subject(copy, "cpu")
-        work = plan_work(subject.run, len(subject.labels), plans, 0, block, 1)
+        work = plan_work(subject.run, subject.data.tests, plans, 0, block, 1)
         units = [unit for blocks in work.attacks.values() for unit in blocks]
         clock = time.perf_counter()
         run_units(make_engine("local", workers), copy, units, "cpu", lambda unit: None)
