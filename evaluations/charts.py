@@ -18,15 +18,19 @@ KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certif
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
-    """Accuracy against the size of the perturbation: clean, each attack and certified, for every model. Sizes are drawn
-    logarithmically, as what is proved lies orders of magnitude below what attacks reach.
+    """Accuracy against the size of the perturbation: clean, each attack where it is valid, and certified, for every model.
+
+    Sizes are drawn logarithmically, as what is proved lies orders of magnitude below what attacks reach.
     """
     figure, axes = _canvas(7.6, 4.2)
     for colour, (name, figures) in zip(COLOURS, models.items(), strict=False):
         clean = 100 * figures["accuracy"]["clean"]
         axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
-        for attack in sorted({e["attack"] for e in figures["robust"] if e["norm"] == norm} - {"worst case"}):
-            _attack_line(axes, colour, name, attack, _of(figures, attack, norm))
+        shown = [e for e in figures["robust"] if e["norm"] == norm and e.get("valid", True)]
+        for attack in sorted({e["attack"] for e in shown} - {"worst case"}):
+            _attack_line(
+                axes, colour, name, attack, sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])
+            )
         proved = sorted((e for e in figures["certified"] if e["norm"] == norm), key=lambda e: e["eps"])
         if any(e["accuracy"] for e in proved):
             axes.plot([e["eps"] for e in proved], [100 * e["accuracy"] for e in proved], color=colour, marker="v", ms=4,
@@ -35,11 +39,6 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
              ylim=(-2, 102), xscale="log")  # fmt: skip
     _legend(axes)
     return _svg(figure)
-
-
-def _of(figures: dict[str, Any], attack: str, norm: str) -> list[dict[str, Any]]:
-    entries = [e for e in figures["robust"] if (e["attack"], e["norm"]) == (attack, norm)]
-    return sorted(entries, key=lambda e: e["eps"])
 
 
 def _attack_line(axes: Axes, colour: str, name: str, attack: str, entries: list[dict[str, Any]]) -> None:

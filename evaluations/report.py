@@ -52,7 +52,9 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
             f"largest layer norm {number(largest)}; certified: the forward pass in {lipschitz['certified_dtype']}",
             highlight=False,
         )  # fmt: skip
-        for gate in figures["gates"]:
+        noted = [gate for gate in figures["gates"] if gate["status"] != "pass"]
+        console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
+        for gate in noted:
             colour = {"pass": "green", "flag": "yellow"}.get(gate["status"], "bold red")
             console.print(f"  [{colour}]{gate['status']}[/{colour}] {gate['name']}: {gate['detail']}", highlight=False)
 
@@ -66,7 +68,7 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
         for entry in figures["robust"]:
             if entry["attack"] != "worst case":
                 key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
-                labels.setdefault(key, {})[name] = _with_ci(entry)
+                labels.setdefault(key, {})[name] = _with_ci(entry) if entry.get("valid", True) else "invalid"
     proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"] > 0}
     for name, figures in models.items():
         for entry in figures["certified"]:

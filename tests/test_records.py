@@ -20,6 +20,7 @@ from robust_spectral.evaluations.engine import in_this_process, make_engine
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.records import read_record, refuse_foreign
+from robust_spectral.evaluations.report import accuracy_rows, write_report
 from robust_spectral.evaluations.runs import read_json, write_json
 from robust_spectral.evaluations.work import AttackPlan, open_subject, plan_work
 
@@ -186,6 +187,9 @@ def test_a_failed_attack_is_invalid_in_table_and_report(fresh: Path, monkeypatch
     assert evaluate(fresh, [AttackPlan("autoattack", "l2", (0.3,), 8)], **OPTIONS)
     attacked = [e for e in figures(fresh)["robust"] if e["attack"] == "autoattack"]
     assert not attacked[0]["valid"] and "out of luck" in attacked[0]["reason"]
+    assert ("autoattack · L2 0.3 · 8 images", ["invalid"]) in accuracy_rows(write_report(fresh))
+    page = (fresh / "report.html").read_text()
+    assert "FAIL" in page and "no accuracy under attack of model is valid" in page
 
 
 def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:
