@@ -1,6 +1,7 @@
 """Spectral norms held, measured and proved: spectrum, finetune, evaluate, report, leaderboard, export.
 
-Exit status: 0 done; 2 a mistake that you can mend, told in one line; 130 interrupted, and the same command goes on.
+Exit status: 0 done; 1 an attack broke what was certified, a fault of this package; 2 a mistake that you can mend, told in one
+line; 130 interrupted, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ def evaluate(
     """
     from .engine import make_engine
     from .evaluate import evaluate as attack_run
+    from .runs import read_json, twin_folders
     from .work import AttackPlan
 
     plans = [
@@ -218,11 +220,13 @@ def evaluate(
             say=lambda text: says.print(text, highlight=False, markup=False),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-    if as_json and complete:
-        from .runs import read_json, twin_folders
-
-        found = {name or "model": read_json(path / "report.json") for name, path in twin_folders(folder).items()}
+    if not complete:
+        return
+    found = {name or "model": read_json(path / "report.json") for name, path in twin_folders(folder).items()}
+    if as_json:
         typer.echo(json.dumps(found, indent=1))
+    if any(gate["status"] == "fail" and "certified" in gate["name"] for figures in found.values() for gate in figures["gates"]):
+        raise typer.Exit(1)
 
 
 def _folder_to_evaluate(
@@ -319,11 +323,17 @@ def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        errors.print(Text(f"error: out of memory, give a smaller --block or --batch-size: {error}"), soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print(Text("interrupted; what was done is kept"), soft_wrap=True)
         sys.exit(130)
     except ImportError as error:
-        errors.print(Text(f"error: {error}; pip install 'robust-spectral[evaluations]'"), soft_wrap=True)
+        errors.print(
+            Text(f"error: {error}; pip install 'robust-spectral[{'ray' if error.name == 'ray' else 'evaluations'}]'"),
+            soft_wrap=True,
+        )
         sys.exit(2)
     except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("ROBUST_SPECTRAL_TRACEBACK") == "1":

@@ -13,12 +13,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from .records import Record, Unit, write_record
+from .records import Record, Unit, read_record, write_record
 from .work import do_unit
 
 Outcome = tuple[Unit, Record, float, dict[str, Any]]
+Shipped = tuple[dict[str, np.ndarray], dict[str, Any], float, dict[str, Any]]
 _RETRIES = 3
 
 
@@ -30,11 +32,16 @@ class Engine(Protocol):
 
 
 def run_units(engine: Engine, folder: Path, units: Sequence[Unit], device: str, done: Callable[[Unit], None]) -> None:
-    """Have units done, and write each record as it comes in; those that have one already are left alone."""
-    left = [unit for unit in units if not unit.path(folder).is_file()]
+    """Have units done, and write each record as it comes in; those that have one are left alone, unless an attack failed."""
+    left = [unit for unit in units if not _settled(folder, unit)]
     for unit, record, seconds, hardware in engine(folder, left, device):
         write_record(folder, unit, record, seconds, hardware)
         done(unit)
+
+
+def _settled(folder: Path, unit: Unit) -> bool:
+    record = read_record(folder, unit)
+    return record is not None and not record.told.get("error")
 
 
 def make_engine(name: str, workers: int = 1, address: str | None = None) -> Engine:
@@ -69,13 +76,16 @@ def _in_processes(workers: int) -> Engine:
     def engine(folder: Path, units: Sequence[Unit], device: str) -> Iterator[Outcome]:
         threads = max(1, (os.cpu_count() or 1) // workers)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-            waiting = {pool.submit(do_unit, folder, unit, device): unit for unit in units}
-            try:
-                for future in as_completed(waiting):
-                    yield waiting[future], *future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+        waiting = {pool.submit(_shipped, folder, unit, device): unit for unit in units}
+        try:
+            for future in as_completed(list(waiting)):
+                yield waiting.pop(future), *_landed(future.result())
+        finally:
+            pool.shutdown(wait=not waiting, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others if waiting else ():
+                process.terminate()  # stopped half-way: what they are at is done again
 
     return engine
 
@@ -92,14 +102,25 @@ def _on_ray(address: str | None) -> Engine:
         if started:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         needs = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": 1}
-        task = ray.remote(max_retries=_RETRIES, **needs)(do_unit)
+        task = ray.remote(max_retries=_RETRIES, **needs)(_shipped)
         try:
             waiting = {task.remote(folder.resolve(), unit, device): unit for unit in units}
             while waiting:
                 ready, _ = ray.wait(list(waiting))
-                yield waiting.pop(ready[0]), *ray.get(ready[0])
+                yield waiting.pop(ready[0]), *_landed(ray.get(ready[0]))
         finally:
             if started:
                 ray.shutdown()
 
     return engine
+
+
+def _shipped(folder: Path, unit: Unit, device: str) -> Shipped:
+    """A unit done in another process; its tensors as arrays, which travel by value and need no device where they arrive."""
+    record, seconds, hardware = do_unit(folder, unit, device)
+    return {name: tensor.detach().cpu().numpy() for name, tensor in record.tensors.items()}, record.told, seconds, hardware
+
+
+def _landed(shipped: Shipped) -> tuple[Record, float, dict[str, Any]]:
+    arrays, told, seconds, hardware = shipped
+    return Record({name: torch.tensor(array) for name, array in arrays.items()}, told), seconds, hardware

@@ -9,7 +9,9 @@ follow from them (`report.json`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from robust_spectral import LipschitzBound, certified_radius
 
 from .engine import Engine, in_this_process, run_units
 from .figures import figures
-from .records import Record, Unit, read_record, refuse_foreign, seconds_of
-from .runs import check_device, twin_folders, write_atomically, write_json
+from .records import FOLDER, Record, Unit, read_record, refuse_foreign, seconds_of
+from .runs import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
 from .work import AttackPlan, Subject, Work, bound_of, open_subject, plan_work
 
 Say = Callable[[str], None]
@@ -78,8 +80,11 @@ def evaluate(
     complete = True
     for name, run in twin_folders(folder).items():
         subject = open_subject(run, device)
+        remove_scratch(run / FOLDER)
         refuse_foreign(run, subject.run["model_sha256"], subject.run["test_data_sha256"])
-        work = plan_work(subject.run, subject.data.tests, plans, seed, block, gate_samples)
+        how = {"seed": seed, "block": block, "gate_samples": gate_samples}
+        everything = _with_earlier(run, plans, how, _prefixed(say, name))
+        work = plan_work(subject.run, subject.data.tests, everything, **how)
         mine = work.units[shard[0] - 1 :: shard[1]]
         _do(engine, run, mine, device, progress)
         left = sum(not unit.path(run).is_file() for unit in work.units)
@@ -89,8 +94,34 @@ def evaluate(
             )
             complete = False
             continue
-        _merge(run, subject, work, _prefixed(say, name), command)
+        _merge(run, subject, work, _prefixed(say, name))
+        planned = {"plans": [asdict(plan) for plan in everything], **how}
+        here = {"evaluated_with": environment(device), "command": command, "planned": planned}
+        write_json(run / "report.json", read_json(run / "report.json") | here)
     return complete
+
+
+def planned_work(folder: Path) -> Work:
+    """The units that the report of an evaluated run was made from."""
+    subject, planned = open_subject(folder, "cpu"), read_json(folder / "report.json")["planned"]
+    plans = [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
+    return plan_work(subject.run, subject.data.tests, plans, **planned)
+
+
+def _with_earlier(folder: Path, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
+    """The plans, and those of the report that is there already, so that no attack is lost by running another."""
+    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    planned = dict(report.get("planned") or {"plans": []})
+    found = {(plan.attack, plan.norm): plan for plan in plans}
+    for earlier in (AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")):
+        mine = found.get((earlier.attack, earlier.norm))
+        if planned != how or (mine and mine.samples != earlier.samples):
+            say(f"left out of the report: {earlier.attack} {earlier.norm} as run before, with other samples, seed or blocks")
+        elif mine:
+            found[earlier.attack, earlier.norm] = replace(mine, eps=tuple(sorted({*mine.eps, *earlier.eps})))
+        else:
+            found[earlier.attack, earlier.norm] = earlier
+    return list(found.values())
 
 
 def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
@@ -109,13 +140,14 @@ def _prefixed(say: Say, name: str) -> Say:
     return lambda text: say(f"{name}: {text}" if name else text)
 
 
-def _merge(folder: Path, subject: Subject, work: Work, say: Say, command: str) -> None:
+def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
     """Verdicts and figures from the records of all units."""
     lipschitz = _read(folder, work.lipschitz)
     bound = bound_of(lipschitz)
     clean = [_read(folder, unit) for unit in work.clean]
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
-    radii, dtype = certified_radii(logits, exact, labels, bound)
+    on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are known
+    radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
     say(f"clean accuracy {100 * float((predicted == labels).double().mean()):.1f} % on {len(labels)} images")
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
@@ -141,7 +173,7 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say, command: str) -
         units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
         entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
     cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
-    write_json(folder / "report.json", made | cost | {"parameters": lipschitz.told["parameters"], "command": command})
+    write_json(folder / "report.json", made | cost | {"parameters": lipschitz.told["parameters"]})
     _keep_examples(folder, subject, work)
     for gate in made["gates"]:
         if gate["status"] == "fail":
@@ -188,6 +220,11 @@ def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: Lipsch
     if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
         return single, torch.float32
     return double, torch.float64
+
+
+def _in_float64(bound: LipschitzBound) -> LipschitzBound:
+    """The bound, with nothing known of how a pass in float32 rounds."""
+    return replace(bound, errors={**bound.errors, torch.float32: math.inf})
 
 
 def _told(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
@@ -23,8 +22,10 @@ from robust_spectral.plugins.robustbench import BOARDS, model_info, write_model_
 from robust_spectral.plugins.robustbench_images import save_adversarial
 from robust_spectral.plugins.timm import PixelModel
 
+from .attacks import predict
+from .evaluate import planned_work
 from .pages import render
-from .records import FOLDER
+from .records import read_record
 from .runs import read_json
 from .work import open_subject
 
@@ -80,6 +81,8 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
     if not BOARDS.get(board):
         raise ValueError(f"export(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
     report, norm, eps = read_json(folder / "report.json"), board.split("/")[1].lower(), BOARDS[board][0]
+    if "robust" not in report:
+        raise ValueError(f"{folder}: holds twins; export one of {', '.join(report.get('models', {}))}")
     found = [
         e for e in report["robust"] if (e["attack"], e["norm"]) == ("autoattack", norm) and abs(e["eps"] - Fraction(eps)) < 1e-6
     ]
@@ -88,23 +91,37 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
     if not found[0]["valid"]:
         raise ValueError(f"{folder}: the figure of autoattack is not valid: {found[0]['reason']}")
     flagged = any(gate["status"] == "flag" for gate in report["gates"])
-    info = model_info(board, images=found[0]["n"], clean_acc=report["accuracy"]["clean"], autoattack_acc=found[0]["accuracy"],
-                      unreliable=flagged, **json.loads(about.read_text()))  # fmt: skip
+    try:
+        info = model_info(board, images=found[0]["n"], clean_acc=report["accuracy"]["clean"],
+                          autoattack_acc=found[0]["accuracy"], unreliable=flagged, **json.loads(about.read_text()))  # fmt: skip
+    except TypeError as error:
+        raise ValueError(f"{about}: {str(error).removeprefix('model_info() ')}") from error
     _refuse_filled(out)
-    save_adversarial(*_adversarial(folder, norm, found[0]["eps"]), out / f"{entry}.pt", board, eps)
     write_model_info(info, out / "model_info", entry)
+    save_adversarial(*_adversarial(folder, norm, found[0]), out / f"{entry}.pt", board, eps)
     return out
 
 
-def _adversarial(folder: Path, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Test images with those that fell to autoattack replaced, and the test images."""
-    data = open_subject(folder, "cpu").data
-    clean, _ = data.test_images(data.tests)
+def _adversarial(folder: Path, norm: str, found: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Test images, with those that fell to autoattack at a size or a smaller one replaced, and the test images.
+
+    Raises:
+        ValueError: the model's accuracy on them is not the one that was reported.
+    """
+    subject = open_subject(folder, "cpu")
+    clean, labels = subject.data.test_images(subject.data.tests)
     images = clean.clone()
-    for path in sorted((folder / FOLDER).glob(f"autoattack-{norm}-{eps:g}-*.safetensors")):
-        tensors = safetensors.torch.load_file(path)
-        start = int(path.stem.split("-")[-2])
-        images[start + tensors["fallen"]] = tensors["adversarial"]
+    levels = sorted(
+        (level for level in planned_work(folder).attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True
+    )
+    for unit in (unit for (_, _, eps), units in levels if eps <= found["eps"] for unit in units):
+        record = read_record(folder, unit)
+        if record is None:
+            raise ValueError(f"{unit.path(folder)}: is gone, evaluate anew")
+        images[unit.start + record.tensors["fallen"]] = record.tensors["adversarial"]
+    right = predict(subject.model, images[: found["n"]]) == labels[: found["n"]]
+    if float(right.double().mean()) != found["accuracy"]:
+        raise ValueError(f"{folder}: the adversarial images do not give the accuracy of the report; evaluate anew")
     return images, clean
 
 

@@ -32,12 +32,14 @@ def figures(
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
     all_gates = [*gates, _sandwich_gate(sandwiches), _certificate_gate(attacked, pixels), _autoattack_gate(attacked)]
     reason = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "fail") or None
+    broken = [gate for gate in all_gates if gate["status"] == "fail" and "certified" in gate["name"]]
+    proof = {"valid": not broken, "reason": "; ".join(f"{gate['name']}: {gate['detail']}" for gate in broken) or None}
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share([row["robust"] for row in clean]), "n": len(clean),
                      "ci": _with_interval([row["robust"] for row in clean])["ci"]},
         "robust": [_judged(entry, reason, errors or {}) for entry in (*_per_attack(attacked), *map(_worst, sandwiches))],
-        "certified": [entry for norm in norms for entry in certified(clean, norm, attacked, pixels)],
+        "certified": [entry | proof for norm in norms for entry in certified(clean, norm, attacked, pixels)],
         "lipschitz": lipschitz,
         "layers": run["layers"],
         "sandwich": sandwiches,

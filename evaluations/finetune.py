@@ -70,6 +70,8 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     check_device(device)
     if config.batch_size % among.count:
         raise ValueError(f"batch_size={config.batch_size}: must be a multiple of the {among.count} processes")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     if not among.told_by_first(lambda: _claim(out, config, resume)):
         return out
     data = load_data(config.data, config.image_size)
@@ -297,7 +299,7 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
     """See that the folder is free, or holds the run that is to be resumed; whether there is anything left to do."""
     marker = out / "config.json"
     wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
-    remove_scratch(out)
+    remove_scratch(out, older_than=0.0)
     if (out / "run.json").exists():
         if resume and marker.exists() and marker.read_text() == wanted:
             (out / "state.pt").unlink(missing_ok=True)

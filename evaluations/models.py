@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import runpy
+import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from robust_spectral.plugins.timm_blocks import average_residuals_
 from .config import FinetuneConfig
 from .data import ImageData, data_hash, load_data
 from .runs import environment, file_hash, open_run, save_weights, write_json
+
+TRUSTED = "ROBUST_SPECTRAL_MODEL"  # environment variable: the one specification whose code may be run
 
 
 def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
@@ -60,6 +65,7 @@ def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
         raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes")
     if "spec" in run["config"]:
+        _check_trust(run["config"]["spec"], folder)
         data = load_data(run["config"]["data"], run["config"]["image_size"])
         model = _from_spec(run["config"]["spec"], run["classes"], run["channels"])
     else:
@@ -94,6 +100,7 @@ def adopt(
     Raises:
         ValueError: no such model or data, weights or images that do not fit, or a folder that holds something else.
     """
+    os.environ[TRUSTED] = spec  # for the processes that this one starts, too
     images = load_data(data, image_size)
     model = _from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None)
     if checkpoint is not None:
@@ -124,6 +131,15 @@ def adopt(
     return out
 
 
+def _check_trust(spec: str, folder: Path) -> None:
+    """A run folder that someone else made must not run code of its choice: only a model named by the user is made."""
+    if not spec.startswith("timm/") and os.environ.get(TRUSTED) != spec:
+        raise ValueError(
+            f"{folder}: its model is made by the code {spec!r}, which is not run unless you ask for it: give "
+            f"--model {spec} with --data and --out {folder}, or set {TRUSTED}={spec}"
+        )
+
+
 def _layers(model: nn.Module, example: Tensor) -> list[dict[str, Any]]:
     """Norms of its layers as a report has them; none where a layer has no norm that could be clipped."""
     try:
@@ -139,10 +155,18 @@ def _from_spec(spec: str, classes: int | None, channels: int, pretrained: bool =
     if not colon:
         raise ValueError(f"model {spec!r}: expected timm/NAME, module:function or file.py:function")
     try:
-        found = runpy.run_path(module) if module.endswith(".py") else vars(importlib.import_module(module))
+        found = runpy.run_path(module) if module.endswith(".py") else vars(_imported(module))
         model = found[function]()
     except (ImportError, OSError, KeyError) as error:
         raise ValueError(f"model {spec!r}: cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {spec!r}: gave a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _imported(module: str) -> ModuleType:
+    """A module, of the folder one is in as well, as `python -m` would find it."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(module)

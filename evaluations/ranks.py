@@ -48,7 +48,7 @@ class Ranks:
         """Averages over all processes."""
         if self.count == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=_home())
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return (total / self.count).tolist()
 
@@ -56,7 +56,7 @@ class Ranks:
         """What a function gives in the first process, in all of them."""
         told = [find() if self.first else None]
         if self.count > 1:
-            dist.broadcast_object_list(told, device=_home())
+            dist.broadcast_object_list(told, device=torch.device("cpu"))
         return told[0]
 
 
@@ -66,9 +66,7 @@ def ranks() -> Ranks:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Ranks(0, 1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), count)
 
@@ -84,8 +82,3 @@ class Shares(BatchSampler):
         """Indices of this process's share, batch by batch."""
         for batch in super().__iter__():
             yield batch[self.among.rank :: self.among.count]
-
-
-def _home() -> torch.device:
-    """Where tensors that are sent around live."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

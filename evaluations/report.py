@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import charts
@@ -46,7 +47,7 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
     console.print(table)
     for name, figures in models.items():
         lipschitz = figures["lipschitz"]
-        largest = max(math.inf if layer["upper"] is None else layer["upper"] for layer in figures["layers"])
+        largest = max((math.inf if layer["upper"] is None else layer["upper"] for layer in figures["layers"]), default=math.inf)
         console.print(
             f"{name}: Lipschitz bound {number(lipschitz['bound'])}, estimate {number(lipschitz['estimate'])}, "
             f"largest layer norm {number(largest)}; certified: the forward pass in {lipschitz['certified_dtype']}",
@@ -56,7 +57,9 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
         console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
         for gate in noted:
             colour = {"pass": "green", "flag": "yellow"}.get(gate["status"], "bold red")
-            console.print(f"  [{colour}]{gate['status']}[/{colour}] {gate['name']}: {gate['detail']}", highlight=False)
+            console.print(
+                f"  [{colour}]{gate['status']}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}", highlight=False
+            )
 
 
 def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
@@ -74,7 +77,7 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
         for entry in figures["certified"]:
             if (entry["norm"], entry["eps"]) in proved:
                 key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
-                labels.setdefault(key, {})[name] = _with_ci(entry)
+                labels.setdefault(key, {})[name] = _with_ci(entry) if entry.get("valid", True) else "invalid"
     return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
 
 
@@ -99,7 +102,9 @@ def _certify_alike(models: dict[str, Figures], folders: dict[str, Path]) -> None
             rows = pq.read_table(folders[name] / "samples.parquet").to_pylist()
             clean = [row for row in rows if row["attack"] == "none"]
             others = [e for e in figures["certified"] if e["norm"] != norm]
-            figures["certified"] = others + certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
+            judged = {key: e[key] for e in figures["certified"] for key in ("valid", "reason") if key in e}
+            proved = certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
+            figures["certified"] = others + [entry | judged for entry in proved]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import safetensors.torch
 import torch
@@ -30,7 +32,7 @@ PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         write(scratch)
         with open(scratch, "rb") as file:
@@ -45,10 +47,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
-def remove_scratch(folder: Path) -> None:
-    """Remove what writers that were killed have left half done in a folder."""
-    for scratch in folder.glob(".*"):
-        if scratch.is_file() and scratch.suffix[1:].isdigit():
+def remove_scratch(folder: Path, older_than: float = 3600.0) -> None:
+    """Remove what writers that were killed have left half done in a folder; those of the last hour may still be at it."""
+    for scratch in folder.glob(".*.part"):
+        if time.time() - scratch.stat().st_mtime > older_than:
             scratch.unlink(missing_ok=True)
 
 

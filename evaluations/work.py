@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
 
-from .attacks import describe, make_attack, predict, run_attack
+from .attacks import HARNESS, describe, make_attack, predict, run_attack
 from .data import ImageData, data_hash
 from .gates import check_attacks, check_model
 from .models import load_run
@@ -51,7 +52,6 @@ def open_subject(folder: Path, device: str) -> Subject:
 
 @lru_cache(maxsize=1)
 def _open(folder: Path, device: str, written: int) -> Subject:
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # what is certified are float32 logits
     model, data, run = load_run(folder)
     if data_hash(data) != run["test_data_sha256"]:
         raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
@@ -107,12 +107,15 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
         count = min(count, images)
         return [unit(task, config, start, min(start + block, count)) for start in range(0, count, block)]
 
-    ours = {"package": f"robust_spectral {__version__}"}
-    middle = {plan.norm: sorted(plan.eps)[len(plan.eps) // 2] for plan in reversed(plans)}
+    ours = {"package": f"robust_spectral {__version__}", "harness": HARNESS}
+    sizes = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
     return Work(
         unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
         blocks("clean", ours, max(plan.samples for plan in plans)),
-        [unit("gates", {"norm": norm, "eps": eps, **ours}, 0, min(gate_samples, images)) for norm, eps in middle.items()],
+        [
+            unit("gates", {"norm": norm, "eps": eps, **ours}, 0, min(gate_samples, images))
+            for norm, (*_, eps) in ((n, s[: len(s) // 2 + 1]) for n, s in sizes.items())
+        ],
         {
             (plan.attack, plan.norm, eps): blocks(plan.attack, describe(make_attack(plan.attack, plan.norm, eps)), plan.samples)
             for plan in plans
@@ -131,24 +134,47 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
     images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
     started = time.perf_counter()
     tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}
-    record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)
+    with _full_precision():
+        record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)
     return record, time.perf_counter() - started, environment(device)["hardware"]
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: what is certified are logits in float32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
-    """Logits in float32 and float64."""
+    """Logits in float32 and float64; NaN for the latter, of which nothing is certified, where the model does not run in it."""
     predict(model, images)
-    exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        return Record({"logits": model(images), "logits_float64": exact(images.double()), "labels": labels}, {})
+        logits = model(images)
+        try:
+            exact = copy.deepcopy(model).double()(images.double()).double()
+        except RuntimeError:
+            exact = torch.full_like(logits, torch.nan, dtype=torch.float64)
+    return Record({"logits": logits, "logits_float64": exact, "labels": labels}, {"device": images.device.type})
 
 
 def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
-    bound = lipschitz_bound(model, images[:1])
+    try:
+        bound = lipschitz_bound(model, images[:1])
+    except RuntimeError as error:
+        bound = LipschitzBound(math.inf, reason=f"the network could not be followed: {error}")
+    try:
+        estimate = lipschitz_estimate(model, images)
+    except RuntimeError:
+        estimate = math.nan  # no gradient reaches the pixels; a gate says so
     errors = {str(dtype).removeprefix("torch."): repr(error) for dtype, error in bound.errors.items()}
     told = {"value": repr(bound.value), "local": repr(bound.local), "failure_probability": bound.failure_probability,
             "reason": bound.reason, "errors": errors, "errors_reason": bound.errors_reason,
-            "estimate": repr(lipschitz_estimate(model, images)),
+            "estimate": repr(estimate), "device": images.device.type,
             "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     return Record({} if bound.pairs is None else {"pairs": bound.pairs}, told)
 
@@ -167,7 +193,8 @@ def _gates(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Reco
     right = predict(model, images) == labels
     found = check_model(model, images, labels)
     found += check_attacks(model, images[right], labels[right], unit.config["norm"], unit.config["eps"], unit.seed)
-    return Record({}, {"gates": [asdict(gate) for gate in found]})
+    failed = next((gate.detail for gate in found if gate.detail.startswith("an attack failed")), None)
+    return Record({}, {"gates": [asdict(gate) for gate in found], "error": failed})
 
 
 def _attack(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:

@@ -21,22 +21,23 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 _ORDER: dict[str, float | int] = {"l2": 2, "linf": np.inf}
-_RANGE = 10.0  # of logits, at which the cross-entropy neither vanishes in float32 nor weighs all classes alike
+_ABOVE_MEDIAN = 7.0  # of the largest logit, where the cross-entropy neither vanishes in float32 nor weighs all classes alike
 
 
 class ScaleFreeCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy of logits that are scaled, image by image, until the largest is 10 above the smallest.
+    """Cross-entropy of logits that are scaled, image by image, until the largest is 7 above their median.
 
     So an attack does not depend on the scale of a model's logits. Without it large ones have no gradient in float32, and small
     ones, such as those of networks with small norms, one that pushes towards all classes at once rather than the nearest: PGD
-    then leaves half as many images again standing.
+    then leaves half as many images again standing. The median, unlike the smallest, does not move with a class that is
+    masked by a large negative logit.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Mean over the batch of logits (n, classes)."""
         seen = input.detach()
-        between = (seen.amax(1, keepdim=True) - seen.amin(1, keepdim=True)).clamp_min(1e-30)
-        return F.cross_entropy(input * (_RANGE / between), target)
+        above = (seen.amax(1, keepdim=True) - seen.median(1, keepdim=True).values).clamp_min(1e-30)
+        return F.cross_entropy(input * (_ABOVE_MEDIAN / above), target)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def main(arguments: list[str]) -> FastClipTask:
     parser.add_argument("script", help="timm's train.py, or one that uses timm.task as it does")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
     ours = parser.parse_args(arguments)
+    ours.out.parent.mkdir(parents=True, exist_ok=True)
     made: list[FastClipTask] = []
 
     def task(model: nn.Module, *args: Any, **kwargs: Any) -> FastClipTask:
@@ -124,17 +125,24 @@ def main(arguments: list[str]) -> FastClipTask:
         made.append(FastClipTask(model, *args, max_norm=ours.max_norm, example_input=example, spectral=spectral, **kwargs))
         return made[-1]
 
-    before, sys.argv, timm.task.ClassificationTask = sys.argv, [ours.script, *ours.rest], task
+    before = sys.argv, sys.path, timm.task.ClassificationTask
+    sys.argv, sys.path = [ours.script, *ours.rest], [str(Path(ours.script).parent), *sys.path]
+    timm.task.ClassificationTask = task
     try:
         runpy.run_path(ours.script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     finally:
-        sys.argv, timm.task.ClassificationTask = before, ClassificationTask
+        sys.argv, sys.path, timm.task.ClassificationTask = before
     if not made:
         raise RuntimeError(f"{ours.script}: made no timm.task.ClassificationTask, so nothing was clipped")
     made[-1].finish()
     if os.environ.get("RANK", "0") == "0":
         trained = unwrap_model(made[-1].get_trainable_module(ema=made[-1].has_ema()))
-        safetensors.torch.save_file({key: value.contiguous() for key, value in trained.state_dict().items()}, ours.out)
+        scratch = ours.out.with_suffix(".part")
+        safetensors.torch.save_file({key: value.contiguous() for key, value in trained.state_dict().items()}, scratch)
+        scratch.replace(ours.out)
     return made[-1]
 
 

@@ -9,8 +9,7 @@ import torch
 from pyautoattack import AutoAttack as Official
 from torch import Tensor, nn
 
-from robust_spectral import __version__
-from robust_spectral.evaluations.attacks import Noise, describe, make_attack, run_attack, seeded, size_of
+from robust_spectral.evaluations.attacks import HARNESS, Noise, describe, make_attack, run_attack, seeded, size_of
 from robust_spectral.plugins.art_attacks import ScaleFreeCrossEntropy
 from robust_spectral.plugins.registry import names
 
@@ -180,7 +179,7 @@ def test_the_loss_of_pgd_has_gradients_where_those_of_the_cross_entropy_vanish()
 
 def test_an_attack_is_described_by_its_class_budget_and_version() -> None:
     told = describe(make_attack("autoattack", "linf", 0.1))
-    versions = {"harness": __version__, "package": "pyautoattack 0.2.0"}
+    versions = {"harness": HARNESS, "package": "pyautoattack 0.2.0"}
     assert told == {"class": "robust_spectral.plugins.autoattack.AutoAttack", "norm": "linf", "eps": 0.1, **versions}
     assert describe(make_attack("torchattacks-pgd", "l2", 1.0))["steps"] == 40
 

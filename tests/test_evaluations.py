@@ -176,7 +176,7 @@ def test_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 
 def test_what_a_killed_writer_left_is_no_hindrance(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.4711").write_text("{")
+    (tmp_path / "run" / ".config.json.4711.part").write_text("{")
     finetune(FinetuneConfig(**SMALL, epochs=0, max_norm=None), tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))
 
