@@ -1,7 +1,8 @@
 """Who stands where: for every level (data, norm and size of the perturbation) the models attacked there, best first.
 
-A model is ranked by its worst case, the share of images that stand every attack run on them. A figure that is not valid ranks
-last and has no rank. Models level with each other share a rank.
+A model is ranked by its worst case, the share of images that stand every attack run on them, but never above one that was
+attacked by AutoAttack if it was not itself. A figure that is not valid ranks last and has no rank. Models level with each other
+share a rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from .entries import Entry
 from .pages import NORM_NAMES, size
 
+CONTROLS = ("noise", "fgsm")
 Row = dict[str, Any]
 Cell = dict[str, Any]
 
@@ -58,15 +60,19 @@ def displayable(cell: Cell | None) -> bool:
 
 def _board(name: str, data: str, norm: str, label: str, *, eps: float, entries: list[Entry]) -> Board:
     rows = [row for entry in entries if entry.figures["data"] == data and (row := _row(entry, norm, label))]
-    rows.sort(key=lambda row: (-_standing(row), row["id"]))
-    valid = [row["worst_case"]["accuracy"] for row in rows if displayable(row["worst_case"])]
-    ranked = [{"rank": 1 + valid.index(row["worst_case"]["accuracy"]) if displayable(row["worst_case"]) else None, **row}
-              for row in rows]  # fmt: skip
+    rows.sort(key=lambda row: (*(-part for part in _standing(row)), row["id"]))
+    standings = [_standing(row) for row in rows]
+    ranked = [{"rank": 1 + standings.index(standing) if displayable(row["worst_case"]) else None, **row}
+              for row, standing in zip(rows, standings, strict=True)]  # fmt: skip
     noted = list(_notes(ranked))
     marks = {(row, column): number for number, (row, columns, _) in enumerate(noted, start=1) for column in columns}
     notes = [text for _, _, text in noted]
     if len({row["data_sha256"] for row in ranked} - {None}) > 1:
         notes.append("The models of this board were not all tested on the same images: their data have different hashes")
+    if len({row["worst_case"]["n"] for row in ranked if displayable(row["worst_case"])}) > 1:
+        notes.append("The worst cases of this board are over different numbers of images: see their intervals")
+    if len({_standing(row)[0] for row in ranked if displayable(row["worst_case"])}) > 1:
+        notes.append("Not all models of this board were attacked by AutoAttack, or by more than controls; those stand first")
     return Board(name, data, norm, eps, ranked, notes, marks)
 
 
@@ -88,9 +94,12 @@ def _row(entry: Entry, norm: str, label: str) -> Row | None:
     }  # fmt: skip
 
 
-def _standing(row: Row) -> float:
-    """What a row is ordered by: its worst case; below all others where that is not valid."""
-    return float(row["worst_case"]["accuracy"]) if displayable(row["worst_case"]) else -1.0
+def _standing(row: Row) -> tuple[float, float]:
+    """What a row is ordered by: how strongly it was attacked, then its worst case; below all others where that is not valid."""
+    if not displayable(row["worst_case"]):
+        return -1.0, -1.0
+    strongest = max((2 if name == "autoattack" else 0 if name in CONTROLS else 1) for name in row["attacks"])
+    return float(strongest), float(row["worst_case"]["accuracy"])
 
 
 def _worst_case(here: list[Cell], attacks: dict[str, Cell]) -> Cell:

@@ -129,6 +129,18 @@ def test_models_level_with_each_other_share_a_rank(tmp_path):
     assert [row["rank"] for row in rows if row["eps"] == 0.5] == [1, 1, 3]
 
 
+def test_a_model_that_was_not_attacked_by_autoattack_stands_behind_those_that_were(tmp_path):
+    def robust(name, worst):
+        return [attacked(name, 0.5, worst), attacked("worst case", 0.5, worst)]
+
+    for folder, name, worst in (("a", "noise", 0.9), ("b", "pgd", 0.8), ("c", "autoattack", 0.6)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "report.json").write_text(json.dumps(report() | {"robust": robust(name, worst)}))
+    rows = build(tmp_path, tmp_path / "site")
+    assert [(row["run"], row["rank"]) for row in rows] == [("c", 1), ("b", 2), ("a", 3)]
+    assert "Not all models of this board were attacked by AutoAttack" in (tmp_path / "site" / "index.html").read_text()
+
+
 def test_a_twin_is_a_row_and_its_parent_is_none(site):
     assert sum(row["run"].startswith("twins") for row in rows_at(site, 0.5)) == 2
     assert not [row for row in rows_at(site, 0.5) if row["model"] == "nested"]
