@@ -160,6 +160,24 @@ def test_pgd_finds_the_same_whatever_the_scale_of_the_logits(scale: float, train
     assert 0 < int((plain.predicted != labels).sum()) < len(labels)
 
 
+def test_pgd_finds_the_same_beside_classes_that_are_masked(trained) -> None:
+    model, images, labels = trained
+    masked = Around(model, lambda z: torch.cat([z, z.new_full((len(z), 2), -1e4)], 1))
+    plain, beside = (run_attack(make_attack("pgd", "l2", 0.6), m, images, labels, seed=0) for m in (model, masked))
+    assert int((beside.predicted == labels).sum()) <= int((plain.predicted == labels).sum()) + 2
+
+
+class Around(nn.Module):
+    """A model with something done to its logits."""
+
+    def __init__(self, model: nn.Module, after) -> None:
+        super().__init__()
+        self.model, self.after = model, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.model(x))
+
+
 class Scaled(nn.Module):
     """A model with its logits multiplied."""
 

@@ -121,6 +121,11 @@ def nothing():
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_trust_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUST_SPECTRAL_MODEL", "")
+
+
 def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     folder = adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run", defence="hope")
@@ -130,6 +135,17 @@ def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
     assert adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run") == folder  # the very same model again
     with pytest.raises(ValueError, match="holds a run of another model or data"):
         adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
+
+
+def test_code_that_a_run_folder_names_is_not_run_unless_it_was_asked_for(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    spec = f"{tmp_path}/mine.py:make"
+    folder = adopt(spec, "digits", tmp_path / "run")
+    monkeypatch.delenv("ROBUST_SPECTRAL_MODEL")
+    (tmp_path / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + MODULE)
+    with pytest.raises(ValueError, match="which is not run unless you ask for it"):
+        load_run(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def _checkpoint(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.engine import in_this_process, make_engine
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.finetune import finetune
-from robust_spectral.evaluations.records import read_record, refuse_foreign
+from robust_spectral.evaluations.records import Record, read_record, refuse_foreign
 from robust_spectral.evaluations.report import accuracy_rows, write_report
 from robust_spectral.evaluations.runs import read_json, write_json
 from robust_spectral.evaluations.work import AttackPlan, open_subject, plan_work
@@ -190,6 +190,37 @@ def test_a_failed_attack_is_invalid_in_table_and_report(fresh: Path, monkeypatch
     assert ("autoattack · L2 0.3 · 8 images", ["invalid"]) in accuracy_rows(write_report(fresh))
     page = (fresh / "report.html").read_text()
     assert "FAIL" in page and "no accuracy under attack of model is valid" in page
+
+
+def test_an_attack_that_failed_is_tried_again(fresh: Path) -> None:
+    plans = [AttackPlan("square", "l2", (0.3,), 8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robust_spectral.plugins.autoattack.AutoAttack.__call__", lambda *_: 1 / 0)
+        evaluate(fresh, plans, **OPTIONS)
+    assert any(not entry["valid"] for entry in figures(fresh)["robust"])
+    evaluate(fresh, plans, **OPTIONS)
+    assert all(entry["valid"] for entry in figures(fresh)["robust"])
+
+
+def test_another_attack_later_leaves_the_first_in_the_report(fresh: Path) -> None:
+    evaluate(fresh, [AttackPlan("pgd", "l2", (1.0,), 16)], **OPTIONS)
+    before = next(e for e in figures(fresh)["robust"] if e["attack"] == "worst case")
+    evaluate(fresh, [AttackPlan("noise", "l2", (1.0,), 16)], **OPTIONS)
+    after = figures(fresh)["robust"]
+    assert {e["attack"] for e in after} == {"pgd", "noise", "worst case"}
+    assert next(e for e in after if e["attack"] == "worst case")["accuracy"] <= before["accuracy"]
+    said = []
+    evaluate(fresh, [AttackPlan("noise", "l2", (1.0,), 8)], **OPTIONS | {"say": said.append})
+    assert any("left out of the report: noise" in text for text in said)
+
+
+def test_logits_of_another_device_are_certified_in_float64(fresh: Path, whole: Path) -> None:
+    def elsewhere(folder, units, device):
+        for unit, record, seconds, hardware in in_this_process(folder, units, device):
+            yield unit, Record(record.tensors, record.told | {"device": "cuda"}), seconds, hardware
+
+    evaluate(fresh, PLANS, engine=elsewhere, **OPTIONS)
+    assert figures(fresh)["lipschitz"]["certified_dtype"] == "float64"
 
 
 def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:

@@ -142,6 +142,18 @@ def test_a_script_in_the_way_of_timms_train_py_runs_as_it_is_and_leaves_clipped_
     assert sys.argv == before and timm.task.ClassificationTask is not FastClipTask
 
 
+@pytest.mark.filterwarnings("ignore:FastClip. .* feed a batch normalisation that trains")
+def test_a_script_that_ends_with_sys_exit_and_imports_its_neighbours_keeps_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("NAME = 'test_resnet'")
+    script, out = tmp_path / "train.py", tmp_path / "new" / "clipped.safetensors"
+    script.write_text("import neighbour\n" + SCRIPT.replace("sys.argv[1]", "neighbour.NAME") + "\nsys.exit(0)\n")
+    main(["--image-size", "16", "--out", str(out), str(script)])
+    assert out.is_file()
+    script.write_text(SCRIPT.replace("sys.argv[1]", "'test_resnet'") + "\nsys.exit(3)\n")
+    with pytest.raises(SystemExit):
+        main(["--image-size", "16", "--out", str(out), str(script)])
+
+
 def test_a_script_without_a_task_is_an_error(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import timm.task")
