@@ -1,7 +1,7 @@
 """Spectral norms held, measured and proved: spectrum, finetune, evaluate, report, leaderboard, export.
 
 Exit status: 0 done; 1 an attack broke what was certified, a fault of this package; 2 a mistake that you can mend, told in one
-line; 130 interrupted, and the same command goes on.
+line; 130 interrupted: the same command goes on, finetune with --resume.
 """
 
 from __future__ import annotations
@@ -172,7 +172,10 @@ def finetune(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Folder of a finished run; or give --model, --data and --out.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model trained elsewhere: timm/NAME, module:function or file.py:function.")
+        str | None,
+        typer.Option(
+            help="One trained elsewhere: timm/NAME (timm's mean and std in front), module:function, file.py:function."
+        ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights; without them those it comes with.")] = None,
     data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
@@ -239,6 +242,9 @@ def _folder_to_evaluate(
     if (run is None) == (model is None):
         raise ValueError("evaluate: give the folder of a run, or --model with --data and --out")
     if run is not None:
+        given = {"--data": data, "--out": out, "--checkpoint": checkpoint, "--image-size": image_size}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"evaluate {run}: {', '.join(wrong)} goes with --model; a run has a model and data of its own")
         open_run(run)
         return run
     if data is None or out is None or model is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -77,7 +79,7 @@ def _in_processes(workers: int) -> Engine:
         threads = max(1, (os.cpu_count() or 1) // workers)
         context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+        pool = ProcessPoolExecutor(workers, context, _begin, (threads, os.getpid()))
         waiting = {pool.submit(_shipped, folder, unit, device): unit for unit in units}
         try:
             for future in as_completed(list(waiting)):
@@ -88,6 +90,18 @@ def _in_processes(workers: int) -> Engine:
                 process.terminate()  # stopped half-way: what they are at is done again
 
     return engine
+
+
+def _begin(threads: int, parent: int) -> None:
+    """What a worker does first: take its share of the processors, and see to it that it ends with its parent."""
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(address: str | None) -> Engine:

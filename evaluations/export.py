@@ -26,7 +26,7 @@ from .attacks import predict
 from .evaluate import planned_work
 from .pages import render
 from .records import read_record
-from .runs import read_json
+from .runs import read_json, twin_folders
 from .work import open_subject
 
 
@@ -39,6 +39,8 @@ def to_hub(folder: Path, out: Path) -> Path:
     Raises:
         ValueError: the folder is no finished run, its network is not one that plain timm makes, or ``out`` holds something.
     """
+    if list(twins := twin_folders(folder)) != [""]:
+        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(path) for path in twins.values())}")
     subject = open_subject(folder, "cpu")
     pixels, run = _plain(subject.model, subject.run, folder), subject.run
     model, norm = pixels.model, pixels.normalize

@@ -30,7 +30,9 @@ def figures(
     attacked = [row for row in rows if row["attack"] != "none"]
     norms = sorted({row["norm"] for row in attacked}) or ["l2"]
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
-    all_gates = [*gates, _sandwich_gate(sandwiches), _certificate_gate(attacked, pixels), _autoattack_gate(attacked)]
+    own = [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels)]
+    compared = {"pgd", "autoattack"} <= {row["attack"] for row in attacked}
+    all_gates = [*gates, *own, *([_autoattack_gate(attacked)] if compared else [])]
     reason = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "fail") or None
     broken = [gate for gate in all_gates if gate["status"] == "fail" and "certified" in gate["name"]]
     proof = {"valid": not broken, "reason": "; ".join(f"{gate['name']}: {gate['detail']}" for gate in broken) or None}

@@ -41,6 +41,9 @@ def build(root: Path, out: Path, say: Callable[[str], None] = lambda text: None)
     entries = read_entries(root, say)
     if not entries:
         raise ValueError(f"{root}: no evaluated run; make one with `robust-spectral finetune` and `robust-spectral evaluate`")
+    index = out / "index.html"
+    if index.is_file() and MAKER not in index.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{index}: is no leaderboard; give another --out, nothing was overwritten")
     levels = boards(entries)
     rows = [row for board in levels for row in board.rows]
     write_json(out / "leaderboard.json", rows)

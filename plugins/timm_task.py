@@ -119,8 +119,9 @@ def main(arguments: list[str]) -> FastClipTask:
     made: list[FastClipTask] = []
 
     def task(model: nn.Module, *args: Any, **kwargs: Any) -> FastClipTask:
-        size = ours.image_size
-        example = None if size is None else torch.zeros(1, resolve_model_data_config(model)["input_size"][0], size, size)
+        _, *usual = resolve_model_data_config(model)["input_size"]
+        channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)  # of the first convolution
+        example = torch.zeros(1, channels, *(usual if ours.image_size is None else [ours.image_size] * 2))
         spectral = {"composites": ours.composites}
         made.append(FastClipTask(model, *args, max_norm=ours.max_norm, example_input=example, spectral=spectral, **kwargs))
         return made[-1]
