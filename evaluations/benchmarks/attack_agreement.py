@@ -107,7 +107,7 @@ def main() -> int:
     rows = [compared(kind, nets[kind], images[: options.images], labels[: options.images], n, e) for kind, n, e in cases]
     if options.run:
         model, data, _ = load_run(options.run)
-        rows.append(compared(options.run.name, model.eval(), *data.test_images(options.images), "l2", 1.0))
+        rows.append(compared(options.run.name, model.eval(), *data.test_images(options.images), "l2", 1.5))
     if options.out:
         write_json(options.out, {"pgd": pgd, "overhead_of_pgd": overhead, "autoattack": rows, **environment()})
     return int(any(row["verdicts_that_differ"] for row in rows))
