@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,9 +185,9 @@ def evaluate(
     defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
     attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
-    eps: Annotated[list[float], typer.Option(help="Size of the perturbation; may be given again.")] = [0.5],  # noqa: B006
+    eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; may be given again.")] = ["0.5"],  # noqa: B006
     samples: Annotated[int, typer.Option(help="Test images, from the first one.")] = 200,
-    autoattack_eps: Annotated[list[float] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
+    autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
     autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
     gate_samples: Annotated[int, typer.Option(help="Images that the sanity gates look at.")] = 64,
     block: Annotated[int, typer.Option(help="Images in a unit of work; what is lost at most when it is stopped.")] = 128,
@@ -208,9 +209,11 @@ def evaluate(
     from .work import AttackPlan
 
     plans = [
-        AttackPlan(name, norm, tuple(autoattack_eps or eps), samples if autoattack_samples is None else autoattack_samples)
+        AttackPlan(
+            name, norm.lower(), _sizes(autoattack_eps or eps), samples if autoattack_samples is None else autoattack_samples
+        )
         if name == "autoattack"
-        else AttackPlan(name, norm, tuple(eps), samples)
+        else AttackPlan(name, norm.lower(), _sizes(eps), samples)
         for name in dict.fromkeys(attack)
     ]
     folder = _folder_to_evaluate(run, model, data, out, checkpoint, image_size, defence)
@@ -252,6 +255,14 @@ def _folder_to_evaluate(
             f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
         )
     return adopt(model, data, out, checkpoint=checkpoint, image_size=image_size, defence=defence)
+
+
+def _sizes(texts: list[str]) -> tuple[float, ...]:
+    """Numbers and fractions of them, as in 8/255."""
+    try:
+        return tuple(float(Fraction(text)) for text in texts)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps {', '.join(texts)}: expected positive numbers or fractions, such as 0.5 or 8/255") from error
 
 
 def _share(text: str) -> tuple[int, int]:
