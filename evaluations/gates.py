@@ -31,7 +31,7 @@ _MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may
 _BLACK_BOX = 0.002  # of the images, which a search without gradients may
 _FEWEST = 2
 _MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
-_QUERIES = 500
+_GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # as many as gates can afford
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
         return
     pgd: Any = make_attack("pgd", norm, eps)
     square: Any = make_attack("square", norm, eps)
+    gradients: Any = make_attack("autoattack-gradients", norm, eps)
 
     def stands(attack: Attack, chosen: Tensor) -> Tensor:
         if not len(chosen):
@@ -91,7 +92,7 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
         )
         twice = replace(pgd, steps=2 * pgd.steps)
         yield _beaten("twice the steps break no more", where, ~stands(twice, left), total, _MORE_THAN_PGD)
-        stronger = ~stands(make_attack("autoattack-gradients", norm, eps), left)
+        stronger = ~stands(replace(gradients, steps=_GRADIENT_STEPS, targets=_TARGETS), left)
         yield _beaten("AutoAttack's gradients break little more", where, stronger, total, _MUCH_MORE, status="flag")
         left = left[~stronger]
         searched = ~stands(replace(square, queries=_QUERIES), left)

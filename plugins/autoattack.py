@@ -36,15 +36,18 @@ class AutoAttack:
             model, norm=_NORM[self.norm], eps=self.eps, seed=torch.initial_seed(), version="standard", device=images.device
         )
         attack.attacks_to_run = parts
-        for targeted in (attack.apgd_targeted, attack.fab):
-            targeted.n_target_classes = min(_MOST_TARGETS, classes - 1)
-        attack.square.n_queries = getattr(self, "queries", attack.square.n_queries)
+        self._set_budget(attack, classes)
         tracer = sys.gettrace()
         try:
             found, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         finally:
             sys.settrace(tracer)  # a check of theirs takes it away
         return found.detach()
+
+    def _set_budget(self, attack: Official, classes: int) -> None:
+        """What the standard version is given, with no more targets than there are other classes."""
+        for targeted in (attack.apgd_targeted, attack.fab):
+            targeted.n_target_classes = min(_MOST_TARGETS, classes - 1)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,18 @@ class Square(AutoAttack):
     queries: int = 5000
     parts: ClassVar[tuple[str, ...]] = ("square",)
 
+    def _set_budget(self, attack: Official, classes: int) -> None:
+        attack.square.n_queries = self.queries
+
 
 @dataclass(frozen=True)
 class Gradients(AutoAttack):
-    """The two parts of AutoAttack that follow gradients and keep to eps: APGD-CE and targeted APGD-DLR."""
+    """The parts of AutoAttack that follow gradients and keep to eps: APGD-CE, and targeted APGD-DLR from four classes on."""
 
+    steps: int = 100
+    targets: int = _MOST_TARGETS
     parts: ClassVar[tuple[str, ...]] = ("apgd-ce", "apgd-t")
+
+    def _set_budget(self, attack: Official, classes: int) -> None:
+        attack.apgd.n_iter = attack.apgd_targeted.n_iter = self.steps
+        attack.apgd_targeted.n_target_classes = min(self.targets, classes - 1)
