@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .records import Record, Unit, read_record, write_record
+from .records import Record, Unit, read_told, write_record
 from .work import do_unit
 
 Outcome = tuple[Unit, Record, float, dict[str, Any]]
@@ -42,8 +42,8 @@ def run_units(engine: Engine, folder: Path, units: Sequence[Unit], device: str, 
 
 
 def _settled(folder: Path, unit: Unit) -> bool:
-    record = read_record(folder, unit)
-    return record is not None and not record.told.get("error")
+    told = read_told(folder, unit)
+    return told is not None and not told.get("error")
 
 
 def make_engine(name: str, workers: int = 1, address: str | None = None) -> Engine:

@@ -104,8 +104,12 @@ def evaluate(
 def planned_work(folder: Path) -> Work:
     """The units that the report of an evaluated run was made from."""
     subject, planned = open_subject(folder, "cpu"), read_json(folder / "report.json")["planned"]
-    plans = [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
-    return plan_work(subject.run, subject.data.tests, plans, **planned)
+    return plan_work(subject.run, subject.data.tests, _plans_in(planned), **planned)
+
+
+def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
+    """The plans of a report's record of its work, taken out of it."""
+    return [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
 
 
 def _with_earlier(folder: Path, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
@@ -113,7 +117,7 @@ def _with_earlier(folder: Path, plans: Sequence[AttackPlan], how: dict[str, int]
     report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
     planned = dict(report.get("planned") or {"plans": []})
     found = {(plan.attack, plan.norm): plan for plan in plans}
-    for earlier in (AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")):
+    for earlier in _plans_in(planned):
         mine = found.get((earlier.attack, earlier.norm))
         if planned != how or (mine and mine.samples != earlier.samples):
             say(f"left out of the report: {earlier.attack} {earlier.norm} as run before, with other samples, seed or blocks")

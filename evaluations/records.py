@@ -74,8 +74,8 @@ def write_record(folder: Path, unit: Unit, record: Record, seconds: float, hardw
     write_atomically(path, lambda scratch: safetensors.torch.save_file(tensors, scratch, metadata={"record": text}))
 
 
-def read_record(folder: Path, unit: Unit) -> Record | None:
-    """What is known of a unit; None where it was not done yet.
+def read_told(folder: Path, unit: Unit) -> dict[str, Any] | None:
+    """What is told of a unit, without its tensors; None where it was not done yet.
 
     Raises:
         ValueError: the file is not readable, or is of another unit.
@@ -86,7 +86,18 @@ def read_record(folder: Path, unit: Unit) -> Record | None:
     content = _metadata(path)
     if content["unit"] != json.loads(unit.text):
         raise ValueError(f"{path}: is the record of another model, attack, size or block than its name says; remove it")
-    return Record(safetensors.torch.load_file(path), content["told"])
+    told: dict[str, Any] = content["told"]
+    return told
+
+
+def read_record(folder: Path, unit: Unit) -> Record | None:
+    """All that is known of a unit; None where it was not done yet.
+
+    Raises:
+        ValueError: as `read_told`.
+    """
+    told = read_told(folder, unit)
+    return None if told is None else Record(safetensors.torch.load_file(unit.path(folder)), told)
 
 
 def seconds_of(folder: Path, unit: Unit) -> float:

@@ -154,7 +154,8 @@ class Divided(nn.Module):
 def test_pgd_finds_the_same_whatever_the_scale_of_the_logits(scale: float, trained) -> None:
     model, images, labels = trained
     plain, scaled = (
-        run_attack(make_attack("pgd", "l2", 0.6), m, images, labels, seed=0) for m in (model, Scaled(model, scale))
+        run_attack(make_attack("pgd", "l2", 0.6), m, images, labels, seed=0)
+        for m in (model, Around(model, lambda z: scale * z))
     )
     assert torch.equal(plain.predicted, scaled.predicted)
     assert 0 < int((plain.predicted != labels).sum()) < len(labels)
@@ -176,17 +177,6 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.model(x))
-
-
-class Scaled(nn.Module):
-    """A model with its logits multiplied."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.factor * self.model(x)
 
 
 def test_the_loss_of_pgd_has_gradients_where_those_of_the_cross_entropy_vanish() -> None:
