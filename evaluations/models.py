@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robust_spectral import FastClip, fold_batchnorms_
 from robust_spectral.plugins.timm import PixelModel, load, load_weights
-from robust_spectral.plugins.timm_blocks import average_residuals_
+from robust_spectral.plugins.timm_blocks import average_residuals_, small_stem_
 
 from .config import FinetuneConfig
 from .data import ImageData, data_hash, load_data
@@ -47,6 +47,8 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
 
 def _rebuilt(model: PixelModel, config: FinetuneConfig, data: ImageData) -> PixelModel:
     """The model with the changes of its architecture that the configuration asks for."""
+    if config.small_stem:
+        small_stem_(model.model)
     if config.fold_bn:
         fold_batchnorms_(model, data.example())
     if config.residuals == "averaged":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ class AttackPlan:
         make_attack(self.attack, self.norm, self.eps[0])
 
 
+def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
+    """Sizes of perturbations from numbers and fractions of them, as in 8/255.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    try:
+        return tuple(float(Fraction(size)) for size in given)
+    except (ValueError, ZeroDivisionError) as error:
+        told = ", ".join(map(str, given))
+        raise ValueError(f"eps {told}: expected positive numbers or fractions, such as 0.5 or 8/255") from error
+
+
 @dataclass(frozen=True)
 class Work:
     """All units of an evaluation, by what they are for.
@@ -93,8 +107,9 @@ class Work:
 
     @property
     def units(self) -> list[Unit]:
-        """All of them, in the order in which it is best to do them."""
-        return [self.lipschitz, *self.clean, *self.gates, *(unit for blocks in self.attacks.values() for unit in blocks)]
+        """All of them, the longest attacks first, so that no process is left alone with one at the end."""
+        longest_first = sorted(self.attacks.items(), key=lambda item: "autoattack" not in item[0][0])
+        return [self.lipschitz, *self.clean, *self.gates, *(unit for _, blocks in longest_first for unit in blocks)]
 
 
 def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int) -> Work:

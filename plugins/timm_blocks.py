@@ -71,6 +71,21 @@ def average_residuals_(model: nn.Module) -> list[str]:
     return found
 
 
+def small_stem_(model: nn.Module) -> None:
+    """Have a timm ResNet look closely at images of 28 or 32 pixels: no stride in its first convolution, no pooling behind it.
+
+    In place; names and shapes of weights stay.
+
+    Raises:
+        NotImplementedError: the model is not of timm's ResNets.
+    """
+    if not isinstance(model, timm.models.resnet.ResNet):
+        raise NotImplementedError(f"small_stem_: {type(model).__name__} is not of timm's ResNets; DLA needs no other stem")
+    first: Any = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.stride = (1, 1)
+    model.maxpool = nn.Identity()
+
+
 class MaxMin(nn.Module):
     """The larger and the smaller of each two channels, of the first half and the second: turns gradients, shortens none.
 

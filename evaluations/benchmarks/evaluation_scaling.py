@@ -28,7 +28,7 @@ def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tup
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("records"))
         subject = open_subject(copy, "cpu")
         work = plan_work(subject.run, subject.data.tests, plans, 0, block, 1)
-        units = [unit for blocks in work.attacks.values() for unit in blocks]
+        units = [unit for unit in work.units if unit.task in {plan.attack for plan in plans}]
         clock = time.perf_counter()
         run_units(make_engine("local", workers), copy, units, "cpu", lambda unit: None)
         seconds = time.perf_counter() - clock
@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--autoattack-samples", type=int, default=256)
-    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--autoattack-samples", type=int, default=128)
+    parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
