@@ -25,8 +25,7 @@ from .attacks import Attack, make_attack, run_attack
 
 Status = Literal["pass", "flag", "fail"]
 _REPEATS = 5
-_SAME = 1e-5  # by which logits of one image may differ between batches, as a part of the largest
-_RANDOM = 1e-4  # by which they may differ between two passes on a GPU
+_ROUNDING = 1e-4  # by which logits may differ between batches, or passes on a GPU, as a part of the largest
 _MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may break in addition
 _BLACK_BOX = 0.002  # of the images, which a search without gradients may
 _FEWEST = 2
@@ -111,7 +110,7 @@ def _logits_gate(logits: Tensor) -> Gate:
 
 def _deterministic(model: nn.Module, images: Tensor, logits: Tensor) -> Gate:
     apart = max(float((model(images) - logits).abs().max()) for _ in range(_REPEATS - 1)) / _size(logits)
-    good = apart <= (_RANDOM if images.is_cuda else 0.0)
+    good = apart <= (_ROUNDING if images.is_cuda else 0.0)
     return Gate("deterministic", "pass" if good else "fail", f"{_REPEATS} passes differ by {apart:.1e} of the largest logit")
 
 
@@ -123,7 +122,7 @@ def _batch_independent(model: nn.Module, images: Tensor, logits: Tensor) -> Gate
     apart = max(float((a - b).abs().max()) for a, b in pairs) / _size(logits)
     turned = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in pairs)
     detail = f"alone and in another order, logits differ by {apart:.1e} of the largest, {turned} classes change"
-    return Gate("answers do not depend on the batch", "pass" if apart <= _SAME and not turned else "fail", detail)
+    return Gate("answers do not depend on the batch", "pass" if apart <= _ROUNDING and not turned else "fail", detail)
 
 
 def _no_optimisation(model: nn.Module, images: Tensor) -> Gate:

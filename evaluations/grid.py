@@ -168,6 +168,7 @@ def _row(name: str, folder: Path) -> dict[str, Any]:
     attacked = {
         f"{entry['attack']} {entry['norm']} {entry['eps']:g}": entry["accuracy"] if entry["valid"] else None
         for entry in report["robust"]
+        if entry["attack"] != "worst case"
     }
     return {
         "name": name, "defence": run["defence"], "max_norm": run["config"]["max_norm"],
