@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,10 +19,14 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="One trained elsewhere: timm/NAME (timm's mean and std in front), module:function, file.py:function."
+            help="One trained elsewhere: timm/NAME (timm's mean and std in front, or yours), module:function, file.py:function."
         ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights; without them those it comes with.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
     data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make of it.")] = None,
@@ -48,6 +52,7 @@ def evaluate(
     Goes on where it was stopped: what is done lies in the run's folder, one file a block of images.
     """
     from .engine import make_engine
+    from .evaluate import check_options
     from .evaluate import evaluate as attack_run
     from .runs import read_json, twin_folders
     from .work import AttackPlan, sizes
@@ -60,14 +65,17 @@ def evaluate(
         else AttackPlan(name, norm.lower(), sizes(eps), samples)
         for name in dict.fromkeys(attack)
     ]
-    folder = _folder_to_evaluate(run, model, data, out, checkpoint, image_size, defence)
+    who, share = make_engine(engine, workers, address), _share(shard)
+    check_options(plans, device, block, gate_samples, share)
+    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": _numbers("mean", mean),
+               "std": _numbers("std", std)}  # fmt: skip
+    folder = _folder_to_evaluate(run, model, adopted, defence)
     says = errors if as_json else console
     with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
         task = bar.add_task("units", total=None)
         complete = attack_run(
-            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples,
-            engine=make_engine(engine, workers, address), shard=_share(shard), command=_command(),
-            say=lambda text: says.print(text, highlight=False, markup=False),
+            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, engine=who, shard=share,
+            command=_command(), say=lambda text: says.print(text, highlight=False, markup=False),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if not complete:
@@ -79,26 +87,31 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _folder_to_evaluate(
-    run: Path | None, model: str | None, data: str | None, out: Path | None, checkpoint: Path | None, image_size: int | None,
-    defence: str,
-) -> Path:  # fmt: skip
+def _folder_to_evaluate(run: Path | None, model: str | None, adopted: dict[str, Any], defence: str) -> Path:
+    """The run's folder, or one made of a model with the options that go with it, by name and None where not given."""
     from .models import adopt
     from .runs import open_run
 
     if (run is None) == (model is None):
         raise ValueError("evaluate: give the folder of a run, or --model with --data and --out")
     if run is not None:
-        given = {"--data": data, "--out": out, "--checkpoint": checkpoint, "--image-size": image_size}
-        if wrong := [name for name, value in given.items() if value is not None]:
+        if wrong := [f"--{name.replace('_', '-')}" for name, value in adopted.items() if value is not None]:
             raise ValueError(f"evaluate {run}: {', '.join(wrong)} goes with --model; a run has a model and data of its own")
         open_run(run)
         return run
-    if data is None or out is None or model is None:
+    if adopted["data"] is None or adopted["out"] is None or model is None:
         raise ValueError(
             f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
         )
-    return adopt(model, data, out, checkpoint=checkpoint, image_size=image_size, defence=defence)
+    return adopt(model, defence=defence, **adopted)
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """ "0.5,0.4" as numbers."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: expected a number, or one for each channel, as in 0.49,0.48,0.45") from error
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -70,13 +70,7 @@ def evaluate(
     Raises:
         ValueError: the folder is no run, the model does not match its record, or an option is out of range.
     """
-    check_device(device)
-    if block < 1 or gate_samples < 1 or not 1 <= shard[0] <= shard[1]:
-        raise ValueError(
-            f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
-        )
-    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
-        raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
+    check_options(plans, device, block, gate_samples, shard)
     complete = True
     for name, run in twin_folders(folder).items():
         subject = open_subject(run, device)
@@ -99,6 +93,21 @@ def evaluate(
         here = {"evaluated_with": environment(device), "command": command, "planned": planned}
         write_json(run / "report.json", read_json(run / "report.json") | here)
     return complete
+
+
+def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int]) -> None:
+    """See that the options of an evaluation make sense, before anything is done.
+
+    Raises:
+        ValueError: one is out of range, or an attack is given twice.
+    """
+    check_device(device)
+    if block < 1 or gate_samples < 1 or not 1 <= shard[0] <= shard[1]:
+        raise ValueError(
+            f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
+        )
+    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
+        raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
 
 
 def planned_work(folder: Path) -> Work:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import runpy
-import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,13 +20,16 @@ from robust_spectral.plugins.timm_blocks import average_residuals_, small_stem_
 from .config import FinetuneConfig
 from .data import ImageData, data_hash, load_data
 from .runs import environment, file_hash, open_run, save_weights, write_json
-
-TRUSTED = "ROBUST_SPECTRAL_MODEL"  # environment variable: the one specification whose code may be run
+from .specs import TRUSTED, check_trust, from_spec, told
 
 
 def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
-    """The model of a configuration, before fine-tuning."""
-    overlay = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
+    """The model of a configuration, before fine-tuning.
+
+    Raises:
+        ValueError: no such model or weights, or it does not take the images of the data.
+    """
+    overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
     if config.pretrained_path and not Path(config.pretrained_path).is_file():
         raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
     torch.manual_seed(config.seed)
@@ -42,15 +42,33 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
         if not config.pretrained_path or isinstance(error, ValueError):
             raise
         raise ValueError(f"pretrained_path={config.pretrained_path!r}: not readable as weights: {error}") from error
-    return _rebuilt(model, config, data)
+    rebuilt = _rebuilt(model, config, data.example())
+    logits_of(rebuilt, data.example(), config.model)
+    return rebuilt
 
 
-def _rebuilt(model: PixelModel, config: FinetuneConfig, data: ImageData) -> PixelModel:
+def logits_of(model: nn.Module, images: Tensor, name: str) -> Any:
+    """What a model gives for a batch of images.
+
+    Raises:
+        ValueError: it does not take images of their shape.
+    """
+    try:
+        with torch.no_grad():
+            return model(images)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"{name} does not take images of shape {shape}, give another --image-size: {told(error)}") from error
+
+
+def _rebuilt(model: PixelModel, config: FinetuneConfig, example: Tensor) -> PixelModel:
     """The model with the changes of its architecture that the configuration asks for."""
     if config.small_stem:
         small_stem_(model.model)
     if config.fold_bn:
-        fold_batchnorms_(model, data.example())
+        fold_batchnorms_(model, example)
     if config.residuals == "averaged":
         average_residuals_(model.model)
     return model
@@ -62,21 +80,46 @@ def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     Raises:
         ValueError: the folder is no run, or its weights are not the ones run.json was written for.
     """
+    run = _checked(folder)
+    data = load_data(run["config"]["data"], run["config"].get("image_size"))
+    return _restored(folder, run, data.example()), data, run
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a finished run, without its data.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    run = _checked(folder)
+    return _restored(folder, run, torch.zeros(1, run["channels"], run["image_size"], run["image_size"])), run
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The record of a run whose weights are the ones it speaks of, and whose model may be made."""
     run = open_run(folder)
+    if twins := run.get("twins"):
+        raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in twins)}")
     weights = folder / "model.safetensors"
     if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
         raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes")
     if "spec" in run["config"]:
-        _check_trust(run["config"]["spec"], folder)
-        data = load_data(run["config"]["data"], run["config"]["image_size"])
-        model = _from_spec(run["config"]["spec"], run["classes"], run["channels"])
+        check_trust(run["config"]["spec"], folder)
+    return run
+
+
+def _restored(folder: Path, run: dict[str, Any], example: Tensor) -> nn.Module:
+    """The model of a run with its weights; ``example`` is an image of its shape."""
+    given = run["config"]
+    model: nn.Module
+    if "spec" in given:
+        model = from_spec(given["spec"], run["classes"], run["channels"], mean=given.get("mean"), std=given.get("std"))
     else:
         known = {field.name for field in fields(FinetuneConfig)}
-        config = FinetuneConfig(**{key: value for key, value in run["config"].items() if key in known})
-        data = load_data(config.data, config.image_size)
-        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"]), config, data)
-    load_weights(weighted(model), weights)
-    return model, data, run
+        config = FinetuneConfig(**{key: value for key, value in given.items() if key in known})
+        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"]), config, example)
+    load_weights(weighted(model), folder / "model.safetensors")
+    return model
 
 
 def weighted(model: nn.Module) -> nn.Module:
@@ -85,8 +128,9 @@ def weighted(model: nn.Module) -> nn.Module:
 
 
 def adopt(
-    spec: str, data: str, out: Path, *, checkpoint: Path | None = None, image_size: int | None = None, defence: str = "unknown"
-) -> Path:
+    spec: str, data: str, out: Path, *, checkpoint: Path | None = None, image_size: int | None = None,
+    defence: str = "unknown", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> Path:  # fmt: skip
     """Make a run folder of a model that was trained elsewhere, so that it can be evaluated.
 
     Args:
@@ -98,48 +142,62 @@ def adopt(
             the function gives.
         image_size: Height and width of the images.
         defence: What the leaderboard calls the way it was trained.
+        mean: What a timm model was trained with, of every channel or one for all; default timm's own for the model.
+        std: As mean; 0 and 1 for one that was trained on pixels as they are.
 
     Raises:
         ValueError: no such model or data, weights or images that do not fit, or a folder that holds something else.
     """
     os.environ[TRUSTED] = spec  # for the processes that this one starts, too
     images = load_data(data, image_size)
-    model = _from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None)
+    model = from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None,
+                      mean=mean, std=std)  # fmt: skip
     if checkpoint is not None:
         load_weights(weighted(model), checkpoint)
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(images.example())
-    except RuntimeError as error:
-        raise ValueError(f"{spec} does not take images of shape {tuple(images.example().shape[1:])}: {error}") from error
-    if logits.ndim != 2 or logits.shape[1] < images.classes:
-        raise ValueError(
-            f"{spec}: gives outputs of shape {tuple(logits.shape)} for an image; {data} has {images.classes} classes"
-        )
-    config = {"model": spec.removeprefix("timm/"), "spec": spec, "data": data, "image_size": image_size, "max_norm": None}
+    classes = _classes(model.eval(), images, spec)
+    config: dict[str, Any] = {
+        "model": spec.removeprefix("timm/"),
+        "spec": spec,
+        "data": data,
+        "image_size": image_size,
+        "max_norm": None,
+    }
+    config |= {key: list(given) for key, given in (("mean", mean), ("std", std)) if given is not None}
     if (out / "run.json").is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            same = open_run(out)["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
-        if not same or open_run(out)["config"] != config:
-            raise ValueError(f"{out}: holds a run of another model or data already; give another --out")
+        _refuse_another(out, model, config)
         return out
-    weights = save_weights(weighted(model), out / "model.safetensors")
-    write_json(out / "run.json", {
-        "config": config, "classes": logits.shape[1], "channels": images.channels, "image_size": images.image_size,
-        "model_sha256": weights, "test_data_sha256": data_hash(images),
-        "seed": 0, "defence": defence, "layers": _layers(model, images.example()), "seconds": None, **environment(),
-    })  # fmt: skip
+    run = {
+        "config": config, "classes": classes, "channels": images.channels, "image_size": images.image_size,
+        "test_data_sha256": data_hash(images), "seed": 0, "defence": defence,
+        "layers": _layers(model, images.example()), "seconds": None, **environment(),
+    }  # fmt: skip
+    write_json(out / "run.json", run | {"model_sha256": save_weights(weighted(model), out / "model.safetensors")})
     return out
 
 
-def _check_trust(spec: str, folder: Path) -> None:
-    """A run folder that someone else made must not run code of its choice: only a model named by the user is made."""
-    if not spec.startswith("timm/") and os.environ.get(TRUSTED) != spec:
+def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
+    """How many logits a model gives for an image, tried on two.
+
+    Raises:
+        ValueError: it does not take the images, or gives no logits of their classes.
+    """
+    batch, _ = images.test_images(2)
+    logits = logits_of(model, batch, spec)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] < images.classes:
         raise ValueError(
-            f"{folder}: its model is made by the code {spec!r}, which is not run unless you ask for it: give "
-            f"--model {spec} with --data and --out {folder}, or set {TRUSTED}={spec}"
+            f"{spec}: gives {shape} for {len(batch)} images of {images.name}; expected logits, ({len(batch)}, classes) with at "
+            f"least {images.classes} classes"
         )
+    return logits.shape[1]
+
+
+def _refuse_another(out: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """See that a run folder is of this very model, as configured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        same = open_run(out)["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
+    if not same or open_run(out)["config"] != config:
+        raise ValueError(f"{out}: holds a run of another model or data already; give another --out")
 
 
 def _layers(model: nn.Module, example: Tensor) -> list[dict[str, Any]]:
@@ -148,27 +206,3 @@ def _layers(model: nn.Module, example: Tensor) -> list[dict[str, Any]]:
         return [row | {"before": row["upper"]} for row in FastClip(model, example, math.inf).report(rtol=0.02)]
     except (ValueError, NotImplementedError):
         return []
-
-
-def _from_spec(spec: str, classes: int | None, channels: int, pretrained: bool = False) -> nn.Module:
-    if spec.startswith("timm/"):
-        return load(spec.removeprefix("timm/"), pretrained=pretrained, num_classes=classes, in_chans=channels)
-    module, colon, function = spec.rpartition(":")
-    if not colon:
-        raise ValueError(f"model {spec!r}: expected timm/NAME, module:function or file.py:function")
-    try:
-        found = runpy.run_path(module) if module.endswith(".py") else vars(_imported(module))
-        model = found[function]()
-    except (ImportError, OSError, KeyError) as error:
-        raise ValueError(f"model {spec!r}: cannot be made: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {spec!r}: gave a {type(model).__name__}, expected a torch.nn.Module")
-    return model
-
-
-def _imported(module: str) -> ModuleType:
-    """A module, of the folder one is in as well, as `python -m` would find it."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    return importlib.import_module(module)

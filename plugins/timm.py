@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def load(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     in_chans: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **kwargs: Any,
 ) -> PixelModel:
     """A timm model that takes pixels in [0, 1].
@@ -78,25 +81,55 @@ def load(
         checkpoint: A local checkpoint of this very model (.safetensors, or .pth read with weights_only), timm's keys.
         num_classes: Classes of the head; default the model's own.
         in_chans: Channels of the input. The normalisation of a model published for three channels is averaged.
+        mean: Of every channel, or one for all, as the weights were trained with; default the model's own in timm.
+        std: As mean; (0,) and (1,) for weights that were trained on pixels as they are.
         **kwargs: For ``timm.create_model``.
 
     Raises:
-        ValueError: an unknown name (the nearest ones are offered), or a checkpoint that is missing or does not fit (the
-            keys are named).
+        ValueError: an unknown name (the nearest ones are offered), one without published weights, a checkpoint that is
+            missing or does not fit (the keys are named), or a mean and std that are not one for every channel.
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"load({name!r}): timm has no such model; near: {', '.join(near) or 'none'}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+    except RuntimeError as error:
+        if not pretrained or "No pretrained weights" not in str(error):
+            raise
+        raise ValueError(f"load({name!r}, pretrained=True): timm has no weights for it; give a checkpoint") from error
     if checkpoint is not None:
         load_weights(model, checkpoint)
+    if mean is None and std is None:
+        return PixelModel(model.eval(), *_published(model, in_chans))
+    return PixelModel(model.eval(), *_given(mean, std, in_chans))
+
+
+Statistics = tuple[float, ...]
+
+
+def _published(model: nn.Module, channels: int) -> tuple[Statistics, Statistics]:
+    """timm's mean and std of a model."""
     config = resolve_model_data_config(model)
     mean, std = config["mean"], config["std"]
-    if len(mean) != in_chans:
-        mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
-    return PixelModel(model.eval(), mean, std)
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return mean, std
+
+
+def _given(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> tuple[Statistics, Statistics]:
+    """The user's mean and std, for every channel."""
+    if mean is None or std is None:
+        raise ValueError(f"load(mean={mean}, std={std}): give both; 0 and 1 for a model that takes pixels as they are")
+    both = [tuple(map(float, given)) * (channels if len(given) == 1 else 1) for given in (mean, std)]
+    if any(len(given) != channels or not all(map(math.isfinite, given)) for given in both) or min(both[1], default=0.0) <= 0:
+        raise ValueError(
+            f"load(mean={tuple(mean)}, std={tuple(std)}): expected one number, or one for each of {channels} channels, "
+            "std positive"
+        )
+    return both[0], both[1]
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path) -> None:

@@ -1,15 +1,14 @@
 """From fine-tuning to the report, on real digits: the whole line, its records, and what happens when something is wrong."""
 
 import json
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import call
 from reference import norm
 
 from robust_spectral import FastClip, linear_layers, lipschitz_bound
-from robust_spectral.evaluations import cli
 from robust_spectral.evaluations.attacks import into_ball, size_of
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
@@ -37,18 +36,6 @@ def twins(tmp_path_factory):
     assert call(f"evaluate {folder / 'run'} {options}") == 0
     assert call(f"report {folder / 'run'}") == 0
     return folder / "run"
-
-
-def call(text):
-    """Exit status of a command line."""
-    arguments, sys.argv = sys.argv, ["robust-spectral", *text.split()]
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = arguments
-    return 0
 
 
 def command(text, out):

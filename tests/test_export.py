@@ -11,7 +11,7 @@ from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.export import to_hub, to_robustbench
 from robust_spectral.evaluations.finetune import finetune
-from robust_spectral.evaluations.models import adopt, load_run
+from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.runs import read_json, write_json
 from robust_spectral.evaluations.work import AttackPlan
 from robust_spectral.plugins import robustbench, robustbench_images
@@ -106,73 +106,3 @@ def test_figures_that_robustbench_would_not_take_are_refused(change, board, word
     (tmp_path / "about.json").write_text(json.dumps(ABOUT))
     with pytest.raises(ValueError, match=words):
         to_robustbench(tmp_path, tmp_path / "out", board, "Lee2026Held", tmp_path / "about.json")
-
-
-MODULE = """
-import torch
-from torch import nn
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-def nothing():
-    return 3
-"""
-
-
-@pytest.fixture(autouse=True)
-def _no_trust_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROBUST_SPECTRAL_MODEL", "")
-
-
-def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
-    folder = adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run", defence="hope")
-    evaluate(folder, [AttackPlan("pgd", "l2", (0.1,), 8)], gate_samples=8, say=lambda text: None)
-    report = read_json(folder / "report.json")
-    assert report["defence"] == "hope" and report["parameters"] == 650 and [row["name"] for row in report["layers"]] == ["1"]
-    assert adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run") == folder  # the very same model again
-    with pytest.raises(ValueError, match="holds a run of another model or data"):
-        adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
-
-
-def test_code_that_a_run_folder_names_is_not_run_unless_it_was_asked_for(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
-    spec = f"{tmp_path}/mine.py:make"
-    folder = adopt(spec, "digits", tmp_path / "run")
-    monkeypatch.delenv("ROBUST_SPECTRAL_MODEL")
-    (tmp_path / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + MODULE)
-    with pytest.raises(ValueError, match="which is not run unless you ask for it"):
-        load_run(folder)
-    assert not (tmp_path / "ran").exists()
-
-
-def _checkpoint(folder: Path) -> Path:
-    path = folder / "weights.pth"
-    torch.save(timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict(), path)
-    return path
-
-
-def test_a_checkpoint_of_timm_can_be_adopted(tmp_path: Path) -> None:
-    folder = adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
-    model, _, run = load_run(folder)
-    plain = timm.create_model("test_resnet", num_classes=10, in_chans=1, checkpoint_path=str(tmp_path / "weights.pth")).eval()
-    x = torch.rand(2, 1, 16, 16)
-    assert torch.equal(model(x), plain(model.normalize(x))) and len(run["layers"]) == 16
-
-
-@pytest.mark.parametrize(
-    "spec, words",
-    [
-        ("resnet18", "expected timm/NAME, module:function"),
-        ("timm/resnet18x", "near: resnet18"),
-        ("no_such_module:make", "ModuleNotFoundError"),
-        ("FILE:absent", "KeyError"),
-        ("FILE:nothing", "gave a int"),
-    ],
-)
-def test_a_model_that_cannot_be_made_is_told(spec: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
-    with pytest.raises(ValueError, match=words):
-        adopt(spec.replace("FILE", f"{tmp_path}/mine.py"), "digits", tmp_path / "run")

@@ -26,9 +26,38 @@ def test_normalisation_of_a_colour_model_is_averaged_for_grey_images():
     assert float(model.normalize.std) == pytest.approx(sum(model.model.pretrained_cfg["std"]) / 3)
 
 
+def test_a_mean_and_std_of_the_users_stand_in_front_and_in_the_lipschitz_bound():
+    given, plain = load("test_resnet", mean=(0.1, 0.2, 0.3), std=(0.5,)), load("test_resnet", mean=(0,), std=(1,))
+    plain.model.load_state_dict(given.model.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    mean = torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1)
+    assert torch.equal(given(x), given.model((x - mean) / 0.5)) and torch.equal(plain(x), plain.model(x))
+    bounds = [rs.lipschitz_bound(model, x, 0.0).value for model in (given, plain)]
+    assert bounds[0] == pytest.approx(2 * bounds[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"mean": (0.5,)}, "give both"),
+        ({"mean": (0.5,), "std": (0.0,)}, "std positive"),
+        ({"mean": (0.5, 0.5), "std": (1,)}, "one for each of 3 channels"),
+        ({"mean": (float("nan"),), "std": (1,)}, "one number"),
+    ],
+)
+def test_a_mean_and_std_that_are_not_one_for_every_channel_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        load("test_resnet", **given)
+
+
 def test_unknown_model_name_offers_the_nearest_ones():
     with pytest.raises(ValueError, match=r"resnet18"):
         load("resnet18x")
+
+
+def test_a_model_that_was_never_published_is_told_when_its_weights_are_asked_for():
+    with pytest.raises(ValueError, match="no weights for it; give a checkpoint"):
+        load("darknet17", pretrained=True)
 
 
 def test_checkpoint_round_trips_through_plain_timm(tmp_path):

@@ -1,0 +1,131 @@
+"""Models trained elsewhere: made from a name or a function, tried on the data, and told in one line where that fails."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from commands import call
+
+from robust_spectral.evaluations.evaluate import evaluate
+from robust_spectral.evaluations.models import adopt, load_run
+from robust_spectral.evaluations.runs import read_json
+from robust_spectral.evaluations.work import AttackPlan
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def nothing():
+    return 3
+
+def raises():
+    return 1 / 0
+
+def leaves():
+    raise SystemExit(3)
+
+def flat():
+    return nn.Flatten(0)
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def pair():
+    return nn.Sequential(nn.Flatten(), nn.GRU(64, 10))
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_trust_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUST_SPECTRAL_MODEL", "")
+
+
+def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    folder = adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run", defence="hope")
+    evaluate(folder, [AttackPlan("pgd", "l2", (0.1,), 8)], gate_samples=8, say=lambda text: None)
+    report = read_json(folder / "report.json")
+    assert report["defence"] == "hope" and report["parameters"] == 650 and [row["name"] for row in report["layers"]] == ["1"]
+    assert adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run") == folder  # the very same model again
+    with pytest.raises(ValueError, match="holds a run of another model or data"):
+        adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
+
+
+def test_code_that_a_run_folder_names_is_not_run_unless_it_was_asked_for(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    spec = f"{tmp_path}/mine.py:make"
+    folder = adopt(spec, "digits", tmp_path / "run")
+    monkeypatch.delenv("ROBUST_SPECTRAL_MODEL")
+    (tmp_path / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + MODULE)
+    with pytest.raises(ValueError, match="which is not run unless you ask for it"):
+        load_run(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def _checkpoint(folder: Path) -> Path:
+    path = folder / "weights.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict(), path)
+    return path
+
+
+def test_a_checkpoint_of_timm_can_be_adopted(tmp_path: Path) -> None:
+    folder = adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
+    model, _, run = load_run(folder)
+    plain = timm.create_model("test_resnet", num_classes=10, in_chans=1, checkpoint_path=str(tmp_path / "weights.pth")).eval()
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(model(x), plain(model.normalize(x))) and len(run["layers"]) == 16
+
+
+def test_a_checkpoint_trained_on_plain_pixels_is_adopted_without_timms_mean_and_std(tmp_path: Path) -> None:
+    options = {"checkpoint": _checkpoint(tmp_path), "image_size": 16}
+    folder = adopt("timm/test_resnet", "digits", tmp_path / "run", mean=(0.0,), std=(1.0,), **options)
+    assert read_json(folder / "run.json")["config"]["mean"] == [0.0]
+    model, data, _ = load_run(folder)
+    x = data.test_images(4)[0]
+    assert torch.equal(model(x), model.model(x))
+    assert adopt("timm/test_resnet", "digits", folder, mean=(0.0,), std=(1.0,), **options) == folder
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        adopt("timm/test_resnet", "digits", folder, **options)
+
+
+def test_a_mean_and_std_go_with_a_timm_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    with pytest.raises(ValueError, match="a mean and std go with timm/NAME"):
+        adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run", mean=(0.0,), std=(1.0,))
+
+
+@pytest.mark.parametrize("options", ["--shard 3/2", "--engine slurm", "--block 0", "--mean 0.5,x --std 1", "--device nowhere"])
+def test_wrong_options_of_an_evaluation_leave_no_folder_behind(options: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    assert call(f"evaluate --model {tmp_path}/mine.py:make --data digits --out {tmp_path / 'run'} {options}") == 2
+    assert "error:" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("resnet18", "expected timm/NAME, module:function"),
+        ("timm/resnet18x", "near: resnet18"),
+        ("no_such_module:make", "ModuleNotFoundError"),
+        ("FILE:absent", "has no 'absent'; it has make, nothing, raises, leaves, flat"),
+        ("FILE:nothing", "gave a int"),
+        ("FILE:raises", r"ZeroDivisionError: division by zero \(mine\.py, line 13\)"),
+        ("FILE:leaves", "SystemExit: 3"),
+        ("FILE:flat", r"gives \(128,\) for 2 images of digits; expected logits, \(2, classes\) with at least 10"),
+        ("FILE:few", r"gives \(2, 3\) for 2 images"),
+        ("FILE:pair", "gives tuple for 2 images"),
+        ("FILE:wide", r"does not take images of shape \(1, 8, 8\)"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_told(spec: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    with pytest.raises(ValueError, match=words):
+        adopt(spec.replace("FILE", f"{tmp_path}/mine.py"), "digits", tmp_path / "run")
