@@ -6,7 +6,7 @@ PHOTOS := runs/demo-pretrained
 
 CERTIFIED := --model maxmin_mlp --batch-size 256 --opt muon --lr 2e-2 --max-norm 1 --spectral-warmup 0 --lift --objective certified --logit-scale 5
 
-.PHONY: env lint types test test-extras fuzz demo demo-pretrained mnist clean
+.PHONY: env lint types test test-extras docs fuzz demo demo-pretrained mnist clean
 
 env: .venv/ready  ## the environment, with everything the checks and the demo need
 
@@ -14,6 +14,7 @@ env: .venv/ready  ## the environment, with everything the checks and the demo ne
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'torchattacks>=3.5.1'
 	touch $@
 
 lint: env
@@ -30,6 +31,9 @@ test: env lint types  ## the whole check
 
 test-extras: env  ## every extra alone in a clean environment; about two minutes each
 	$(BIN)/python tests/extras.py
+
+docs: env  ## the documentation, for reading from the disk: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fuzz: env  ## every bound on 20,000 generated layers and 10,000 networks, and how often the probabilistic one fails
 	$(BIN)/python evaluations/benchmarks/fuzz_norms.py --layers 20800 --out evaluations/benchmarks/results/fuzz_norms.json
