@@ -33,7 +33,14 @@ _PAPER_STEP, _PAPER_POWER_STEPS, _PAPER_ROUNDS = 0.35, 10, 200
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What a clip did: the norm before and after, ‖ΔW‖/‖W‖ of what moved, and the number of updates (0: nothing moved)."""
+    """What a clip did.
+
+    Attributes:
+        before: The norm it found.
+        after: The norm it left.
+        distortion: ‖ΔW‖ / ‖W‖ of what moved, in Frobenius norm.
+        steps: Updates of the weights; 0 where nothing moved.
+    """
 
     before: NormInterval
     after: NormInterval

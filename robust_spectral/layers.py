@@ -46,7 +46,15 @@ class LinearLayer:
         return ("dense" if isinstance(self.module, nn.Linear) else "conv") + ("+bn" if self.batchnorm is not None else "")
 
     def operator(self, *, composite: bool = True, dtype: torch.dtype | None = None) -> LinearOperator:
-        """The layer's operator, with its batch normalisation in eval mode where there is one and ``composite`` is set."""
+        """The layer's operator, with its batch normalisation in eval mode where there is one and ``composite`` is set.
+
+        Args:
+            composite: Whether the batch normalisation behind the layer is part of it.
+            dtype: Type to compute in; default that of the weights, half precision being raised to float32.
+
+        Raises:
+            NotImplementedError: the layer is not affine.
+        """
         if composite and self.batchnorm is not None:
             return convolution_then_batchnorm(self.module, self.batchnorm, self.in_shape, dtype)
         return linear_operator(self.module, self.in_shape, dtype)

@@ -67,7 +67,11 @@ class MoveGamma:
     """
 
     def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
-        """γ."""
+        """γ.
+
+        Raises:
+            NotImplementedError: there is no batch normalisation with a γ behind the layer.
+        """
         gamma: Any = getattr(layer.batchnorm, "weight", None)
         if not isinstance(gamma, nn.Parameter):
             raise NotImplementedError(f"clipping '{layer.name}': there is no batch normalisation with a γ behind it to move")

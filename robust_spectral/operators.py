@@ -46,10 +46,21 @@ class Kernel:
 class LinearOperator:
     """A linear map between spaces of shape ``in_shape`` and ``out_shape``, given by its action on batches.
 
-    ``groups`` > 1 says that the map is block diagonal over that many equal, contiguous slices of the channel axis (the
-    first one) of both spaces. ``kernel`` is set where the map is a convolution or a channel-wise scaled one. ``parts`` are the
-    maps of a composition in which products may cancel, so that roundings are of the size of the product of their norms; a
-    ``diagonal`` map beside one other cannot bring that about.
+    Attributes:
+        in_shape: Shape of one input, without the batch axis.
+        out_shape: Shape of one output.
+        dtype: Type of inputs and outputs.
+        device: Where they live.
+        forward: The map, (k, *in_shape) -> (k, *out_shape); call `matmat`, which checks what it is given.
+        adjoint: Its adjoint, the other way; call `rmatmat`.
+        build: Makes the same operator in another type; None where there is no way to.
+        groups: More than 1 where the map is block diagonal over so many equal, contiguous slices of the channel axis (the
+            first one) of both spaces.
+        kernel: Where the map is a convolution or a channel-wise scaled one, what bounds of it are made from.
+        label: What it is, for messages.
+        diagonal: Whether it multiplies every element by a number.
+        parts: The maps of a composition in which products may cancel, so that roundings are of the size of the product of
+            their norms; a ``diagonal`` map beside one other cannot bring that about.
     """
 
     in_shape: Shape
@@ -66,13 +77,21 @@ class LinearOperator:
     parts: tuple[LinearOperator, ...] = ()
 
     def matmat(self, X: Tensor) -> Tensor:
-        """Apply the operator to k inputs: (k, *in_shape) -> (k, *out_shape). Costs k applications."""
+        """Apply the operator to k inputs X: (k, *in_shape) -> (k, *out_shape). Costs k applications.
+
+        Raises:
+            ValueError: X is of another shape or type.
+        """
         self._check("matmat", X, self.in_shape)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.forward(X)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
-        """Apply the adjoint to k outputs: (k, *out_shape) -> (k, *in_shape). Costs k applications."""
+        """Apply the adjoint to k outputs Y: (k, *out_shape) -> (k, *in_shape). Costs k applications.
+
+        Raises:
+            ValueError: Y is of another shape or type.
+        """
         self._check("rmatmat", Y, self.out_shape)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.adjoint(Y)
@@ -92,7 +111,7 @@ class LinearOperator:
         )
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
-        """The same operator, built anew from the weights as they are now, computed in the floating-point type given.
+        """The same operator, built anew from the weights as they are now, computed in the floating-point type ``dtype``.
 
         Raises:
             TypeError: the operator was made by hand, without a ``build`` function for other types.
@@ -104,7 +123,7 @@ class LinearOperator:
         return self.build(dtype)
 
     def over(self, size: float) -> LinearOperator:
-        """The operator divided by a power of two, which is exact: squares of its values then neither under- nor overflow."""
+        """The operator over ``size``, a power of two, which is exact: squares of its values then neither under- nor overflow."""
         forward, adjoint, build = self.forward, self.adjoint, self.build
         return replace(
             self,

@@ -114,6 +114,12 @@ class PowerQR:
     The paper's version is ``PowerQR(shift=1.0, rayleigh_ritz=False)``: values from the diagonal of R, no projection. A
     shift slows convergence down to nothing where σ is far below 1, so none is the default. Cost: 2 k applications a step.
 
+    Attributes:
+        steps: Block steps at most.
+        rtol: Residual, relative to the largest value, at which a triplet counts as converged and the run stops.
+        shift: Multiple of X that is added to its image, in the scale of σ².
+        rayleigh_ritz: Whether values and vectors come from a projection onto the block; else the values are those of R.
+
     Source: Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024), Algorithm PowerQR.
     """
 
