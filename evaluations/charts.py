@@ -26,7 +26,7 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
     for colour, (name, figures) in zip(COLOURS, models.items(), strict=False):
         clean = 100 * figures["accuracy"]["clean"]
         axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
-        shown = [e for e in figures["robust"] if e["norm"] == norm and e.get("valid", True)]
+        shown = [e for e in figures["robust"] if e["norm"] == norm and e.get("valid") is not False]
         for attack in sorted({e["attack"] for e in shown} - {"worst case"}):
             _attack_line(
                 axes, colour, name, attack, sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])

@@ -20,7 +20,7 @@ from .pages import portable
 from .runs import read_json
 
 Figures = dict[str, Any]
-PASSING = ("pass", "flag")
+NOT_FAILED = ("pass", "flag", "skip")
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
@@ -63,7 +63,7 @@ def completed(report: Figures) -> Figures:
         raise ValueError("not evaluated: no figures of an attack in its report.json; run `robust-spectral evaluate` on it")
     clean = {**report["accuracy"], "accuracy": report["accuracy"]["clean"], "valid": True}
     gates = [{key: str(gate.get(key, "unknown")) for key in ("name", "status", "detail")} for gate in report.get("gates") or []]
-    failed = [gate for gate in gates if gate["status"] not in PASSING]
+    failed = [gate for gate in gates if gate["status"] not in NOT_FAILED]
     proof_failed = [gate for gate in failed if "certified" in gate["name"]]
     proved = [_attack({"attack": "certified", "valid": True, **entry}) for entry in report.get("certified") or []]
     config = report.get("config") or {}
@@ -98,17 +98,19 @@ def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tup
 
 
 def _accuracy(entry: Figures) -> Figures:
-    """Accuracy, images, interval and validity (None: not recorded); without a figure it is not valid."""
+    """Accuracy, images, interval and validity (None: not recorded, or not tested); without a figure it is not valid."""
     share, ci, n = _finite(entry["accuracy"]), entry.get("ci"), _finite(entry.get("n"))
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"accuracy {share}: not a share between 0 and 1")
     valid = False if share is None else entry.get("valid")
     if valid not in (True, False, None):
         raise ValueError(f"valid {valid!r}: neither true nor false")
-    reason = entry.get("reason") or ("no reason was recorded" if share is not None else "no figure was recorded")
+    reason = entry.get("reason")
+    if valid is False:
+        reason = reason or ("no reason was recorded" if share is not None else "no figure was recorded")
     return {
         "accuracy": share, "n": None if n is None else int(n), "ci": [float(end) for end in ci] if ci else None,
-        "valid": valid, "reason": str(reason) if valid is False else None,
+        "valid": valid, "reason": None if reason is None or valid else str(reason),
     }  # fmt: skip
 
 

@@ -34,13 +34,15 @@ def figures(
     compared = {"pgd", "autoattack"} <= {row["attack"] for row in attacked}
     all_gates = [*gates, *own, *([_autoattack_gate(attacked)] if compared else [])]
     reason = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "fail") or None
+    skipped = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "skip")
     broken = [gate for gate in all_gates if gate["status"] == "fail" and "certified" in gate["name"]]
     proof = {"valid": not broken, "reason": "; ".join(f"{gate['name']}: {gate['detail']}" for gate in broken) or None}
+    judged = [_judged(entry, reason, skipped, errors or {}) for entry in (*_per_attack(attacked), *map(_worst, sandwiches))]
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share([row["robust"] for row in clean]), "n": len(clean),
                      "ci": _with_interval([row["robust"] for row in clean])["ci"]},
-        "robust": [_judged(entry, reason, errors or {}) for entry in (*_per_attack(attacked), *map(_worst, sandwiches))],
+        "robust": judged,
         "certified": [entry | proof for norm in norms for entry in certified(clean, norm, attacked, pixels)],
         "lipschitz": lipschitz,
         "layers": run["layers"],
@@ -106,13 +108,15 @@ def _worst(entry: Row) -> Row:
             "ci": entry["worst_ci"], "n": entry["n"]}  # fmt: skip
 
 
-def _judged(entry: Row, reason: str | None, errors: Mapping[tuple[str, str, float], str]) -> Row:
-    """The entry with whether it may be read as robustness, and if not, why."""
+def _judged(entry: Row, reason: str | None, skipped: str, errors: Mapping[tuple[str, str, float], str]) -> Row:
+    """The entry with whether it may be read as robustness, and if not, why; neither (None) where checks were skipped."""
     level = entry["norm"], entry["eps"]
     own = errors.get((entry["attack"], *level))
     if entry["attack"] == "worst case":
         own = next((error for (_, *failed), error in errors.items() if tuple(failed) == level), None)
-    return entry | {"valid": reason is None and own is None, "reason": own or reason}
+    if own or reason:
+        return entry | {"valid": False, "reason": own or reason}
+    return entry | ({"valid": None, "reason": f"not tested: {skipped}"} if skipped else {"valid": True, "reason": None})
 
 
 def _sandwich_gate(sandwiches: list[Row]) -> Row:

@@ -2,7 +2,8 @@
 
 Most broken defences are not robust but hard to attack: their gradients vanish, their answers are random or depend on the
 batch, they give probabilities, or they optimise while they answer. Each gate looks for one such sign on a few images, and a
-gate that fails makes every attacked accuracy of the model invalid. What is judged in images takes at least two of them.
+gate that fails makes every attacked accuracy of the model invalid. What is judged in images takes at least two of them, be
+it a smaller part of all; and a gate that sees too few images to be worth a pass is skipped: it was not tested.
 
 Sources: Carlini et al., On Evaluating Adversarial Robustness (2019); the flags of AutoAttack (Croce and Hein 2020) and their
 thresholds; Pintor et al., Indicators of Attack Failure (2022).
@@ -23,12 +24,14 @@ from robust_spectral.affine import evaluating
 
 from .attacks import Attack, make_attack, run_attack
 
-Status = Literal["pass", "flag", "fail"]
+Status = Literal["pass", "flag", "fail", "skip"]
 _REPEATS = 5
 _ROUNDING = 1e-4  # by which logits may differ between batches, or passes on a GPU, as a part of the largest
 _MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may break in addition
 _BLACK_BOX = 0.002  # of the images, which a search without gradients may
-_FEWEST = 2
+_FEWEST = 2  # images that must show a sign
+_ENOUGH = 8  # images, classified correctly, without which a sign that is not seen says nothing
+VERSION = 2  # of the gates, raised whenever they may find something else
 _MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
 _GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # as many as gates can afford
 
@@ -64,7 +67,7 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
 def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Iterator[Gate]:
     """Gates on the attacks at one size of perturbation, on images that the model classifies correctly."""
     if not len(labels):
-        yield Gate(f"attacks at {norm} {eps:g}", "pass", "no image is classified correctly, none is attacked")
+        yield Gate(f"attacks at {norm} {eps:g}", "skip", "no image is classified correctly, none is attacked")
         return
     pgd: Any = make_attack("pgd", norm, eps)
     square: Any = make_attack("square", norm, eps)
@@ -122,7 +125,7 @@ def _batch_independent(model: nn.Module, images: Tensor, logits: Tensor) -> Gate
     apart = max(float((a - b).abs().max()) for a, b in pairs) / _size(logits)
     turned = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in pairs)
     detail = f"alone and in another order, logits differ by {apart:.1e} of the largest, {turned} classes change"
-    return Gate("answers do not depend on the batch", "pass" if apart <= _ROUNDING and not turned else "fail", detail)
+    return _gate("answers do not depend on the batch", apart > _ROUNDING or turned > 0, detail, tested=len(images) > 1)
 
 
 def _no_optimisation(model: nn.Module, images: Tensor) -> Gate:
@@ -140,7 +143,7 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor)
     """Of the cross-entropy, at images that are classified correctly: as float32 gives them to any attack."""
     name, right = "gradients are there", logits.argmax(1) == labels
     if not bool(right.any()):
-        return Gate(name, "pass", "no image is classified correctly")
+        return Gate(name, "skip", "no image is classified correctly")
     with torch.enable_grad():
         x = images[right].detach().clone().requires_grad_()
         output = model(x)
@@ -149,7 +152,8 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor)
         slope = torch.autograd.grad(F.cross_entropy(output, labels[right], reduction="sum"), x, allow_unused=True)[0]
     sizes = torch.zeros(int(right.sum())) if slope is None else slope.flatten(1).abs().amax(1)
     dead = int((~torch.isfinite(sizes) | (sizes == 0)).sum())
-    return Gate(name, "fail" if dead >= _FEWEST else "pass", f"zero or not finite at {dead} of {len(sizes)} images")
+    detail = f"zero or not finite at {dead} of {len(sizes)} images"
+    return _gate(name, dead >= _FEWEST, detail, tested=len(sizes) >= _ENOUGH)
 
 
 def _mode(training: list[str], moved: list[str]) -> Gate:
@@ -163,7 +167,8 @@ def _mode(training: list[str], moved: list[str]) -> Gate:
 def _beaten(name: str, where: str, broken: Tensor, total: int, most: float, by: str = "PGD", status: Status = "fail") -> Gate:
     count = int(broken.sum())
     failed = count >= _FEWEST and count > most * total
-    return Gate(f"{name} {where}", status if failed else "pass", f"{count} of {total} images stand against {by} and fall to it")
+    detail = f"{count} of {total} images stand against {by} and fall to it"
+    return _gate(f"{name} {where}", failed, detail, tested=total >= _ENOUGH, status=status)
 
 
 def _sweep(model: nn.Module, images: Tensor, norm: str, robust: Tensor) -> Gate:
@@ -174,7 +179,14 @@ def _sweep(model: nn.Module, images: Tensor, norm: str, robust: Tensor) -> Gate:
     detail = (
         f"{100 * share:.1f} % of {total} images stand where any image can become plain grey; chance is {100 * chance:.1f} %"
     )
-    return Gate(f"without limit in {norm}, attacks succeed", "pass" if share <= most else "fail", detail)
+    return _gate(f"without limit in {norm}, attacks succeed", share > most, detail, tested=total >= _ENOUGH and most < 1)
+
+
+def _gate(name: str, failed: bool, detail: str, *, tested: bool, status: Status = "fail") -> Gate:
+    """What came of a gate; one that saw too little to pass was not tested, but fails where it saw enough for that."""
+    if failed:
+        return Gate(name, status, detail)
+    return Gate(name, "pass", detail) if tested else Gate(name, "skip", f"too few images to tell: {detail}")
 
 
 def _whole_box(norm: str, images: Tensor) -> float:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 NORM_NAMES = {"l2": "L2", "linf": "L∞"}
-VERDICTS = {"pass": "✓ pass", "flag": "! flag"}
+VERDICTS = {"pass": "✓ pass", "flag": "! flag", "skip": "– not tested"}
 ABSOLUTE = re.compile(r"""(?:^|(?<=[\s'"=:,(\[]))(?:[A-Za-z]:)?[/\\](?![/\\\s])(?:[^\s/\\'"]+[/\\])*""")
 
 
@@ -40,7 +40,7 @@ def interval(ci: tuple[float, float] | list[float] | None) -> str:
 
 
 def verdict(status: str) -> str:
-    """The status of a check in words; one that is neither pass nor flag is a failure."""
+    """The status of a check in words; one that is unknown is a failure."""
     return VERDICTS.get(status, "✗ FAIL")
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import charts
 from .figures import certified_at
-from .pages import NORM_NAMES, number, percent, render
+from .pages import NORM_NAMES, interval, number, percent, render, verdict
 from .runs import open_run, read_json, twin_folders, write_atomically, write_json
 
 Figures = dict[str, Any]
@@ -56,9 +56,10 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
         noted = [gate for gate in figures["gates"] if gate["status"] != "pass"]
         console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
         for gate in noted:
-            colour = {"pass": "green", "flag": "yellow"}.get(gate["status"], "bold red")
+            colour = {"flag": "yellow", "skip": "yellow"}.get(gate["status"], "bold red")
             console.print(
-                f"  [{colour}]{gate['status']}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}", highlight=False
+                f"  [{colour}]{verdict(gate['status'])}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}",
+                highlight=False,
             )
 
 
@@ -67,23 +68,25 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
     labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
     for name, figures in models.items():
         accuracy = figures["accuracy"]
-        labels[("clean",)][name] = _with_ci({"accuracy": accuracy["clean"], "ci": accuracy["ci"]})
+        labels[("clean",)][name] = _cell({"accuracy": accuracy["clean"], "ci": accuracy["ci"]})
         for entry in figures["robust"]:
             if entry["attack"] != "worst case":
                 key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
-                labels.setdefault(key, {})[name] = _with_ci(entry) if entry.get("valid", True) else "invalid"
+                labels.setdefault(key, {})[name] = _cell(entry)
     proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"] > 0}
     for name, figures in models.items():
         for entry in figures["certified"]:
             if (entry["norm"], entry["eps"]) in proved:
                 key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
-                labels.setdefault(key, {})[name] = _with_ci(entry) if entry.get("valid", True) else "invalid"
+                labels.setdefault(key, {})[name] = _cell(entry)
     return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
 
 
-def _with_ci(entry: dict[str, Any]) -> str:
-    low, high = entry["ci"]
-    return f"{percent(entry['accuracy'])} ({100 * low:.0f}–{100 * high:.0f})"
+def _cell(entry: Figures) -> str:
+    """A figure with its interval, unless it is not valid; one whose checks were not made says so."""
+    if (valid := entry.get("valid", True)) is False:
+        return "invalid"
+    return f"{percent(entry['accuracy'])} ({interval(entry['ci'])}){', not tested' if valid is None else ''}"
 
 
 def _read_figures(folder: Path) -> Figures:

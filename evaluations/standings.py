@@ -121,7 +121,7 @@ def _notes(rows: list[Row]) -> Iterator[tuple[str, list[str], str]]:
             if cell and cell["valid"] is False:
                 said.setdefault(cell["reason"], []).append(column)
             elif cell and column == "worst case" and cell["valid"] is None:
-                said.setdefault("whether the attacks were valid was not recorded", []).append(column)
+                said.setdefault(cell["reason"] or "whether the attacks were valid was not recorded", []).append(column)
         for reason, columns in said.items():
             yield row["id"], columns, f"{row['model']} ({row['run']}), {', '.join(columns)}: {reason}"
 

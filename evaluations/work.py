@@ -24,7 +24,7 @@ from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipsch
 
 from .attacks import HARNESS, describe, make_attack, predict, run_attack
 from .data import ImageData, data_hash
-from .gates import check_attacks, check_model
+from .gates import VERSION, check_attacks, check_model
 from .models import load_run
 from .records import Record, Unit
 from .runs import environment, open_run
@@ -128,7 +128,7 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
         unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
         blocks("clean", ours, max(plan.samples for plan in plans)),
         [
-            unit("gates", {"norm": norm, "eps": eps, **ours}, 0, min(gate_samples, images))
+            unit("gates", {"norm": norm, "eps": eps, "version": VERSION, **ours}, 0, min(gate_samples, images))
             for norm, (*_, eps) in ((n, s[: len(s) // 2 + 1]) for n, s in sizes.items())
         ],
         {

@@ -24,8 +24,9 @@ ABOUT = {"link": "https://example.org/abs/1", "name": "Held norms", "authors": "
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    folder = finetune(FinetuneConfig(**SMALL, max_norm=2.0), tmp_path_factory.mktemp("runs") / "run")
-    evaluate(folder, [AttackPlan("autoattack", "l2", (0.5,), 16)], block=8, gate_samples=8, say=lambda text: None)
+    learns = SMALL | {"epochs": 4, "lr": 3e-3, "freeze_bn": False, "logit_scale": 10.0, "composites": "never"}
+    folder = finetune(FinetuneConfig(**learns, max_norm=2.0), tmp_path_factory.mktemp("runs") / "run")
+    evaluate(folder, [AttackPlan("autoattack", "l2", (0.5,), 16)], block=8, gate_samples=24, say=lambda text: None)
     return folder
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_spectral.evaluations.figures import figures
-from robust_spectral.evaluations.gates import check_attacks, check_model
+from robust_spectral.evaluations.gates import _sweep, check_attacks, check_model
 
 
 def trained(normalised: bool = False) -> nn.Module:
@@ -120,7 +120,22 @@ def test_masked_gradients_show_in_noise_in_search_and_without_limit() -> None:
 def test_a_model_that_is_always_wrong_has_nothing_to_attack() -> None:
     images, labels = bars(8)
     (gate,) = check_attacks(trained(), images[:0], labels[:0], "l2", 0.5, seed=0)
-    assert gate.status == "pass" and "no image" in gate.detail
+    assert gate.status == "skip" and "no image" in gate.detail
+
+
+def test_a_gate_that_sees_too_few_images_is_skipped_unless_it_fails() -> None:
+    images, labels = bars(4)
+    for model, attacks in ((trained(), {"skip"}), (Around(trained(), before=Applied(lambda x: (4 * x).round() / 4)), {"fail"})):
+        found = [*check_model(model, images, labels), *check_attacks(model, images, labels, "l2", 0.6, seed=0)]
+        counted = {gate.status for gate in found if "images" in gate.detail}
+        assert attacks <= counted <= {"skip", "fail"}, found
+    alone = check_model(trained(), images[:1], labels[:1])
+    assert "answers do not depend on the batch" in [gate.name for gate in alone if gate.status == "skip"]
+
+
+def test_few_classes_ask_for_more_images_before_attacks_without_limit_can_tell() -> None:
+    assert _sweep(Around(trained(), after=Applied(lambda z: z[:, :2])), bars(9)[0], "l2", torch.ones(9)).status == "skip"
+    assert _sweep(Around(trained(), after=Applied(lambda z: z[:, :2])), bars(10)[0], "l2", torch.ones(10)).status == "fail"
 
 
 def test_a_failed_gate_makes_every_attacked_accuracy_invalid_with_the_reason() -> None:
@@ -131,6 +146,8 @@ def test_a_failed_gate_makes_every_attacked_accuracy_invalid_with_the_reason() -
     bad = {"name": "deterministic", "status": "fail", "detail": "differs"}
     valid, invalid = (figures(run, rows, {}, 64, gates)["robust"] for gates in ([bad | {"status": "pass"}], [bad]))
     assert all(entry["valid"] and entry["reason"] is None for entry in valid)
+    untested = figures(run, rows, {}, 64, [bad | {"status": "skip"}])["robust"]
+    assert all(entry["valid"] is None and entry["reason"] == "not tested: deterministic: differs" for entry in untested)
     assert all(not entry["valid"] and entry["reason"] == "deterministic: differs" for entry in invalid)
     (failed, worst) = figures(run, rows, {}, 64, [], {("pgd", "l2", 0.5): "it raised"})["robust"]
     assert failed["reason"] == worst["reason"] == "it raised" and not failed["valid"] and not worst["valid"]

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from robust_spectral.evaluations.entries import completed
 from robust_spectral.evaluations.leaderboard import build
 from robust_spectral.evaluations.pages import count, duration, portable, size
-from robust_spectral.evaluations.runs import write_json
+from robust_spectral.evaluations.report import accuracy_rows
+from robust_spectral.evaluations.runs import read_json, write_json
 from robust_spectral.evaluations.scatter import SHAPES, markers
 
 HOSTILE = "<script>alert('x')</script>$\\frac{\"&"
@@ -168,6 +169,20 @@ def test_a_model_that_fails_a_check_has_no_rank_and_no_certified_accuracy_where_
     assert "1 of 400 attacks" in row["worst_case"]["reason"] and not row["attacks"]["pgd"]["valid"]
     masked = completed(report(gates=[{"name": "gradients are there", "status": "fail", "detail": "zero at 9 of 9 images"}]))
     assert not any(e["valid"] for e in masked["robust"]) and all(e["valid"] for e in masked["certified"])
+
+
+def test_a_check_that_was_not_made_is_shown_as_such_and_does_not_count_as_passed(tmp_path):
+    skipped = {"name": "gradients are there", "status": "skip", "detail": "too few images to tell"}
+    robust = [attacked(name, 0.5, 0.5, None, "not tested: too few images to tell") for name in ("pgd", "worst case")]
+    write_json(tmp_path / "runs" / "a" / "report.json", report(gates=[PASS, skipped], robust=robust))
+    (row,) = build(tmp_path / "runs", tmp_path / "site")
+    assert row["rank"] == 1 and row["worst_case"]["valid"] is None
+    index, page = ((tmp_path / "site" / name).read_text() for name in ("index.html", "models/a.html"))
+    assert '<span class="skip">– not tested</span><small>1 of 2</small>' in index and "✓ pass</span><small>" not in index
+    assert "worst case: not tested: too few images to tell.</li>" in index
+    assert '<span class="skip">– not tested</span> gradients are there' in page
+    models = {"model": read_json(tmp_path / "runs" / "a" / "report.json")}
+    assert ("pgd · L2 0.5 · 200 images", ["50.0 (45–55), not tested"]) in accuracy_rows(models)
 
 
 def test_an_accuracy_tells_its_images_and_its_interval(site):
