@@ -20,9 +20,10 @@ env: .venv/ready  ## the environment, with everything the checks and the demo ne
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python evaluations/benchmarks/code_size.py --check
 
 types: env  ## the package as it is installed
-	rm -rf build/types && mkdir -p build/types
+	rm -rf build/types build/lib && mkdir -p build/types
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p robust_spectral
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 
 from .kernel_bounds import SYMBOL_WORK, fourier_norm, frobenius_bound, schur_bound, symbol_bound
 from .krylov import golub_kahan, random_block
@@ -182,6 +181,8 @@ def lanczos_intervals(
 
     An operator is settled, too, where the upper bound that is ``known`` of it otherwise is near enough to its lower end.
     """
+    from scipy.special import betaincinv  # a tenth of the time that importing this package takes
+
     sizes = np.array([_size(A, seed) for A in operators])
     scaled = [A.over(size) for A, size in zip(operators, sizes.tolist(), strict=True)]
     A = scaled[0] if len(scaled) == 1 else direct_sum(scaled)

@@ -123,7 +123,7 @@ class LinearOperator:
         return self.build(dtype)
 
     def over(self, size: float) -> LinearOperator:
-        """The operator over ``size``, a power of two, which is exact: squares of its values then neither under- nor overflow."""
+        """The operator over ``size``, a power of two, which is exact: squares of its values neither under- nor overflow."""
         forward, adjoint, build = self.forward, self.adjoint, self.build
         return replace(
             self,

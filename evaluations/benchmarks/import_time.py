@@ -1,0 +1,55 @@
+"""What `import robust_spectral` takes, over `import torch` alone: fresh processes in turn, so that a slow moment hits both.
+
+    python evaluations/benchmarks/import_time.py --out evaluations/benchmarks/results/import_time.json
+
+Each process tells how long its own import took, without the start of Python. The ratio is the median over the pairs. The core
+brings numpy and scipy along; the hosts are not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from robust_spectral.evaluations.runs import environment, write_json
+
+TIMED = "import time; clock = time.perf_counter(); import {}; print(time.perf_counter() - clock)"
+
+
+def seconds(module: str) -> float:
+    """Seconds that an import takes in a process of its own."""
+    command = [sys.executable, "-c", TIMED.format(module)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return float(run.stdout)
+
+
+def main() -> None:
+    """Time the pairs, print the ratio, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    modules = ("torch", "robust_spectral")
+    for module in modules:  # files into the cache
+        seconds(module)
+    pairs = []
+    for index in range(options.pairs):
+        order = modules if index % 2 else modules[::-1]
+        pairs.append({module: seconds(module) for module in order})
+    ratios = [pair["robust_spectral"] / pair["torch"] for pair in pairs]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    medians = {module: statistics.median(pair[module] for pair in pairs) for module in modules}
+    print(", ".join(f"{module} {value:.3f} s" for module, value in medians.items()))
+    print(f"ratio {ratio:.3f}, quartiles {low:.3f} to {high:.3f}")
+    if options.out:
+        write_json(options.out, {
+            "pairs": options.pairs, "seconds": medians, "ratio": ratio, "quartiles": [low, high], **environment(),
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
