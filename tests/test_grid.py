@@ -8,7 +8,7 @@ import torch
 
 from robust_spectral.evaluations.cli import app
 from robust_spectral.evaluations.config import FinetuneConfig
-from robust_spectral.evaluations.data import load_data
+from robust_spectral.evaluations.data import data_hash, load_data
 from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.grid import Frontier, frontier_of, read_grid, run_grid, write_rows
 from robust_spectral.evaluations.recipes import config_of, read_recipe, recipe_names
@@ -191,9 +191,15 @@ def test_images_held_out_are_the_last_training_images_and_none_is_a_test_image()
     assert torch.equal(images, whole.train.tensors[0][-200:]) and torch.equal(labels, whole.train.tensors[1][-200:])
 
 
-@pytest.mark.parametrize("name", ["held-out:0:digits", "held-out:x:digits", "held-out:99999:digits"])
-def test_images_held_out_must_leave_some(name):
-    with pytest.raises(ValueError, match="held-out:N:NAME"):
+def test_the_first_training_images_leave_the_test_images_as_they_are():
+    whole, part = load_data("digits"), load_data("first:50:digits")
+    assert len(part.train) == 50 and torch.equal(part.train[49][0], whole.train[49][0])
+    assert data_hash(part) == data_hash(whole)
+
+
+@pytest.mark.parametrize("name", ["held-out:0:digits", "held-out:x:digits", "held-out:99999:digits", "first::digits"])
+def test_a_part_of_a_set_must_leave_some_images(name):
+    with pytest.raises(ValueError, match=":N:NAME"):
         load_data(name)
 
 

