@@ -7,6 +7,8 @@ def main() -> None:
         from .cli import main as run
     except ModuleNotFoundError as error:
         raise SystemExit(f"robust-spectral: {error.name} is missing; pip install 'robust-spectral[evaluations]'") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     run()
 
 

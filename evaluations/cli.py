@@ -7,7 +7,6 @@ line; 130 interrupted: the same command goes on, finetune with --resume.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -15,71 +14,31 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from rich.text import Text
-
-from robust_spectral import linear_layers, lipschitz_bound, spectral_norm, top_singular
+from typer.core import TyperGroup
 
 from .command_evaluate import evaluate
 from .command_finetune import finetune, grid
+from .command_spectrum import spectrum
 from .terminal import console, errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+
+class _Interruptible(TyperGroup):
+    """Commands that say so when they are interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _print_interrupted()
+            raise typer.Exit(130) from None
 
 
-@app.command()
-def spectrum(
-    model: Annotated[str, typer.Argument(help="A timm model name, for instance resnet18.")],
-    image_size: Annotated[int, typer.Option(help="Height and width of the input.")] = 224,
-    in_chans: Annotated[int, typer.Option(help="Channels of the input.")] = 3,
-    pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="A local checkpoint of the model.")] = None,
-    failure_probability: Annotated[float, typer.Option(help="Of each upper bound; 0 for deterministic ones only.")] = 1e-9,
-    composites: Annotated[bool, typer.Option(help="Take a layer with the batch normalisation behind it.")] = True,
-    top: Annotated[int, typer.Option(help="Also estimate so many of each layer's largest singular values.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Write the intervals, and the values of --top, as an SVG picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Spectral norm of every linear layer of a timm model, as proved intervals, and the network's Lipschitz bound."""
-    from robust_spectral.plugins.timm import load
-
-    if top < 0:
-        raise ValueError(f"spectrum(top={top}): must not be negative")
-    net = load(model, pretrained=pretrained, checkpoint=checkpoint, in_chans=in_chans)
-    example = torch.zeros(1, in_chans, image_size, image_size)
-    layers: list[dict[str, Any]] = []
-    for layer in linear_layers(net, example):
-        A = layer.operator(composite=composites)
-        norm = spectral_norm(A, failure_probability)
-        values = top_singular(A, top).values.tolist() if top else []
-        layers.append({"name": layer.name, "kind": layer.kind, "in_shape": "x".join(map(str, layer.in_shape)),
-                       "lower": norm.lower, "upper": norm.upper, "method": norm.method, "top": values})  # fmt: skip
-        if not as_json:
-            errors.print(f"[dim]{layer.name}[/dim]", end="\r")
-    if plot is not None:
-        from .charts import layer_spectra
-
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.write_text(layer_spectra(layers))
-    bound = lipschitz_bound(net, example, failure_probability)
-    if as_json:
-        proved = {"lipschitz_bound": bound.value, "lipschitz_bound_in_pixel_box": bound.local}
-        found = {key: None if math.isinf(value) else value for key, value in proved.items()}
-        typer.echo(json.dumps({"model": model, "layers": layers, **found, "reason": bound.reason}, indent=1))
-        return
-    columns = ["layer", "kind", "input", "lower", "upper", "proved by", *(["estimates"] if top else [])]
-    table = Table(*columns, title=f"{model}: spectral norms")
-    for row in layers:
-        estimates = [" ".join(f"{value:.4g}" for value in row["top"])] if top else []
-        table.add_row(row["name"], row["kind"], row["in_shape"], f"{row['lower']:.5g}", f"{row['upper']:.5g}", row["method"],
-                      *estimates)  # fmt: skip
-    console.print(table)
-    console.print(f"Lipschitz bound (pixels in [0, 1] -> logits, L2): {bound.value:.6g}" if bound.reason is None
-                  else f"Lipschitz bound: none, {bound.reason}")  # fmt: skip
-    if bound.local < bound.value:
-        console.print(f"Lipschitz bound between images with pixels in [0, 1]: {bound.local:.6g}")
+app = typer.Typer(cls=_Interruptible, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
 
 
+app.command()(spectrum)
 app.command()(finetune)
 app.command()(grid)
 app.command()(evaluate)
@@ -143,6 +102,10 @@ def export(
     console.print(f"written: {out}", markup=False, soft_wrap=True)
 
 
+def _print_interrupted() -> None:
+    errors.print(Text("interrupted; what was done is kept"), soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
@@ -151,7 +114,7 @@ def main() -> None:
         errors.print(Text(f"error: out of memory, give a smaller --block or --batch-size: {error}"), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print(Text("interrupted; what was done is kept"), soft_wrap=True)
+        _print_interrupted()
         sys.exit(130)
     except ImportError as error:
         errors.print(

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from .config import FinetuneConfig
+from .pages import percent
 from .recipes import read_recipe, recipe_names
 from .runs import read_json, twin_folders
 from .terminal import console, errors
@@ -27,7 +28,7 @@ def _take_recipe(context: typer.Context, recipe: str | None) -> str | None:
 def finetune(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="A timm model name.")],
-    data: Annotated[str, typer.Option(help="digits, mnist5k, photos, idx:PATH, folder:PATH, torch/NAME or hfds/NAME.")],
+    data: Annotated[str, typer.Option(help="digits, mnist5k, photos, idx:PATH, folder:PATH, torch/NAME:PATH or hfds/NAME.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; must be new.")],
     recipe: Annotated[
         str | None,
@@ -144,11 +145,11 @@ def _print_rows(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         cells = [row["clean"], *(row["robust"].get(key) for key in columns)]
         norm = "" if row["largest_norm"] is None else f"{row['largest_norm']:.4g}"
-        shown = ["invalid" if cell is None else f"{100 * cell:.1f}" for cell in cells]
+        shown = ["invalid" if cell is None else percent(cell) for cell in cells]
         table.add_row(row["name"], *shown, norm, f"{row['seconds']:.0f}")
     console.print(table)
     for best in found["frontier"]:
         told = "no run"
         if best["name"] is not None:
-            told = f"{best['name']}: clean {100 * best['clean']:.1f}, attacked {100 * best['robust']:.1f}"
+            told = f"{best['name']}: clean {percent(best['clean'])}, attacked {percent(best['robust'])}"
         console.print(f"within {best['drop']:g} points of plain: {told}", highlight=False, markup=False, soft_wrap=True)

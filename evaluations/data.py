@@ -97,7 +97,7 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
 
 def _part(name: str, image_size: int | None) -> ImageData:
     """A set without the last training images, which are the test images then, or with the first ones only."""
-    kind, count, rest = (name.split(":", 2) + ["", ""])[:3]
+    kind, count, rest = [*name.split(":", 2), "", ""][:3]
     data = load_data(rest, image_size)
     if not isinstance(data.train, TensorDataset):
         raise ValueError(f"data {name!r}: {rest} augments its training images; put the part into a folder of its own")
@@ -204,6 +204,7 @@ BUILT_IN: dict[str, Callable[[], tuple[Split, Split]]] = {"digits": _digits, "mn
 def _timm_data(name: str, image_size: int) -> ImageData:
     """An image folder or a named data set through timm, decoded by timm's own transforms into [0, 1]."""
     from timm.data import create_dataset, create_transform
+    from torchvision.transforms import Compose
 
     source, root = _source(name)
     pixels: dict[str, Any] = {"input_size": (3, image_size, image_size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -213,7 +214,7 @@ def _timm_data(name: str, image_size: int) -> ImageData:
             dataset = create_dataset(source, root=root, split=split, is_training=training)
         except Exception as error:
             raise ValueError(f"data {name!r}: cannot be read: {type(error).__name__}: {error}") from error
-        dataset.transform = create_transform(**pixels, is_training=training, no_aug=not training)
+        dataset.transform = Compose([_coloured, create_transform(**pixels, is_training=training, no_aug=not training)])
         datasets.append(dataset)
     train, test = datasets
     if not source:
@@ -221,7 +222,12 @@ def _timm_data(name: str, image_size: int) -> ImageData:
     classes = getattr(getattr(train, "reader", train), "class_to_idx", None)
     if not classes:
         raise ValueError(f"data {name!r}: has no names of classes; put it into folders, one a class, and give folder:PATH")
-    return ImageData(name, train, test, len(classes), test[0][0].shape[0], image_size)
+    return ImageData(name, train, test, len(classes), 3, image_size)
+
+
+def _coloured(image: Any) -> Any:
+    """A picture with three channels, whatever it came with."""
+    return image.convert("RGB")
 
 
 def _source(name: str) -> tuple[str, str | None]:

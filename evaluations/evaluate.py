@@ -25,12 +25,14 @@ from robust_spectral import LipschitzBound, certified_radius
 
 from .engine import Engine, in_this_process, run_units
 from .figures import figures
+from .pages import percent
 from .records import FOLDER, Record, Unit, read_record, refuse_foreign, seconds_of
 from .runs import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
 from .work import AttackPlan, Subject, Work, bound_of, open_subject, plan_work
 
 Say = Callable[[str], None]
 Fallen = tuple[Tensor, Tensor]
+Errors = dict[tuple[str, str, float], str]
 _MOST_OF_IT = 0.99  # of each certified radius that is to be left by rounding in float32, or else float64 is certified
 _EXAMPLES = 8  # adversarial images that are kept for the pages
 
@@ -155,42 +157,64 @@ def _prefixed(say: Say, name: str) -> Say:
 
 def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
     """Verdicts and figures from the records of all units."""
-    lipschitz = _read(folder, work.lipschitz)
+    lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
     bound = bound_of(lipschitz)
-    clean = [_read(folder, unit) for unit in work.clean]
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
     on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are known
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
-    say(f"clean accuracy {100 * float((predicted == labels).double().mean()):.1f} % on {len(labels)} images")
+    say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
-    errors: dict[tuple[str, str, float], str] = {}
-    fallen: dict[tuple[str, str], Fallen] = {}
-    for (attack, norm, eps), units in work.attacks.items():
-        blocks = [_read(folder, unit) for unit in units]
-        found = {key: torch.cat([block.tensors[key] for block in blocks]) for key in ("predicted", "distance", "labels")}
-        labels_here = found["labels"]
-        guess, far = _after(fallen.get((attack, norm)), found["predicted"], found["distance"], labels_here)
-        fallen[attack, norm], robust = (guess, far), guess == labels_here
-        failed = [block.told["error"] for block in blocks if block.told["error"]]
-        if failed:
-            errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
-        rows += _rows(attack, norm, eps, labels_here, guess, robust, far, radii, "invalid" if failed else "ok")
-        say(f"{attack} {norm} eps {eps:g}: {100 * float(robust.double().mean()):.1f} % of {len(robust)} images stand"
-            + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
+    attacked, errors = _verdicts(folder, work, radii, say)
+    rows += attacked
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
     made = figures(subject.run, rows, _told(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
+    _write_figures(folder, work, made, lipschitz.told["parameters"])
+    _keep_examples(folder, subject, work)
+    _say_gates(made["gates"], say)
+
+
+def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[dict[str, Any]], Errors]:
+    """Rows of all attacks, and why those that failed did."""
+    rows: list[dict[str, Any]] = []
+    errors: Errors = {}
+    fallen: dict[tuple[str, str], Fallen] = {}
+    for (attack, norm, eps), units in work.attacks.items():
+        blocks = [_read(folder, unit) for unit in units]
+        found = {key: torch.cat([block.tensors[key] for block in blocks]) for key in ("predicted", "distance", "labels")}
+        labels = found["labels"]
+        guess, far = _after(fallen.get((attack, norm)), found["predicted"], found["distance"], labels)
+        fallen[attack, norm], robust = (guess, far), guess == labels
+        failed = [block.told["error"] for block in blocks if block.told["error"]]
+        if failed:
+            errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
+        rows += _rows(attack, norm, eps, labels, guess, robust, far, radii, "invalid" if failed else "ok")
+        say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images stand"
+            + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
+    return rows, errors
+
+
+def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: int) -> None:
+    """report.json: the figures, and what they cost."""
     for entry in made["robust"]:
         units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
         entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
     cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
-    write_json(folder / "report.json", made | cost | {"parameters": lipschitz.told["parameters"]})
-    _keep_examples(folder, subject, work)
-    for gate in made["gates"]:
+    write_json(folder / "report.json", made | cost | {"parameters": parameters})
+
+
+def _say_gates(gates: list[dict[str, Any]], say: Say) -> None:
+    for gate in gates:
         if gate["status"] == "fail":
             say(f"gate failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
+        elif gate["status"] == "skip":
+            say(f"gate not tested: {gate['name']}: {gate['detail']}; give more --gate-samples")
+
+
+def _mean(flags: Tensor) -> float:
+    return float(flags.double().mean())
 
 
 def _after(before: Fallen | None, predicted: Tensor, distance: Tensor, labels: Tensor) -> Fallen:

@@ -115,11 +115,15 @@ def open_run(folder: Path) -> dict[str, Any]:
     """The run.json of a folder.
 
     Raises:
-        ValueError: the folder is missing or is not a run.
+        ValueError: the folder is missing, is not a run, or is one whose training was interrupted.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
     if not (folder / "run.json").is_file():
+        if any((path / "config.json").is_file() for path in (folder, folder / "plain")):  # the first twin
+            raise ValueError(
+                f"{folder}: the training was interrupted; go on with the same `robust-spectral finetune … --resume`"
+            )
         raise ValueError(f"{folder}: not a finished run: it has no run.json (make one with `robust-spectral finetune`)")
     run: dict[str, Any] = read_json(folder / "run.json")
     return run

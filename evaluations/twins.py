@@ -10,6 +10,7 @@ from .config import FinetuneConfig
 from .finetune import finetune
 from .ranks import ranks
 from .runs import read_json, write_json
+from .terminal import errors
 
 
 def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: bool = False) -> None:
@@ -26,8 +27,10 @@ def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: boo
     for name in finished:
         if read_json(out / name / "config.json") != json.loads(json.dumps(asdict(configs[name]))):
             raise ValueError(f"{out / name}: was finished with another configuration; nothing was overwritten")
-    for name, config in configs.items():
+    for place, (name, config) in enumerate(configs.items(), start=1):
         if name not in finished:
+            if ranks().first:
+                errors.print(f"twin {place} of {len(configs)}: {name}", highlight=False, markup=False)
             finetune(config, out / name, resume=resume)
     if not ranks().first:
         return

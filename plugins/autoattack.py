@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +14,15 @@ from torch import Tensor, nn
 
 _NORM = {"l2": "L2", "linf": "Linf"}
 _MOST_TARGETS = 9
+_said: set[str] = set()
+
+
+def _once(record: logging.LogRecord) -> bool:
+    """Whether nothing like this was logged before, whatever its numbers."""
+    text = re.sub(r"\d+", "", record.getMessage())
+    new = text not in _said
+    _said.add(text)
+    return new
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class AutoAttack:
     """Standard version: APGD-CE, targeted APGD-DLR, targeted FAB and Square; 100 iterations, 9 targets, 5,000 queries.
 
     The loss of targeted APGD is not defined for fewer than four classes; there the other three are run. The seed is that of
-    torch's global state, `torch.initial_seed`.
+    torch's global state, `torch.initial_seed`. What it warns of is said once in a process, not for every block of images.
     """
 
     norm: str = "l2"
@@ -38,9 +49,11 @@ class AutoAttack:
         attack.attacks_to_run = parts
         self._set_budget(attack, classes)
         tracer = sys.gettrace()
+        attack.logger.addFilter(_once)
         try:
             found, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         finally:
+            attack.logger.removeFilter(_once)
             sys.settrace(tracer)  # a check of theirs takes it away
         return found.detach()
 

@@ -10,6 +10,7 @@ from pyautoattack import AutoAttack as Official
 from torch import Tensor, nn
 
 from robust_spectral.evaluations.attacks import HARNESS, Noise, describe, make_attack, run_attack, seeded, size_of
+from robust_spectral.plugins import autoattack
 from robust_spectral.plugins.art_attacks import ScaleFreeCrossEntropy
 from robust_spectral.plugins.registry import names
 
@@ -83,6 +84,15 @@ def test_autoattack_gives_the_very_images_of_the_official_code(norm, eps, traine
     ours = run_attack(make_attack("autoattack", norm, eps), model, images, labels, seed=5)
     assert torch.equal(model(found).argmax(1), ours.predicted)
     assert 0 < int((ours.predicted != labels).sum()) < len(labels)
+
+
+def test_autoattack_warns_of_the_same_once_and_not_for_every_block(trained, caplog) -> None:
+    model, images, labels = trained
+    autoattack._said.clear()
+    attack = make_attack("square", "l2", 0.5)
+    for _ in range(2):
+        run_attack(attack, Around(model, lambda z: z.softmax(1)), images, labels, seed=0)
+    assert len([record for record in caplog.records if "probability distribution" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 3])

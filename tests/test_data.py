@@ -1,6 +1,7 @@
 """Data by name: splits that share nothing, pixels in [0, 1], and errors that help."""
 
 import hashlib
+import struct
 
 import pytest
 import torch
@@ -63,6 +64,38 @@ def test_image_folder_is_read_through_timm(tmp_path):
     images, labels = data.test_images(6)
     assert data.classes == 2 and images.shape == (6, 3, 32, 32)
     assert torch.equal(images[:, 0].mean((1, 2)).round().long(), labels)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:.*read-only")
+def test_a_set_of_torchvision_is_read_from_the_folder_it_lies_in(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 0x803, 4, 28, 28) + bytes(4 * 28 * 28))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, 4) + bytes([1, 2, 3, 4]))
+    data = load_data(f"torch/mnist:{tmp_path}", 32)
+    images, labels = data.test_images(4)
+    assert (data.classes, data.channels) == (10, 3) and images.shape == (4, 3, 32, 32) and labels.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("torch/cifar10", "needs the folder that holds it, as in torch/cifar10:PATH"),
+        ("torch/cifar10:FOLDER", "cannot be read"),
+        ("torch/nosuchset:FOLDER", "cannot be read"),
+        ("folder:", "as in folder:PATH"),
+        ("wds/mine", "pip install webdataset"),
+    ],
+)
+def test_a_set_of_timm_that_cannot_be_read_is_told_with_what_to_do(name, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        load_data(name.replace("FOLDER", str(tmp_path)), 32)
+
+
+def test_an_image_size_must_be_positive():
+    with pytest.raises(ValueError, match="image_size=-3: must be positive"):
+        load_data("digits", -3)
 
 
 def test_missing_folder_is_a_clear_error(tmp_path):

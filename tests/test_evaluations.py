@@ -1,6 +1,10 @@
 """From fine-tuning to the report, on real digits: the whole line, its records, and what happens when something is wrong."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -120,6 +124,13 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("finetune --model test_resnet --data digits --amp-dtype int8 --out OUT", "expected float16 or bfloat16"),
         ("finetune --model test_resnet --data digits --data folder:[/x] --out OUT", "folder:[/x]"),
         ("spectrum resnet18x", "near: resnet18"),
+        ("spectrum test_vit --image-size 50", "test_vit does not take images of shape (3, 50, 50)"),
+        ("spectrum test_resnet --image-size -3", "must be positive"),
+        ("spectrum OUT", "no such run folder"),
+        ("finetune --model test_vit --data digits --image-size 50 --out OUT", "does not take images of shape (1, 50, 50)"),
+        ("finetune --model test_resnet --data digits --image-size -3 --out OUT", "image_size=-3: must be positive"),
+        ("finetune --model test_resnet --data torch/cifar10 --out OUT", "as in torch/cifar10:PATH"),
+        ("finetune --model test_resnet --data hfds/mnist --out OUT", "needs the package datasets, pip install datasets"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(text, message, tmp_path, capsys):
@@ -132,6 +143,22 @@ def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
     assert call("spectrum test_resnet --image-size 16 --json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert len(shown["layers"]) == 16 and all(row["lower"] <= row["upper"] for row in shown["layers"])
+
+
+def test_spectrum_takes_timms_prefix_and_a_number_of_classes(capsys):
+    assert call("spectrum timm/test_resnet --image-size 16 --num-classes 7 --failure-probability 1e-3 --json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"][-1]["name"] == "model.fc"
+    assert call("spectrum test_resnet --num-classes 0") == 2
+
+
+def test_spectrum_of_a_run_is_of_its_weights(twins, capsys):
+    assert call(f"spectrum {twins / 'clipped'} --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["layers"][0]["in_shape"] == "1x16x16" and max(row["lower"] for row in shown["layers"]) <= 2 * 1.001
+    assert call(f"spectrum {twins / 'clipped'} --image-size 32") == 2
+    assert "--image-size goes with a timm model" in " ".join(capsys.readouterr().err.split())
+    assert call(f"spectrum {twins}") == 2
+    assert "holds twins; give one of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_spectrum_draws_intervals_and_estimates_the_top_values(tmp_path, capsys):
@@ -153,8 +180,38 @@ def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="--resume"):
         finetune(config, tmp_path / "cut")
+    with pytest.raises(ValueError, match=r"the training was interrupted; go on with the same .* --resume"):
+        evaluate(tmp_path / "cut", [AttackPlan("pgd", "l2", (0.5,), 4)])
     resumed = load_run(finetune(config, tmp_path / "cut", resume=True))[0].state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_twins_are_named_while_they_are_trained_and_an_interruption_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_Training, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(f"finetune --model test_resnet --data digits --image-size 16 --epochs 1 --twin --out {tmp_path / 'run'}") == 130
+    said = capsys.readouterr().err
+    assert "twin 1 of 2: plain" in said and "interrupted; what was done is kept" in said
+    assert call(f"evaluate {tmp_path / 'run'}") == 2
+    assert "the training was interrupted" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["finetune --model test_resnet --data digits --epochs 99 --out {}", "grid nowhere --help"])
+def test_a_process_that_is_interrupted_says_so_and_usage_keeps_its_status(command, tmp_path):
+    start = [sys.executable, "-m", "robust_spectral.evaluations", *command.format(tmp_path / "run").split()]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "--help" in command:
+        assert process.communicate(timeout=60)[0] and process.returncode == 0
+        return
+    while not (tmp_path / "run" / "state.pt").is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; what was done is kept" in said and "Traceback" not in said
+
+
+def test_a_command_that_there_is_not_is_an_error_of_usage(capsys):
+    assert call("spectrun test_resnet") == 2
+    assert "No such command" in capsys.readouterr().err
 
 
 def test_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
