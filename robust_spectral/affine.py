@@ -54,6 +54,7 @@ def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: tor
     included (the activation is not part of the operator).
 
     Raises:
+        ValueError: the first axis of ``in_shape`` has another number of channels.
         NotImplementedError: the module keeps no running statistics, so it is not affine in eval mode.
     """
     shape = tuple(in_shape)
@@ -74,7 +75,11 @@ def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: tor
 
 
 def batchnorm_scale(batchnorm: nn.Module) -> Tensor:
-    """The factor of each channel in eval mode, gamma / sqrt(running_var + eps), shape (channels,), float64."""
+    """The factor of each channel in eval mode, gamma / sqrt(running_var + eps), shape (channels,), float64.
+
+    Raises:
+        NotImplementedError: the module keeps no running statistics.
+    """
     variance: Any = getattr(batchnorm, "running_var", None)
     if not isinstance(variance, Tensor):
         raise NotImplementedError(

@@ -216,7 +216,12 @@ def representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _ConvNd:
-    """Refuse all but plain convolutions that map the cyclic grid onto every s-th of its points."""
+    """Refuse all but plain convolutions that map the cyclic grid onto every s-th of its points.
+
+    Raises:
+        ValueError: ``in_shape`` does not fit the module.
+        NotImplementedError: the module is another one, or its stride does not divide the grid.
+    """
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
     plain = kind is not None and (own.forward, own._conv_forward) == (kind.forward, kind._conv_forward)

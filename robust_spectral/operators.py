@@ -188,7 +188,11 @@ class LinearOperator:
 
 
 def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
-    """The operator ``x -> second(first(x))``."""
+    """The operator ``x -> second(first(x))``.
+
+    Raises:
+        ValueError: the first one's outputs are no inputs of the second.
+    """
     if first.out_shape != second.in_shape:
         raise ValueError(f"compose: {first!r} does not feed {second!r}")
     build_first, build_second = first.build, second.build
@@ -206,7 +210,11 @@ def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
 
 
 def direct_sum(operators: Sequence[LinearOperator]) -> LinearOperator:
-    """Operators of equal shapes and groups as one, each on its own slice of the first axis, so that they share every step."""
+    """Operators of equal shapes and groups as one, each on its own slice of the first axis, so that they share every step.
+
+    Raises:
+        ValueError: their shapes or groups differ.
+    """
     first, many = operators[0], len(operators)
     if any((A.in_shape, A.out_shape, A.groups) != (first.in_shape, first.out_shape, first.groups) for A in operators):
         raise ValueError(f"direct_sum: {list(operators)} differ in shape or groups")

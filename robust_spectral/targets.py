@@ -13,7 +13,11 @@ Patterns = str | Sequence[str]
 def targets_by_name(
     names: list[str], max_norm: float | Mapping[str, float], include: Patterns, exclude: Patterns
 ) -> dict[str, float]:
-    """The target of every layer that is to be held, by name; a layer applied to several shapes goes by its plain name too."""
+    """The target of every layer that is to be held, by name; a layer applied to several shapes goes by its plain name too.
+
+    Raises:
+        ValueError: a norm is not positive, a pattern matches no layer, or none is left.
+    """
     by_pattern = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}
     wanted, unwanted = _as_list(include), _as_list(exclude)
     for value in by_pattern.values():
