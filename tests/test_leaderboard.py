@@ -434,6 +434,17 @@ def test_boards_can_be_sorted_filtered_and_chosen(site, tmp_path):
 
 
 @in_browser
+@pytest.mark.parametrize("width, wider", [(1450, False), (360, True)])
+def test_a_table_that_is_wider_than_the_window_says_so(width, wider, site, tmp_path):
+    script = """
+    const table = board()[0].querySelector(".scroll"), hint = board()[0].querySelector(".hint");
+    table.focus();
+    tell([!hint.hidden, table.scrollWidth > table.clientWidth, document.activeElement === table]);
+    """
+    assert result(browse(site / "index.html", tmp_path, TELL + script, width=width)) == [wider, wider, True]
+
+
+@in_browser
 def test_a_link_of_the_board_opens_the_page_of_its_model(site, tmp_path):
     dom = browse(site / "index.html", tmp_path, 'document.querySelector("tbody th a").click();')
     assert "<h1>resnet18</h1>" in dom and "rank 1 of 8" in dom

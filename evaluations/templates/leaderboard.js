@@ -31,9 +31,16 @@
     announce();
   }
 
+  // Say so where the table shown is wider than the window.
+  function hint() {
+    const table = shown().querySelector(".scroll");
+    shown().querySelector(".hint").hidden = table.scrollWidth <= table.clientWidth;
+  }
+
   function show() {
     boards.forEach((board) => { board.hidden = board.id !== level.value; });
     announce();
+    hint();
   }
 
   // What a row is sorted by; null, for nothing to sort by, stays last in either direction.
@@ -99,6 +106,7 @@
     filter();
   });
   window.addEventListener("hashchange", follow);
+  window.addEventListener("resize", hint);
   form.hidden = false;
   follow();
 })();
