@@ -181,12 +181,12 @@ def test_the_grid_of_the_page_can_be_read(tmp_path: Path) -> None:
     assert len(grid.runs) == 10 and grid.frontier is not None
 
 
-@pytest.mark.parametrize("script", [path for path in EXAMPLES if path.suffix == ".py"], ids=lambda path: path.stem)
-def test_a_tutorial_in_python_runs(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("script", ["clip_your_model", "art_madry"])  # accelerate_loop is run by test_host_loops
+def test_a_tutorial_in_python_runs(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.random.seed(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(accelerate|art|torch)\..*")
-        runpy.run_path(str(script), run_name="__main__")
+        warnings.filterwarnings("ignore", module=r"(art|torch)\..*")
+        runpy.run_path(str(DOCS / "examples" / f"{script}.py"), run_name="__main__")
     assert capsys.readouterr().out
 
 
