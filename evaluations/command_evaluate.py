@@ -75,7 +75,7 @@ def evaluate(
         task = bar.add_task("units", total=None)
         complete = attack_run(
             folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, engine=who, shard=share,
-            command=_command(), say=lambda text: says.print(text, highlight=False, markup=False),
+            command=_command(), say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if not complete:

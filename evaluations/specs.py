@@ -94,5 +94,6 @@ def _imported(module: str) -> ModuleType:
 def _file_instead(module: str, function: str) -> str:
     """The file to name in place of a module that could not be used, if there is one."""
     files = [f"{name}.py" for name in dict.fromkeys((module, module.replace(".", "/"))) if not module.endswith(".py")]
-    near = next((file for file in files if Path(file).is_file()), None)
+    taken = getattr(sys.modules.get(module), "__file__", None)
+    near = next((f for f in files if Path(f).is_file() and not (taken and Path(f).samefile(taken))), None)
     return f"; did you mean the file, {near}:{function}?" if near else ""

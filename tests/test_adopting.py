@@ -1,5 +1,6 @@
 """Models trained elsewhere: made from a name or a function, tried on the data, and told in one line where that fails."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 from commands import call
 
+from robust_spectral import lipschitz_bound
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.models import adopt, load_run
 from robust_spectral.evaluations.runs import read_json
@@ -46,6 +48,29 @@ def wide():
 @pytest.fixture(autouse=True)
 def _no_trust_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_SPECTRAL_MODEL", "")
+
+
+@pytest.mark.parametrize(
+    "spec, words, suggested",
+    [
+        ("sub/mine:make", "ModuleNotFoundError", "did you mean the file, sub/mine.py:make?"),
+        ("code:make", "code has no 'make'", "did you mean the file, code.py:make?"),
+        ("own_module:mistake", "own_module has no 'mistake'; it has make", None),
+    ],
+)
+def test_a_file_is_suggested_where_a_module_was_named_that_is_another(
+    spec: str, words: str, suggested: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import code  # noqa: F401, a module that the user's file of that name does not take the place of
+
+    (tmp_path / "sub").mkdir()
+    for file in ("sub/mine.py", "code.py", "own_module.py"):
+        (tmp_path / file).write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError, match=words) as error:
+        adopt(spec, "digits", tmp_path / "run")
+    assert suggested in str(error.value) if suggested else "did you mean" not in str(error.value)
 
 
 def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
@@ -91,7 +116,10 @@ def test_a_checkpoint_trained_on_plain_pixels_is_adopted_without_timms_mean_and_
     model, data, _ = load_run(folder)
     x = data.test_images(4)[0]
     assert torch.equal(model(x), model.model(x))
-    assert adopt("timm/test_resnet", "digits", folder, mean=(0.0,), std=(1.0,), **options) == folder
+    asked = f"--model timm/test_resnet --checkpoint {options['checkpoint']} --mean 0 --std 1 --data digits --image-size 16"
+    assert call(f"evaluate {asked} --out {folder} --attack noise --samples 2 --gate-samples 2") == 0
+    bound = lipschitz_bound(model.model, x[:1]).value
+    assert read_json(folder / "report.json")["lipschitz"]["bound"] == pytest.approx(bound, rel=1e-3)
     with pytest.raises(ValueError, match="holds a run of another model"):
         adopt("timm/test_resnet", "digits", folder, **options)
 

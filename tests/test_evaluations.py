@@ -14,6 +14,7 @@ from reference import norm
 
 from robust_spectral import FastClip, linear_layers, lipschitz_bound
 from robust_spectral.evaluations.attacks import into_ball, size_of
+from robust_spectral.evaluations.command_finetune import _print_rows
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.figures import certified, sandwich
@@ -356,8 +357,14 @@ def test_certificate_in_linf_needs_the_radius_times_root_d():
     assert [e["accuracy"] for e in certified(clean, "linf", attacked, 16) if e["eps"] in (0.2, 0.3)] == [1.0, 0.0]
 
 
-def test_percentages_are_rounded_down():
+def test_percentages_are_rounded_down(capsys):
     assert percent(0.9999) == "99.9" and percent(0.29) == "29.0" and percent(1.0) == "100.0"
+    row = {"name": "a", "clean": 0.9999, "robust": {"pgd": 0.5999}, "largest_norm": 1.0, "seconds": 1.0}
+    _print_rows(
+        {"rows": [row], "done": 1, "runs": 1, "frontier": [{"drop": 1, "name": "a", "clean": 0.9999, "robust": 0.5999}]}
+    )
+    said = capsys.readouterr().out
+    assert said.count("99.9") == said.count("59.9") == 2 and "100.0" not in said
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
