@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robust_spectral.affine import evaluating
@@ -31,6 +32,7 @@ _ROUNDING = 1e-4  # by which logits may differ between batches, or passes on a G
 _MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may break in addition
 _BLACK_BOX = 0.002  # of the images, which a search without gradients may
 _FEWEST = 2  # images that must show a sign
+_CHANCE = 0.05  # with which a random start may do as well
 _ENOUGH = 8  # images, classified correctly, without which a sign that is not seen says nothing
 VERSION = 3  # of the gates, raised whenever they may find something else
 _MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
@@ -174,11 +176,12 @@ def _beaten(name: str, where: str, broken: Tensor, total: int, most: float, by: 
 
 
 def _converged(where: str, twice: int, again: int | None, total: int) -> Gate:
-    """Whether a doubled budget breaks more than the same one does from another random start, where that was tried."""
-    more = twice - (again or 0)
+    """Whether a doubled budget breaks more than the same one does from another random start, beyond what chance does."""
+    more, tried = twice - (again or 0), twice + (again or 0)
+    chance = float(binomtest(twice, tried, alternative="greater").pvalue) if tried else 1.0
     detail = f"{twice} of {total} images stand against PGD and fall to twice its steps"
     detail += "" if again is None else f", {again} to as many from another start"
-    failed = more >= _FEWEST and more > _MORE_THAN_PGD * total
+    failed = more >= _FEWEST and more > _MORE_THAN_PGD * total and chance < _CHANCE
     return _gate(f"twice the steps break no more {where}", failed, detail, tested=total >= _ENOUGH)
 
 

@@ -166,7 +166,7 @@ def rows_of(grid: Grid, out: Path) -> list[dict[str, Any]]:
 def _row(name: str, folder: Path) -> dict[str, Any]:
     run, report = read_json(folder / "run.json"), read_json(folder / "report.json")
     attacked = {
-        f"{entry['attack']} {entry['norm']} {entry['eps']:g}": entry["accuracy"] if entry["valid"] else None
+        f"{entry['attack']} {entry['norm']} {entry['eps']:g}": None if entry["valid"] is False else entry["accuracy"]
         for entry in report["robust"]
         if entry["attack"] != "worst case"
     }
