@@ -2,6 +2,9 @@
 
 import fcntl
 import math
+import runpy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.data import data_hash, load_data
 from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.grid import Frontier, frontier_of, read_grid, run_grid, write_rows
-from robust_spectral.evaluations.recipes import config_of, read_recipe, recipe_names
+from robust_spectral.evaluations.models import create_model
+from robust_spectral.evaluations.recipes import FOLDER, config_of, read_recipe, recipe_names
 from robust_spectral.evaluations.runs import read_json
 from robust_spectral.plugins.timm import load
 from robust_spectral.plugins.timm_blocks import small_stem_
@@ -58,6 +62,13 @@ def test_every_recipe_of_the_package_is_a_configuration(name):
     config_of(read_recipe(name), name)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "start" not in name])
+def test_the_model_of_every_recipe_takes_its_images(name):
+    config = replace(config_of(read_recipe(name), name), pretrained_path=None, initial_checkpoint=None)
+    data = load_data("mnist5k", config.image_size)
+    assert create_model(config, data).eval()(data.example()).shape == (1, 10)
+
+
 def test_options_beside_a_recipe_count_more_than_its_own(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('model = "maxmin_mlp"\ndata = "digits"\nimage_size = 28\nepochs = 0\nmax_norm = 2.0\nlogit_scale = 5.0\n')
@@ -89,6 +100,17 @@ def test_a_recipe_that_is_wrong_says_where_and_what(text, message, tmp_path):
 def test_an_unknown_recipe_offers_what_there_is():
     with pytest.raises(ValueError, match="give the path of a"):
         read_recipe("nothing-like-it")
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "grids").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_grid_of_the_package_can_be_read(path, tmp_path):
+    assert len(read_grid(path, tmp_path).runs) > 1
+
+
+def test_the_page_of_the_experiments_is_what_their_figures_make():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "evaluations" / "benchmarks" / "experiments.py"))
+    text = script["PAGE"].read_text()
+    assert script["page"](text)[0] == text
 
 
 def test_lists_in_a_grid_are_every_combination(tmp_path):

@@ -1,13 +1,15 @@
 """The tables and pictures of the experiments' page, from the figures that grids have left.
 
-    python evaluations/benchmarks/experiments.py
+    python evaluations/benchmarks/experiments.py --grid runs/fashion-grid
 
-Reads ``evaluations/results/fashion-mnist/grid.json`` (all methods, held-out images) and ``finalists.json`` (those chosen
-there, test images, several seeds), writes what stands between the marks of ``docs/experiments.md`` and the pictures beside it.
+Takes over the figures of a grid where one is given. Then reads ``evaluations/results/fashion-mnist/grid.json`` (all methods,
+held-out images) and ``finalists.json`` (those chosen there, test images, several seeds), and writes what stands between the
+marks of ``docs/experiments.md`` and the pictures beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from robust_spectral.evaluations.charts import accuracies
 from robust_spectral.evaluations.grid import Frontier, frontier_of
-from robust_spectral.evaluations.runs import read_json, write_atomically
+from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "evaluations" / "results" / "fashion-mnist", ROOT / "docs" / "experiments.md"
@@ -117,20 +119,32 @@ def pictures(rows: list[Row]) -> dict[str, str]:
             "experiments-bounds.svg": accuracies(bounds, "proved Lipschitz bound", y, logarithmic=True)}  # fmt: skip
 
 
-def main() -> None:
-    """Write the page's tables and pictures."""
+def page(text: str) -> tuple[str, dict[str, str]]:
+    """The page with its tables made anew, and the pictures by file name."""
     rows = read_json(RESULTS / "grid.json")["rows"]
     made = {"grid": grid_table(rows), "frontier": frontier_table(rows)}
     if (RESULTS / "finalists.json").is_file():
         made["finalists"] = finalists_table(read_json(RESULTS / "finalists.json")["rows"])
-    text = PAGE.read_text()
     for name, found in made.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, found=found: f"{match[1]}{found}\n{match[2]}", text)
         if count != 1:
             raise ValueError(f"{PAGE}: expected the marks <!-- {name} --> and <!-- end --> once")
+    return text, pictures(rows)
+
+
+def main() -> None:
+    """Write the page's tables and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", type=Path, help="the folder of a grid whose figures are to be taken over")
+    parser.add_argument("--finalists", type=Path, help="the same for the grid of those chosen")
+    options = parser.parse_args()
+    for name in ("grid", "finalists"):
+        if folder := getattr(options, name):
+            write_json(RESULTS / f"{name}.json", read_json(folder / "grid.json"))
+    text, drawn = page(PAGE.read_text())
     write_atomically(PAGE, lambda scratch: scratch.write_text(text))
-    for name, picture in pictures(rows).items():
+    for name, picture in drawn.items():
         write_atomically(PAGE.with_name(name), lambda scratch, picture=picture: scratch.write_text(picture))
 
 
