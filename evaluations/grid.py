@@ -87,6 +87,7 @@ def read_grid(path: Path, out: Path) -> Grid:
         raise ValueError(f"{path}: [[evaluate]] takes attack, norm, eps and samples, [frontier] plain, …: {error}") from error
     if frontier and frontier.plain not in runs:
         raise ValueError(f"{path}: frontier.plain {frontier.plain!r} is no run; runs: {', '.join(runs)}")
+    runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # one seed of all before the next
     return Grid(runs, plans, frontier, text.get("gate_samples", 64))
 
 

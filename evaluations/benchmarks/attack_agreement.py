@@ -70,7 +70,8 @@ def compared(name: str, model: nn.Module, images: Tensor, labels: Tensor, norm: 
            "verdicts_that_differ": differ, "seconds": seconds, "ratio": seconds["harness"] / seconds["direct"],
            "cpu_seconds": cpu, "cpu_ratio": cpu["harness"] / cpu["direct"]}  # fmt: skip
     print(f"{name} {norm} {eps:g}: {100 * row['robust']:.1f} % robust, {differ} verdicts differ, "
-          f"{seconds['harness']:.0f} s / {seconds['direct']:.0f} s = {row['ratio']:.3f}, of the processor {row['cpu_ratio']:.3f}", flush=True)  # fmt: skip
+          f"{seconds['harness']:.0f} s / {seconds['direct']:.0f} s = {row['ratio']:.3f}, "
+          f"{row['cpu_ratio']:.3f} of the processor's", flush=True)  # fmt: skip
     return row
 
 
