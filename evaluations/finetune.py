@@ -47,6 +47,7 @@ from .runs import (
     write_atomically,
     write_json,
 )
+from .terminal import errors
 
 _MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
 _STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
@@ -324,4 +325,4 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
 
 def _progress(shown: bool) -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[stats]}"), disable=not shown)  # fmt: skip
+                    TextColumn("{task.fields[stats]}"), disable=not shown, console=errors)  # fmt: skip

@@ -2,7 +2,8 @@
 
     python tests/extras.py [NAME ...]
 
-Takes about two minutes and six gigabytes, one after the other, for each; run by `make test-extras`.
+Takes about two minutes and six gigabytes, one after the other, for each; run by `make test-extras`. The name ``oldest`` stands
+for the tests of the core with the oldest torch, numpy, scipy, safetensors and timm that the package asks for.
 """
 
 import subprocess
@@ -10,10 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tomllib
+
 ROOT = Path(__file__).parents[1]
 NET = "import torch; from torch import nn; import robust_spectral as rs; net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)); "
 RUN = NET + "x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 4; from robust_spectral.plugins.registry import find; "
 ATTACK = RUN + "found = find('attack', '{}')(norm='l2', eps=0.5)(net.eval(), x, y); assert found.shape == x.shape"
+CORE = ["certify", "circular", "clipping", "fastclip", "folding", "holding", "layers", "lipschitz", "norms", "operators",
+        "projection", "rounding", "spectrum"]  # fmt: skip
 EXTRAS = {
     "": NET
     + "rs.FastClip(net, torch.rand(1, 1, 4, 4)).finish(); assert rs.lipschitz_bound(net, torch.rand(1, 1, 4, 4)).value < 2",
@@ -54,11 +59,25 @@ def works(extra: str) -> bool:
         return not tried.returncode
 
 
+def oldest_work() -> bool:
+    """Run the tests of the core with the lowest versions in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["timm"]]
+    pinned = [requirement.replace(">=", "==") for requirement in asked]
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, "-m", "venv", f"{scratch}/env"], check=True)
+        python = f"{scratch}/env/bin/python"
+        install = [python, "-m", "pip", "install", "--quiet", *pinned, "pytest", "hypothesis", str(ROOT)]
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in CORE]
+        done = subprocess.run(install).returncode or subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT).returncode
+        return not done
+
+
 def main() -> int:
     """Try the extras named, or all; status 1 if one does not work."""
     results = {}
-    for extra in sys.argv[1:] or EXTRAS:
-        results[extra] = works(extra)
+    for extra in sys.argv[1:] or [*EXTRAS, "oldest"]:
+        results[extra] = oldest_work() if extra == "oldest" else works(extra)
         print(f"{extra or 'core'}: {'works' if results[extra] else 'FAILS'}", flush=True)
     return int(not all(results.values()))
 

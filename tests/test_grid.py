@@ -1,6 +1,7 @@
 """Recipes and grids: options from files, every combination of lists, what is done stays done, and choices made by rule."""
 
 import fcntl
+import json
 import math
 import runpy
 from dataclasses import replace
@@ -152,6 +153,11 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     assert call(f"grid {written(folder, SMALL)} -o {folder / 'runs'} --json") == 0
     return folder
+
+
+def test_what_is_printed_as_json_is_json_alone(done, capsys):
+    call(f"grid {done / 'grid.toml'} -o {done / 'again'} --json")
+    assert json.loads(capsys.readouterr().out)["done"] == 3
 
 
 def test_a_grid_leaves_a_figure_for_every_run_and_attack(done):
