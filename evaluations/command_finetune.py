@@ -143,9 +143,10 @@ def _print_rows(found: dict[str, Any]) -> None:
     columns = list(dict.fromkeys(key for row in found["rows"] for key in row["robust"]))
     table = Table("run", "clean", *columns, "largest norm", "seconds", title=f"{found['done']} of {found['runs']} runs done")
     for row in found["rows"]:
-        cells = [row["clean"], *(row["robust"].get(key) for key in columns)]
+        doubtful = "invalid" if row["gates_fail"] else "not tested"
+        cells = [row["clean"], *(row["robust"].get(key, "–") for key in columns)]
         norm = "" if row["largest_norm"] is None else f"{row['largest_norm']:.4g}"
-        shown = ["invalid" if cell is None else percent(cell) for cell in cells]
+        shown = [doubtful if cell is None else cell if cell == "–" else percent(cell) for cell in cells]
         table.add_row(row["name"], *shown, norm, f"{row['seconds']:.0f}")
     console.print(table)
     for best in found["frontier"]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from robust_spectral import MoveGamma, MoveWeight, MoveWeightAndGamma
 from robust_spectral.fastclip import Composites
@@ -88,6 +89,11 @@ class FinetuneConfig:
             raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
+
+    def is_that_of(self, stored: dict[str, Any]) -> bool:
+        """Whether a configuration that was stored, perhaps before some option was there, asks for the same on any device."""
+        given = {field.name: field.default for field in fields(self)} | stored
+        return given | {"device": self.device} == json.loads(json.dumps(asdict(self)))
 
     @property
     def clips(self) -> bool:

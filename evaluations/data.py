@@ -99,7 +99,7 @@ def _part(name: str, image_size: int | None) -> ImageData:
     """A set without the last training images, which are the test images then, or with the first ones only."""
     kind, count, rest = [*name.split(":", 2), "", ""][:3]
     data = load_data(rest, image_size)
-    if not isinstance(data.train, TensorDataset):
+    if not isinstance(data.train, TensorDataset | Subset):
         raise ValueError(f"data {name!r}: {rest} augments its training images; put the part into a folder of its own")
     images = len(data.train)
     if not (count.isdigit() and 0 < int(count) < images):

@@ -28,7 +28,7 @@ from .figures import figures
 from .pages import percent
 from .records import FOLDER, Record, Unit, read_record, refuse_foreign, seconds_of
 from .runs import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
-from .work import AttackPlan, Subject, Work, bound_of, open_subject, plan_work
+from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, plan_work
 
 Say = Callable[[str], None]
 Fallen = tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ def evaluate(
             continue
         _merge(run, subject, work, _prefixed(say, name))
         planned = {"plans": [asdict(plan) for plan in everything], **how}
-        here = {"evaluated_with": environment(device), "command": command, "planned": planned}
+        here = {"evaluated_with": environment(device), "command": command, "planned": planned, "checks": CHECKS}
         write_json(run / "report.json", read_json(run / "report.json") | here)
     return complete
 

@@ -130,11 +130,14 @@ def _adversarial(folder: Path, norm: str, found: dict[str, Any]) -> tuple[torch.
 def _plain(model: nn.Module, run: dict[str, Any], folder: Path) -> PixelModel:
     """The network inside, if plain timm makes one like it."""
     config = run["config"]
-    changed = [key for key, usual in (("fold_bn", False), ("residuals", "summed")) if config.get(key, usual) != usual]
+    changed = [key for key, usual in _REBUILT.items() if config.get(key, usual) != usual]
     if isinstance(model, PixelModel) and not changed and _of_timm(config["model"]):
         return model
     what = f"trained with {changed[0]}={config[changed[0]]!r}" if changed else "no model of timm's own"
     raise ValueError(f"{folder}: {config['model']} is {what}, so plain timm would not make the same network")
+
+
+_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
 
 
 def _of_timm(name: str) -> bool:

@@ -42,6 +42,7 @@ from .runs import (
     all_finite,
     check_device,
     environment,
+    read_json,
     remove_scratch,
     save_weights,
     write_atomically,
@@ -253,7 +254,8 @@ class _Training:
     @property
     def defence(self) -> str:
         """What the run does to its layers, in a word."""
-        return self.config.defence if self.config.clips or not self.config.fastclip else "none"
+        named = self.config.defence if self.config.clips or not self.config.fastclip else "none"
+        return "+".join([*([named] if named != "none" else []), "adversarial"]) if self.adversary is not None else named
 
     def _clipper(self, model: nn.Module) -> FastClip:
         config = self.config
@@ -308,14 +310,14 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
     wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
     remove_scratch(out, older_than=0.0)
     if (out / "run.json").exists():
-        if resume and marker.exists() and marker.read_text() == wanted:
+        if resume and marker.exists() and config.is_that_of(read_json(marker)):
             (out / "state.pt").unlink(missing_ok=True)
             return False
         raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
     interrupted = marker.exists() and (out / "state.pt").exists()
     if interrupted and not resume:
         raise ValueError(f"{out}: holds an interrupted run; go on with --resume, or give another --out")
-    if interrupted and marker.read_text() != wanted:
+    if interrupted and not config.is_that_of(read_json(marker)):
         raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run; give another --out")

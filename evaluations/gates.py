@@ -34,7 +34,7 @@ _BLACK_BOX = 0.002  # of the images, which a search without gradients may
 _FEWEST = 2  # images that must show a sign
 _CHANCE = 0.05  # with which a random start may do as well
 _ENOUGH = 8  # images, classified correctly, without which a sign that is not seen says nothing
-VERSION = 3  # of the gates, raised whenever they may find something else
+VERSION = 4  # of the gates, raised whenever they may find something else
 _MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
 _GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # as many as gates can afford
 
@@ -95,9 +95,9 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
         yield _beaten(
             "random noise is weaker than PGD", where, ~stands(make_attack("noise", norm, eps), left), total, _MORE_THAN_PGD
         )
-        fell = int((~stands(replace(pgd, steps=2 * pgd.steps), left)).sum())
-        again = int((~stands(pgd, left, seed + 1)).sum()) if fell >= _FEWEST else None
-        yield _converged(where, fell, again, total)
+        longer = ~stands(replace(pgd, steps=2 * pgd.steps), left)
+        again = ~stands(pgd, left, seed + 1) if int(longer.sum()) >= _FEWEST else longer
+        yield _converged(where, longer, again, total)
         stronger = ~stands(replace(gradients, steps=_GRADIENT_STEPS, targets=_TARGETS), left)
         yield _beaten("AutoAttack's gradients break little more", where, stronger, total, _MUCH_MORE, status="flag")
         left = left[~stronger]
@@ -175,14 +175,19 @@ def _beaten(name: str, where: str, broken: Tensor, total: int, most: float, by: 
     return _gate(f"{name} {where}", failed, detail, tested=total >= _ENOUGH, status=status)
 
 
-def _converged(where: str, twice: int, again: int | None, total: int) -> Gate:
-    """Whether a doubled budget breaks more than the same one does from another random start, beyond what chance does."""
-    more, tried = twice - (again or 0), twice + (again or 0)
-    chance = float(binomtest(twice, tried, alternative="greater").pvalue) if tried else 1.0
-    detail = f"{twice} of {total} images stand against PGD and fall to twice its steps"
-    detail += "" if again is None else f", {again} to as many from another start"
-    failed = more >= _FEWEST and more > _MORE_THAN_PGD * total and chance < _CHANCE
-    return _gate(f"twice the steps break no more {where}", failed, detail, tested=total >= _ENOUGH)
+def _converged(where: str, longer: Tensor, again: Tensor, total: int) -> Gate:
+    """Whether twice the steps break more than as many from another random start do, beyond chance (an exact sign test).
+
+    Five images more are the fewest that it can tell. Where both break many more than the first attack did, that is flagged.
+    """
+    gained, lost = int((longer & ~again).sum()), int((again & ~longer).sum())
+    chance = float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained else 1.0
+    failed = gained - lost > _MORE_THAN_PGD * total and chance < _CHANCE
+    many = int(longer.sum()) > _MUCH_MORE * total
+    detail = f"{int(longer.sum())} of {total} images stand against PGD and fall to twice its steps"
+    detail += f", {int(again.sum())} to as many from another start" if int(longer.sum()) >= _FEWEST else ""
+    status: Status = "fail" if failed else "flag"
+    return _gate(f"twice the steps break no more {where}", failed or many, detail, tested=total >= _ENOUGH, status=status)
 
 
 def _sweep(model: nn.Module, images: Tensor, norm: str, robust: Tensor) -> Gate:

@@ -16,39 +16,24 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import FinetuneConfig
-from .evaluate import evaluate
+from .evaluate import check_options, evaluate
 from .finetune import finetune
+from .frontier import Frontier, frontier_of, row_of
 from .recipes import config_of, read_toml
 from .runs import read_json, write_json
-from .work import AttackPlan, sizes
+from .work import CHECKS, AttackPlan, sizes
 
 Say = Callable[[str], None]
 _TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples"}
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """What to choose by: the best attacked accuracy among runs whose clean accuracy is near the plain run's.
-
-    Attributes:
-        plain: Name of the run that clean accuracies are compared with.
-        attack, norm, eps: The attacked accuracy that counts.
-        drops: How far below the plain run's clean accuracy a run may be, in points.
-    """
-
-    plain: str
-    attack: str = "pgd"
-    norm: str = "l2"
-    eps: float = 0.5
-    drops: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,10 @@ def read_grid(path: Path, out: Path) -> Grid:
     if not text.get("runs") or not text.get("evaluate"):
         raise ValueError(f"{path}: needs at least one [[runs]] and one [[evaluate]]")
     runs: dict[str, FinetuneConfig] = {}
-    for options in (single for table in text["runs"] for single in _combinations(text.get("finetune", {}) | table)):
+    shared = text.get("finetune", {})
+    if not all(isinstance(table, dict) for table in (shared, *text["runs"], *text["evaluate"], text.get("frontier", {}))):
+        raise ValueError(f"{path}: expected [finetune], [[runs]], [[evaluate]] and [frontier], in these brackets")
+    for options in (single for table in text["runs"] for single in _combinations(shared | table)):
         name, config = _named(options, path, out)
         if name in runs:
             raise ValueError(f"{path}: two runs are named {name!r}; put what differs into the name, as in {{max_norm}}")
@@ -83,10 +71,16 @@ def read_grid(path: Path, out: Path) -> Grid:
     try:
         plans = [AttackPlan(**{"norm": "l2", "samples": 200} | plan | {"eps": sizes(plan["eps"])}) for plan in text["evaluate"]]
         frontier = Frontier(**text["frontier"]) if "frontier" in text else None
+        if frontier:
+            frontier = replace(frontier, eps=sizes([frontier.eps])[0], drops=tuple(frontier.drops))
+        check_options(plans, "cpu", 1, text.get("gate_samples", 64), (1, 1))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: [[evaluate]] takes attack, norm, eps and samples, [frontier] plain, …: {error}") from error
     if frontier and frontier.plain not in runs:
         raise ValueError(f"{path}: frontier.plain {frontier.plain!r} is no run; runs: {', '.join(runs)}")
+    attacked = {(plan.attack, plan.norm, eps) for plan in plans for eps in plan.eps}
+    if frontier and (frontier.attack, frontier.norm, frontier.eps) not in attacked:
+        raise ValueError(f"{path}: the frontier's {frontier.attack} {frontier.norm} {frontier.eps:g} is under no [[evaluate]]")
     runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # one seed of all before the next
     return Grid(runs, plans, frontier, text.get("gate_samples", 64))
 
@@ -101,9 +95,9 @@ def _named(options: dict[str, Any], path: Path, out: Path) -> tuple[str, Finetun
     try:
         told = {key: value.format(out=out, **options) if isinstance(value, str) else value for key, value in options.items()}
         name = told.pop("name")
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: a run needs a name, and options for what stands in braces: {error} is missing") from error
-    if Path(name).name != name or name.startswith("."):
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
         raise ValueError(f"{path}: the name {name!r} is not one of a folder")
     return name, config_of(told, f"{path}, run {name!r}")
 
@@ -120,30 +114,47 @@ def run_grid(grid: Grid, out: Path, *, device: str = "cpu", say: Say = print) ->
     Returns:
         dict: What failed, and why, by the name of the run.
     """
+    left = dict(grid.runs)
+    while left:
+        failed = _one_pass(grid, left, out, device, say)
+        if len(failed) == len(left):
+            return failed
+        left = {name: grid.runs[name] for name in failed}  # what they start from may be there by now
+    return {}
+
+
+def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: str, say: Say) -> dict[str, str]:
+    """Do those runs that are left and free; what failed, and why."""
     failed = {}
-    for index, (name, config) in enumerate(grid.runs.items(), 1):
+    places = {name: f"[{place}/{len(grid.runs)}]" for place, name in enumerate(grid.runs, 1)}
+    for name, config in left.items():
         folder = out / name
-        if _done(folder, grid):
+        if _done(folder, grid, config):
             continue
         with _alone(folder) as alone:
-            if not alone or _done(folder, grid):
+            if not alone or _done(folder, grid, config):
                 continue
-            say(f"[{index}/{len(grid.runs)}] {name}")
+            say(f"{places[name]} {name}")
             try:
                 finetune(replace(config, device=device), folder, resume=True)
                 evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples, say=say)
-            except ValueError as error:
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, OSError) as error:
                 failed[name] = str(error)
                 say(f"{name}: failed: {error}")
     return failed
 
 
-def _done(folder: Path, grid: Grid) -> bool:
-    """Whether there is a report with all attacks of the grid."""
-    if not (folder / "report.json").is_file():
+def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
+    """Whether there is a report of this very run with all attacks of the grid, checked as it would be checked now."""
+    if not (folder / "report.json").is_file() or not config.is_that_of(read_json(folder / "config.json")):
         return False
-    planned = read_json(folder / "report.json").get("planned", {"plans": []})["plans"]
-    return all(json.loads(json.dumps(asdict(plan))) in planned for plan in grid.plans)
+    report = read_json(folder / "report.json")
+    planned = report.get("planned", {"plans": [], "gate_samples": None})
+    seen = {(plan["attack"], plan["norm"], plan["samples"]): set(plan["eps"]) for plan in planned["plans"]}
+    covered = all(set(plan.eps) <= seen.get((plan.attack, plan.norm, plan.samples), set()) for plan in grid.plans)
+    return covered and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
 
 
 @contextmanager
@@ -159,53 +170,9 @@ def _alone(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def rows_of(grid: Grid, out: Path) -> list[dict[str, Any]]:
-    """The figures of all runs that are done, in the order of the grid."""
-    return [_row(name, out / name) for name in grid.runs if _done(out / name, grid)]
-
-
-def _row(name: str, folder: Path) -> dict[str, Any]:
-    run, report = read_json(folder / "run.json"), read_json(folder / "report.json")
-    attacked = {
-        f"{entry['attack']} {entry['norm']} {entry['eps']:g}": None if entry["valid"] is False else entry["accuracy"]
-        for entry in report["robust"]
-        if entry["attack"] != "worst case"
-    }
-    sizes_seen = {(entry["norm"], entry["eps"]) for entry in report["robust"]}
-    proved = {
-        f"{entry['norm']} {entry['eps']:g}": entry["accuracy"]
-        for entry in report["certified"]
-        if (entry["norm"], entry["eps"]) in sizes_seen and entry["valid"]
-    }
-    return {
-        "name": name, "defence": run["defence"], "max_norm": run["config"]["max_norm"],
-        "logit_scale": run["config"]["logit_scale"], "seed": run["seed"], "clean": report["accuracy"]["clean"],
-        "robust": attacked, "certified": proved, "lipschitz": report["lipschitz"]["bound"],
-        "estimate": report["lipschitz"]["estimate"], "largest_norm": max((row["upper"] for row in run["layers"]), default=None),
-        "seconds": run["seconds"], "gates_failed": [gate["name"] for gate in report["gates"] if gate["status"] == "fail"],
-    }  # fmt: skip
-
-
-def frontier_of(rows: list[dict[str, Any]], frontier: Frontier) -> list[dict[str, Any]]:
-    """For each drop the run that stands best: {"drop", "name", "clean", "robust"}; None where no run is near enough."""
-    key = f"{frontier.attack} {frontier.norm} {frontier.eps:g}"
-    plain = next((row["clean"] for row in rows if row["name"] == frontier.plain), None)
-    if plain is None:
-        return []
-    found = []
-    for drop in frontier.drops:
-        near = [row for row in rows if row["clean"] >= plain - drop / 100 and row["robust"].get(key) is not None]
-        best = max(near, key=lambda row: row["robust"][key], default=None)
-        told = {"name": None, "clean": None, "robust": None}
-        if best is not None:
-            told = {"name": best["name"], "clean": best["clean"], "robust": best["robust"][key]}
-        found.append({"drop": drop, **told})
-    return found
-
-
 def write_rows(grid: Grid, out: Path) -> dict[str, Any]:
     """Write grid.json, the figures of all runs that are done and the frontier among them."""
-    rows = rows_of(grid, out)
+    rows = [row_of(name, out / name) for name in grid.runs if _done(out / name, grid, grid.runs[name])]
     told = {"runs": len(grid.runs), "done": len(rows), "rows": rows,
             "frontier": frontier_of(rows, grid.frontier) if grid.frontier else []}  # fmt: skip
     write_json(out / "grid.json", told)

@@ -19,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}  # all others are texts
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -75,6 +76,11 @@ def config_of(options: dict[str, Any], where: str) -> FinetuneConfig:
     given = dict(checked(options, where))
     if given.get("max_norm") == math.inf:
         given["max_norm"] = None
+    for field in fields(FinetuneConfig):
+        kind = _KINDS.get(str(field.type).partition(" ")[0], (str,))
+        value = given.get(field.name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind == (bool,))):
+            raise ValueError(f"{where}: {field.name} = {value!r}: expected {field.type}")
     if missing := {"model", "data"} - given.keys():
         raise ValueError(f"{where}: {' and '.join(sorted(missing))} missing")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: boo
     if finished and not resume:
         raise ValueError(f"{out}: holds the finished twin {min(finished)!r}; go on with --resume, or give another --out")
     for name in finished:
-        if read_json(out / name / "config.json") != json.loads(json.dumps(asdict(configs[name]))):
+        if not configs[name].is_that_of(read_json(out / name / "config.json")):
             raise ValueError(f"{out / name}: was finished with another configuration; nothing was overwritten")
     for place, (name, config) in enumerate(configs.items(), start=1):
         if name not in finished:

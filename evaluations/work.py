@@ -29,6 +29,7 @@ from .models import load_run
 from .records import Record, Unit
 from .runs import environment, open_run
 
+CHECKS = {"gates": VERSION, "harness": HARNESS}  # what a report was checked by
 _FOR_ESTIMATE = 64  # images at which Jacobian norms are taken
 
 
@@ -84,7 +85,7 @@ def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
     """
     try:
         return tuple(float(Fraction(size)) for size in given)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         told = ", ".join(map(str, given))
         raise ValueError(f"eps {told}: expected positive numbers or fractions, such as 0.5 or 8/255") from error
 

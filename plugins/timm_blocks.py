@@ -80,7 +80,7 @@ def small_stem_(model: nn.Module) -> None:
         NotImplementedError: the model is not of timm's ResNets.
     """
     if not isinstance(model, timm.models.resnet.ResNet):
-        raise NotImplementedError(f"small_stem_: {type(model).__name__} is not of timm's ResNets; DLA takes images of 32 pixels as it is")
+        raise NotImplementedError(f"small_stem_: {type(model).__name__} is not of timm's ResNets")
     first: Any = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     first.stride = (1, 1)
     model.maxpool = nn.Identity()

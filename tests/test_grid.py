@@ -14,7 +14,8 @@ from robust_spectral.evaluations.cli import app
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.data import data_hash, load_data
 from robust_spectral.evaluations.finetune import finetune
-from robust_spectral.evaluations.grid import Frontier, frontier_of, read_grid, run_grid, write_rows
+from robust_spectral.evaluations.frontier import Frontier, frontier_of
+from robust_spectral.evaluations.grid import read_grid, run_grid, write_rows
 from robust_spectral.evaluations.models import create_model
 from robust_spectral.evaluations.recipes import FOLDER, config_of, read_recipe, recipe_names
 from robust_spectral.evaluations.runs import read_json
@@ -87,7 +88,10 @@ def test_options_beside_a_recipe_count_more_than_its_own(tmp_path):
         ('model = "maxmin_mlp"\ndata = "digits"\nmove = "beta"', "expected weight, gamma"),
         ('model = "maxmin_mlp"\ndata = "digits"\nadversarial_eps = -1.0', "0 for none"),
         ('model = "maxmin_mlp"\ndata = "digits"\nadversarial_norm = "l1"', "expected l2 or linf"),
-        ('model = "maxmin_mlp"\ndata = "digits"\nepochs = "three"', "mine.toml"),
+        ('model = "maxmin_mlp"\ndata = "digits"\nepochs = "three"', "epochs = 'three': expected int"),
+        ('model = "maxmin_mlp"\ndata = "digits"\nfreeze_bn = "false"', "freeze_bn = 'false': expected bool"),
+        ('model = "maxmin_mlp"\ndata = "digits"\nmax_norm = true', "max_norm = True: expected float"),
+        ('model = 3\ndata = "digits"', "model = 3: expected str"),
     ],
 )
 def test_a_recipe_that_is_wrong_says_where_and_what(text, message, tmp_path):
@@ -140,6 +144,12 @@ def test_braces_stand_for_the_grid_folder(tmp_path):
         (("gate_samples", "gates"), "gates unknown"),
         (("epochs", "epoch"), "near: epochs"),
         (('"1/4"', '"1/0"'), "such as 0.5 or 8/255"),
+        (('"1/4"', "inf"), "such as 0.5 or 8/255"),
+        (('[[runs]]\nname = "plain"', '[runs]\nname = "plain"'), "not readable as TOML"),
+        (("clipped-{max_norm}-{logit_scale}", "a{0}"), "needs a name"),
+        (("clipped-{max_norm}-{logit_scale}", ""), "not one of a folder"),
+        (('plain = "plain"', 'plain = "plain"\neps = 0.3'), "is under no [[evaluate]]"),
+        (("gate_samples = 4", "gate_samples = 0"), "at least 1"),
     ],
 )
 def test_a_grid_that_is_wrong_says_what_is(change, message, tmp_path):
@@ -176,6 +186,17 @@ def test_a_grid_that_is_done_is_not_done_again(done, capsys):
     assert "3 of 3 runs done" in capsys.readouterr().out
 
 
+def test_a_run_of_another_configuration_under_the_same_name_is_not_taken_for_done(done, tmp_path):
+    changed = read_grid(written(tmp_path, SMALL.replace("epochs = 1", "epochs = 2")), done / "runs")
+    failed = run_grid(changed, done / "runs", say=lambda text: None)
+    assert failed.keys() == changed.runs.keys() and "nothing was overwritten" in failed["plain"]
+
+
+def test_sizes_attacked_beside_those_of_the_grid_change_nothing(done, tmp_path):
+    fewer = read_grid(written(tmp_path, SMALL.replace('eps = ["1/4", 0.5]', "eps = [0.5]")), done / "runs")
+    assert write_rows(fewer, done / "runs")["done"] == 3
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it(done, tmp_path):
     grid = read_grid(done / "grid.toml", tmp_path)
     with open(tmp_path / ".plain.lock", "w") as file:
@@ -198,16 +219,7 @@ FIGURES = [("plain", 0.92, 0.1), ("a", 0.916, 0.5), ("b", 0.90, 0.7), ("c", 0.5,
 
 
 def test_the_frontier_is_the_best_attacked_run_that_is_near_enough_to_plain():
-    rows = [
-        {"name": name, "clean": clean, "robust": {"pgd l2 0.5": robust}}
-        for name, clean, robust in [
-            ("plain", 0.92, 0.1),
-            ("a", 0.916, 0.5),
-            ("b", 0.90, 0.7),
-            ("c", 0.5, 0.9),
-            ("d", 0.92, None),
-        ]
-    ]
+    rows = [{"name": name, "clean": clean, "robust": {"pgd l2 0.5": robust}} for name, clean, robust in FIGURES]
     found = frontier_of(rows, Frontier("plain", drops=(0.1, 0.5, 2.0)))
     assert [(best["name"], best["robust"]) for best in found] == [("plain", 0.1), ("a", 0.5), ("b", 0.7)]
 
@@ -235,6 +247,7 @@ def test_adversarial_training_makes_small_perturbations_harmless(tmp_path):
     how = {"model": "maxmin_mlp", "data": "digits", "image_size": 28, "epochs": 8, "max_norm": None, "batch_size": 128}
     plain = finetune(FinetuneConfig(**how), tmp_path / "plain")
     hard = finetune(FinetuneConfig(**how, adversarial_eps=2.0, adversarial_steps=3), tmp_path / "hard")
+    assert [read_json(folder / "run.json")["defence"] for folder in (plain, hard)] == ["none", "adversarial"]
     fell = [attacked(folder) for folder in (plain, hard)]
     assert fell[1] < 0.8 * fell[0]
 
