@@ -94,13 +94,14 @@ def _row(entry: Entry, norm: str, label: str) -> Row | None:
     }  # fmt: skip
 
 
-def _standing(row: Row) -> tuple[float, ...]:
-    """What a row is ordered by: whether its worst case was checked, how strongly it was attacked, and the worst case itself."""
-    if not displayable(row["worst_case"]):
-        return (-1.0,)
-    checked = float(row["worst_case"]["valid"] is True)
+def _standing(row: Row) -> tuple[float, float]:
+    """What a row is ordered by: how strongly it was attacked, then its worst case; below all others where that is not valid."""
+    worst = row["worst_case"]
+    if not displayable(worst):
+        return -1.0, -1.0
     strongest = max((2 if name == "autoattack" else 0 if name in CONTROLS else 1) for name in row["attacks"])
-    return checked, float(strongest), float(row["worst_case"]["accuracy"])
+    untested = worst["valid"] is None and worst["reason"]  # as good as attacked by controls alone
+    return 0.0 if untested else float(strongest), float(worst["accuracy"])
 
 
 def _worst_case(here: list[Cell], attacks: dict[str, Cell]) -> Cell:

@@ -84,6 +84,13 @@ def test_fastclip_ends_with_every_norm_at_most_the_target():
     assert max(true_norms(train(find("defence", "fastclip")(max_norm=0.7), network()))) <= 0.7 * 1.001
 
 
+def test_spectral_normalisation_of_a_weight_that_is_zero_is_refused():
+    net = network()
+    net[3].weight.data.zero_()
+    with pytest.raises(ValueError, match="weight of '3' is zero"):
+        Miyato().prepare(net, torch.zeros(1, *SHAPE))
+
+
 def test_miyato_is_the_weight_over_the_norm_of_its_matrix():
     net = train(Miyato(max_norm=2.0), network(), steps=60)
     for layer in layers(net).values():

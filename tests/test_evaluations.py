@@ -359,7 +359,7 @@ def test_certificate_in_linf_needs_the_radius_times_root_d():
 
 def test_percentages_are_rounded_down(capsys):
     assert percent(0.9999) == "99.9" and percent(0.29) == "29.0" and percent(1.0) == "100.0"
-    row = {"name": "a", "clean": 0.9999, "robust": {"pgd": 0.5999}, "largest_norm": 1.0, "seconds": 1.0}
+    row = {"name": "a", "clean": 0.9999, "robust": {"pgd": 0.5999}, "largest_norm": 1.0, "seconds": 1.0, "gates_fail": []}
     _print_rows(
         {"rows": [row], "done": 1, "runs": 1, "frontier": [{"drop": 1, "name": "a", "clean": 0.9999, "robust": 0.5999}]}
     )
