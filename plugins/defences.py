@@ -149,7 +149,7 @@ class Miyato(_Parametrised):
             ValueError: a layer's weight is zero, as zero-initialised residual branches are, and so is the norm to divide by.
         """
         for module in _modules(model, example_input):
-            if not bool(module.weight.any()):  # type: ignore[operator, union-attr]
+            if not bool(module.weight.any()):  # type: ignore[operator]
                 name = next(name for name, found in model.named_modules() if found is module)
                 raise ValueError(f"Miyato: the weight of '{name}' is zero, its norm cannot be divided by; train it first")
             parametrizations.spectral_norm(module)
