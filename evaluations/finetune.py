@@ -77,16 +77,9 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     if not among.told_by_first(lambda: _claim(out, config, resume)):
         return out
     data = load_data(config.data, config.image_size)
-    example = data.example().to(device)
     model = create_model(config, data).to(device)
     if not all_finite(model.state_dict()):
         raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
-    try:
-        with torch.no_grad():
-            model(example)
-    except RuntimeError as error:
-        shape = tuple(example.shape[1:])
-        raise ValueError(f"{config.model} does not take images of shape {shape}, give another --image-size: {error}") from error
     training = _Training(config, data, model, out, among)
     if resume and (out / "state.pt").is_file():
         training.restore()

@@ -10,12 +10,12 @@ marks of ``docs/experiments.md`` and the pictures beside it.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from robust_spectral.evaluations import pages
 from robust_spectral.evaluations.charts import accuracies
 from robust_spectral.evaluations.frontier import Frontier, frontier_of
 from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
@@ -32,8 +32,8 @@ def group(name: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """One decimal, rounded down; a dash for nothing valid."""
-    return "–" if share is None else f"{math.floor(1000 * share + 1e-9) / 10:.1f}"
+    """As on all pages; a dash for nothing valid."""
+    return "–" if share is None else pages.percent(share)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
