@@ -113,7 +113,7 @@ class CarliniWagner(_ArtAttack):
 
     def __post_init__(self) -> None:
         if self.norm != "l2":
-            raise ValueError(f"cw: is an attack in l2, not in {self.norm}")
+            raise ValueError(f"cw: is an attack in l2, not in {self.norm}; give norm l2, or another attack, such as apgd")
 
     def _attack(self, classifier: PyTorchClassifier, batch: int) -> Any:
         return CarliniL2Method(

@@ -19,12 +19,16 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
+from robust_spectral.activations import activation_slope
+from robust_spectral.affine_rules import affine_layer, batchnorm
 from robust_spectral.graph import JOINERS, Box, Walk, rule, times
 from robust_spectral.intervals import activated, increasing, interval
 from robust_spectral.intervals import batchnorm as batchnorm_box
 from robust_spectral.intervals import linear as linear_box
+from robust_spectral.normalisation import root_mean_square
 from robust_spectral.rounding import Rounding, Terms, exact, normalised, products, rounds
-from robust_spectral.rules import activation_slope, affine_layer, batchnorm, root_mean_square
+
+Statistics = tuple[float, ...]
 
 
 class Normalize(nn.Module):
@@ -33,7 +37,7 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: Statistics, std: Statistics) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
@@ -51,7 +55,7 @@ class PixelModel(nn.Module):
         model: The inner model, with timm's own state dict keys.
     """
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: nn.Module, mean: Statistics, std: Statistics) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.model = model
@@ -105,9 +109,6 @@ def load(
     if mean is None and std is None:
         return PixelModel(model.eval(), *_published(model, in_chans))
     return PixelModel(model.eval(), *_given(mean, std, in_chans))
-
-
-Statistics = tuple[float, ...]
 
 
 def _published(model: nn.Module, channels: int) -> tuple[Statistics, Statistics]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from .graph import Box, Walk, rule, times
 from .intervals import interval
+from .nodes import root_of_count
 
 _UP = 1 + 1e-10  # past what float64 arithmetic errs by
 
@@ -160,5 +161,4 @@ def _constant_norm(matrices: Tensor) -> float:
 
 def _repeats(walk: Walk, n: fx.Node, node: Any) -> float:
     """Root of how many matrices of a product each matrix of a factor enters."""
-    count = math.prod(walk.env[n].shape[:-2]) / math.prod(walk.env[node].shape[:-2])
-    return 1.0 if count == 1 else math.nextafter(math.sqrt(count), math.inf)
+    return root_of_count(math.prod(walk.env[n].shape[:-2]) / math.prod(walk.env[node].shape[:-2]))

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .affine import batchnorm_scale
 from .graph import INTERVALS, Box, Walk, registering
+from .nodes import given
 
 _ROUNDINGS = 1e-10  # of the sum of absolute products, more than float64 arithmetic errs by
 
@@ -143,9 +144,9 @@ def normalised(walk: Walk, n: fx.Node) -> Box:
     module: Any = walk.called(n)
     value: Tensor = walk.env[n]
     if module is None:
-        given: dict[str, Any] = dict(zip(("over", "weight", "bias", "eps"), n.args[1:], strict=False)) | dict(n.kwargs)
-        over: Any = given.get("over", given.get("normalized_shape", given.get("num_groups")))
-        weight, bias = (None if given.get(name) is None else walk.env[given[name]] for name in ("weight", "bias"))
+        told = given(n, "over", "weight", "bias", "eps")
+        over: Any = told.get("over", told.get("normalized_shape", told.get("num_groups")))
+        weight, bias = (None if told.get(name) is None else walk.env[told[name]] for name in ("weight", "bias"))
     else:
         over, weight, bias = getattr(module, "normalized_shape", None) or module.num_groups, module.weight, module.bias
     grouped = isinstance(over, int)

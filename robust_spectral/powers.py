@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .arithmetic import most_met, scale
 from .graph import Affine, Box, Walk, rule, times
 from .intervals import interval
-from .rules import most_met, scale
+from .nodes import given
 
 _UP = 1 + 1e-12  # past what float64 arithmetic errs by
 
@@ -42,8 +43,7 @@ def even_power(walk: Walk, n: fx.Node) -> Box:
 
 
 def _exponent(n: fx.Node) -> float:
-    given: Any = 2.0 if n.target in (torch.square, "square") else n.args[1] if len(n.args) > 1 else n.kwargs["exponent"]
-    return float(given)
+    return 2.0 if n.target in (torch.square, "square") else float(given(n, "exponent")["exponent"])
 
 
 _ROOTS = {torch.rsqrt: -0.5, "rsqrt": -0.5, torch.sqrt: 0.5, "sqrt": 0.5, torch.reciprocal: -1.0, "reciprocal": -1.0}
@@ -120,7 +120,7 @@ def spread(walk: Walk, n: fx.Node) -> Box:
 def _slices(walk: Walk, n: fx.Node) -> tuple[list[int], int]:
     """The axes that a variance goes over, and what its sum of squares is divided by."""
     value: Tensor = walk.env[n.args[0]]  # type: ignore[index]
-    axes: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    axes: Any = given(n, "dim").get("dim")
     unbiased = bool(n.kwargs.get("unbiased", n.args[2] if len(n.args) > 2 and isinstance(n.args[2], bool) else True))
     correction: Any = n.kwargs.get("correction", int(unbiased))
     over = [axes] if isinstance(axes, int) and not isinstance(axes, bool) else list(axes)
@@ -150,5 +150,5 @@ def at_most_one(walk: Walk, n: fx.Node) -> Box:
 
 
 def _normalize_settings(n: fx.Node) -> tuple[float, Any, float]:
-    given: dict[str, Any] = dict(zip(("p", "dim", "eps"), n.args[1:], strict=False)) | dict(n.kwargs)
-    return float(given.get("p", 2.0)), given.get("dim", 1), float(given.get("eps", 1e-12))
+    told = given(n, "p", "dim", "eps")
+    return float(told.get("p", 2.0)), told.get("dim", 1), float(told.get("eps", 1e-12))

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .activations import activation_slope
 from .affine import batchnorm_scale
 from .graph import Affine, Walk, is_overridden, registering, times, where
-from .rules import activation_slope
+from .nodes import given, source_of
 
 _NO_ERROR = 1e-290  # of the input: its pixels are exact, but a node whose bound is 0 would count as a constant
 _SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
@@ -243,7 +244,7 @@ def normalised(walk: Rounding, n: fx.Node) -> Terms:
 )  # fmt: skip
 def averaged(walk: Rounding, n: fx.Node) -> Terms:
     """Weights are no less than 0, so that the norm is that of the absolute weights as well."""
-    (source,) = (node for node in n.all_input_nodes if walk.depends(node))
+    source = source_of(walk, n)
     if n in walk.affine:
         gain = walk.product([walk.affine[n]])
     else:
@@ -280,7 +281,7 @@ def normalised_by_itself(walk: Rounding, n: fx.Node) -> Terms:
 def shares(walk: Rounding, n: fx.Node) -> Terms:
     """exp(x - max) over a sum of m of those: off by a share of at most 4 ‖x‖ u + γ_k, and no longer than 1."""
     module = walk.called(n)
-    axis: Any = module.dim if module is not None else n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+    axis: Any = module.dim if module is not None else given(n, "dim").get("dim")
     count = walk.env[n].shape[axis]
     return count + _SMOOTH, (2 + 8 * walk.size(n.args[0])) * math.sqrt(walk.elements(n) / count)
 

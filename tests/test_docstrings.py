@@ -16,7 +16,7 @@ import robust_spectral as rs
 
 ROOT = Path(__file__).parents[1]
 _ERRORS = {"ValueError", "TypeError", "NotImplementedError"}
-_RULES = {"attention", "intervals", "powers", "rounding", "rules", "normalised_then_activated"}
+_RULES = {"attention", "intervals", "powers", "rounding", "normalised_then_activated"}
 _OF_A_PROTOCOL = {"solve", "parameters", "gradients", "rescaled"}  # which says once what these are given
 _FROM_ELSEWHERE = [  # whose mathematics is published by others
     "certified_radius", "circular_singular_values", "clip_", "Lanczos", "PowerQR", "projected_weight", "representation_gap",
