@@ -18,7 +18,7 @@ KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certif
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
-    """Accuracy against the size of the perturbation: clean, each attack where it is valid, and certified, for every model.
+    """Accuracy against the size of the perturbation: clean, each attack, and certified, where they are valid, for every model.
 
     Sizes are drawn logarithmically, as what is proved lies orders of magnitude below what attacks reach.
     """
@@ -28,17 +28,26 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
         axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
         shown = [e for e in figures["robust"] if e["norm"] == norm and e.get("valid") is not False]
         for attack in sorted({e["attack"] for e in shown} - {"worst case"}):
-            _attack_line(
-                axes, colour, name, attack, sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])
-            )
-        proved = sorted((e for e in figures["certified"] if e["norm"] == norm), key=lambda e: e["eps"])
+            entries = sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])
+            _attack_line(axes, colour, name, attack, entries)
+        valid = [e for e in figures["certified"] if e["norm"] == norm and e.get("valid") is not False]
+        proved = sorted(valid, key=lambda e: e["eps"])
         if any(e["accuracy"] for e in proved):
             axes.plot([e["eps"] for e in proved], [100 * e["accuracy"] for e in proved], color=colour, marker="v", ms=4,
                       ls=KINDS["certified"][0], lw=1.4, label=f"{name}: certified")  # fmt: skip
     axes.set(xlabel=f"size of the perturbation, {'L2' if norm == 'l2' else 'L∞'}, pixels in [0, 1]", ylabel="accuracy, %",
              ylim=(-2, 102), xscale="log")  # fmt: skip
+    _name_near_sizes(axes)
     _legend(axes)
     return _svg(figure)
+
+
+def _name_near_sizes(axes: Axes) -> None:
+    """Where sizes are too near for powers of ten, name those that were attacked."""
+    sizes = sorted({float(x) for line in axes.lines for x in line.get_xdata() if line.get_marker() not in ("None", "")})
+    if sizes and sizes[-1] < 30 * sizes[0]:
+        axes.minorticks_off()
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
 
 
 def _attack_line(axes: Axes, colour: str, name: str, attack: str, entries: list[dict[str, Any]]) -> None:

@@ -103,31 +103,25 @@ def export(
 
 
 def _print_interrupted() -> None:
-    errors.print(Text("interrupted; what was done is kept"), soft_wrap=True)
+    errors.print(Text("interrupted; what was done is kept: the same command goes on, finetune with --resume"), soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        errors.print(Text(f"error: out of memory, give a smaller --block or --batch-size: {error}"), soft_wrap=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         _print_interrupted()
         sys.exit(130)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        told = f"out of memory, give a smaller --block or --batch-size: {error}"
     except ImportError as error:
-        errors.print(
-            Text(f"error: {error}; pip install 'robust-spectral[{'ray' if error.name == 'ray' else 'evaluations'}]'"),
-            soft_wrap=True,
-        )
-        sys.exit(2)
+        told = f"{error}; pip install 'robust-spectral[{'ray' if error.name == 'ray' else 'evaluations'}]'"
     except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("ROBUST_SPECTRAL_TRACEBACK") == "1":
             raise
-        errors.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+        told = str(error)
+    else:
+        return
+    errors.print(Text.assemble(("error: ", "bold red"), told), soft_wrap=True)
+    sys.exit(2)

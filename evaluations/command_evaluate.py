@@ -19,17 +19,17 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="One trained elsewhere: timm/NAME (timm's mean and std in front, or yours), module:function, file.py:function."
+            help="A model trained elsewhere: timm/NAME (with timm's mean and std, or yours), module:function, file.py:function."
         ),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Its weights; without them those it comes with.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="For --model: its weights; default those it comes with.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
     data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make of it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make of it.")] = None,
     defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
     attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
@@ -38,12 +38,12 @@ def evaluate(
     autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
     autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
     gate_samples: Annotated[int, typer.Option(help="Images that the sanity gates look at.")] = 64,
-    block: Annotated[int, typer.Option(help="Images in a unit of work; what is lost at most when it is stopped.")] = 128,
+    block: Annotated[int, typer.Option(help="Images in a unit of work; a stop loses the units in progress.")] = 128,
     engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
     workers: Annotated[int, typer.Option(help="Processes of the local engine.")] = 1,
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster: auto to join the one at hand.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; auto: the one at hand, default: a new one.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: do the i-th of n shares; the last one to end writes the report.")] = "1/1",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the attacks' random draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -57,14 +57,10 @@ def evaluate(
     from .runs import read_json, twin_folders
     from .work import AttackPlan, sizes
 
-    plans = [
-        AttackPlan(
-            name, norm.lower(), sizes(autoattack_eps or eps), samples if autoattack_samples is None else autoattack_samples
-        )
-        if name == "autoattack"
-        else AttackPlan(name, norm.lower(), sizes(eps), samples)
-        for name in dict.fromkeys(attack)
-    ]
+    usual = eps, samples
+    own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
+    chosen = {name: own.get(name, usual) for name in attack}
+    plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
     who, share = make_engine(engine, workers, address), _share(shard)
     check_options(plans, device, block, gate_samples, share)
     adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": _numbers("mean", mean),

@@ -45,12 +45,12 @@ def finetune(
         str | None, typer.Option("--initial-checkpoint", "--checkpoint", help="Start from this checkpoint of the same model.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 3,
-    batch_size: Annotated[int, typer.Option()] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images in a step, over all processes.")] = 64,
     opt: Annotated[str, typer.Option(help="timm's optimizer name.")] = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option()] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="Of the optimizer.")] = 1e-4,
     sched: Annotated[str, typer.Option(help="timm's schedule name.")] = "cosine",
-    warmup_epochs: Annotated[int, typer.Option(help="Of the learning rate.")] = 0,
+    warmup_epochs: Annotated[int, typer.Option(help="Epochs in which the learning rate rises to --lr.")] = 0,
     defence: Annotated[
         str,
         typer.Option(help="fastclip, fastclip-composite, none, miyato, gouk, delattre, senderovich, bjorck or another."),
@@ -61,7 +61,7 @@ def finetune(
         typer.Option(help="Bound allowed to the whole network, pixels to logits; spread over its layers."),
     ] = None,
     composites: Annotated[str, typer.Option(help="Clip a layer with its batch normalisation: auto, always or never.")] = "auto",
-    move: Annotated[str, typer.Option(help="What is moved to clip one with it: weight, gamma or weight+gamma.")] = "weight",
+    move: Annotated[str, typer.Option(help="What is moved to clip both: weight, gamma or weight+gamma.")] = "weight",
     spectral_warmup: Annotated[float, typer.Option(help="Share of the steps that lower norms to --max-norm.")] = 0.5,
     logit_scale: Annotated[float, typer.Option(help="Temperature: the loss is taken on this multiple of the logits.")] = 1.0,
     objective: Annotated[
@@ -69,8 +69,8 @@ def finetune(
     ] = "accuracy",
     margin_eps: Annotated[float, typer.Option(help="L2 radius that the certified objective asks for.")] = 0.0,
     adversarial_eps: Annotated[float, typer.Option(help="Train on images attacked by PGD, of this size; 0 for none.")] = 0.0,
-    adversarial_norm: Annotated[str, typer.Option(help="Of these attacks: l2 or linf.")] = "l2",
-    adversarial_steps: Annotated[int, typer.Option(help="Of these attacks.")] = 7,
+    adversarial_norm: Annotated[str, typer.Option(help="Of the attacks of --adversarial-eps: l2 or linf.")] = "l2",
+    adversarial_steps: Annotated[int, typer.Option(help="Of the attacks of --adversarial-eps, each.")] = 7,
     lift: Annotated[bool, typer.Option(help="Raise the small singular values of matrices towards --max-norm.")] = False,
     fold_bn: Annotated[bool, typer.Option(help="Fold batch normalisations into their layers before training.")] = False,
     small_stem: Annotated[bool, typer.Option(help="A ResNet for small images: no stride, no pooling at its start.")] = False,
@@ -80,8 +80,8 @@ def finetune(
     amp: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
     amp_dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     model_ema: Annotated[bool, typer.Option(help="Keep and save timm's moving average of the weights.")] = False,
-    model_ema_decay: Annotated[float, typer.Option()] = 0.999,
-    seed: Annotated[int, typer.Option()] = 0,
+    model_ema_decay: Annotated[float, typer.Option(help="Share of that average that is kept at every step.")] = 0.999,
+    seed: Annotated[int, typer.Option(help="Of the weights that are new, and of the order of the images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
@@ -136,7 +136,8 @@ def grid(
     else:
         _print_rows(found)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(asked.runs)} runs failed, first {next(iter(failed.items()))}")
+        name, why = next(iter(failed.items()))
+        raise ValueError(f"{len(failed)} of {len(asked.runs)} runs failed, {name} first: {why}")
 
 
 def _print_rows(found: dict[str, Any]) -> None:

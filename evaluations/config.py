@@ -65,7 +65,8 @@ class FinetuneConfig:
         if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
             raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
-            raise ValueError("epochs must not be negative; batch_size, lr and logit_scale must be positive")
+            given = f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}, logit_scale={self.logit_scale}"
+            raise ValueError(f"{given}: epochs must not be negative, the others must be positive")
         if self.amp_dtype not in ("float16", "bfloat16"):
             raise ValueError(f"amp_dtype={self.amp_dtype!r}: expected float16 or bfloat16")
         if self.composites not in ("auto", "always", "never"):
@@ -86,7 +87,7 @@ class FinetuneConfig:
                 "positive radius that images are to be certified at"
             )
         if self.lift and (self.finite_max_norm is None or self.spectral_warmup > 0):
-            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup")
+            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup; give 0 for that")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
 

@@ -55,10 +55,9 @@ class ImageData:
         Raises:
             ValueError: an image has values outside [0, 1] or not finite.
         """
-        pairs = [self.test[i] for i in range(start, min(stop, self.tests))]
-        images = torch.stack([image for image, _ in pairs])
+        images, labels = stack([self.test[i] for i in range(start, min(stop, self.tests))])
         check_pixels(images, self.name)
-        return images, torch.tensor([int(label) for _, label in pairs])
+        return images, labels
 
 
 def check_pixels(images: Tensor, name: str) -> None:
@@ -86,7 +85,7 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
             name, TensorDataset(train, _labels(train_labels)), TensorDataset(test, _labels(test_labels)),
             classes, test.shape[1], test.shape[-1],
         )  # fmt: skip
-    if name.startswith(("folder:", "torch/", "hfds/", "tfds/", "wds/")):
+    if name.startswith(("folder:", "torch/", *_READERS)):
         return _timm_data(name, image_size or 224)
     near = difflib.get_close_matches(name, [*BUILT_IN, "idx:PATH", "folder:PATH", "torch/", "hfds/"], n=3, cutoff=0.3)
     raise ValueError(
@@ -190,7 +189,7 @@ def _photographs() -> list[np.ndarray]:
         from PIL import Image
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise ValueError("data 'photos': needs the packages scikit-image, scikit-learn and pillow") from error
+        raise ValueError("data 'photos': needs scikit-image and scikit-learn; pip install 'robust-spectral[demo]'") from error
     folder = Path(skimage.__file__).parent / "data"
     names = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
              "retina.jpg", "rocket.jpg"]  # fmt: skip
@@ -238,15 +237,15 @@ def _source(name: str) -> tuple[str, str | None]:
     """
     for prefix, package in _READERS.items():
         if name.startswith(prefix) and find_spec(package) is None:
-            raise ValueError(f"data {name!r}: needs the package {package.replace('_', '-')}, "
-                             f"pip install {package.replace('_', '-')}")  # fmt: skip
+            package = package.replace("_", "-")
+            raise ValueError(f"data {name!r}: needs the package {package}, pip install {package}")
     if not name.startswith(("folder:", "torch/")):
         return name, None
     source, _, root = name.partition(":")
     if not root:
         raise ValueError(f"data {name!r}: needs the folder that holds it, as in {source}:PATH; nothing is downloaded")
     if not Path(root).is_dir():
-        raise ValueError(f"data {name!r}: no such folder")
+        raise ValueError(f"data {name!r}: no such folder, {root}")
     return ("" if source == "folder" else source), root
 
 

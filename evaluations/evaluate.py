@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
-    made = figures(subject.run, rows, _told(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
+    made = figures(subject.run, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
     _write_figures(folder, work, made, lipschitz.told["parameters"])
     _keep_examples(folder, subject, work)
     _say_gates(made["gates"], say)
@@ -264,7 +265,8 @@ def _in_float64(bound: LipschitzBound) -> LipschitzBound:
     return replace(bound, errors={**bound.errors, torch.float32: math.inf})
 
 
-def _told(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:
+def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:
+    """What is proved and sampled of the whole network, and the dtype of the passes that are certified."""
     return {
         "certified_dtype": str(dtype).removeprefix("torch."),
         "errors": {str(kind).removeprefix("torch."): error for kind, error in bound.errors.items()},
@@ -277,18 +279,26 @@ def _told(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str
 
 
 def _keep_examples(folder: Path, subject: Subject, work: Work) -> None:
-    """A few images that fell, at the smallest size at which any did, beside what they were."""
-    found: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    """A few images that fell, at the smallest sizes at which any did, beside what they were."""
+    found = list(islice(_fallen_images(folder, work), _EXAMPLES))
+    if found:
+        clean = torch.stack([subject.data.test[told["sample"]][0] for _, told in found])
+        tensors = {"clean": clean, "adversarial": torch.stack([image for image, _ in found])}
+        text = {"examples": json.dumps([told for _, told in found])}
+        write_atomically(folder / "examples.safetensors", lambda path: safetensors.torch.save_file(tensors, path, text))
+
+
+def _fallen_images(folder: Path, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Adversarial images and what is told of each, from the smallest size on; of one sample the first."""
+    seen: set[int] = set()
     for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
         for unit in units:
             tensors = _read(folder, unit).tensors
             for index, image in zip(tensors["fallen"].tolist(), tensors["adversarial"], strict=True):
-                told = {"sample": unit.start + index, "label": int(tensors["labels"][index]), "attack": attack, "norm": norm,
+                if (sample := unit.start + index) not in seen:
+                    seen.add(sample)
+                    yield image, {
+                        "sample": sample, "label": int(tensors["labels"][index]), "attack": attack, "norm": norm,
                         "predicted": int(tensors["predicted"][index]), "eps": eps,
-                        "distance": float(tensors["distance"][index])}  # fmt: skip
-                if len(found) < _EXAMPLES and told["sample"] not in {seen["sample"] for *_, seen in found}:
-                    found.append((subject.data.test[unit.start + index][0], image, told))
-    if found:
-        tensors = {"clean": torch.stack([a for a, _, _ in found]), "adversarial": torch.stack([b for _, b, _ in found])}
-        text = {"examples": json.dumps([told for *_, told in found])}
-        write_atomically(folder / "examples.safetensors", lambda path: safetensors.torch.save_file(tensors, path, text))
+                        "distance": float(tensors["distance"][index]),
+                    }  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from robust_spectral.plugins.robustbench import BOARDS, model_info, write_model_info
+from robust_spectral.plugins.robustbench import BOARDS, TEST_IMAGES, model_info, write_model_info
 from robust_spectral.plugins.robustbench_images import save_adversarial
 from robust_spectral.plugins.timm import PixelModel
 
@@ -26,8 +26,10 @@ from .attacks import predict
 from .evaluate import planned_work
 from .pages import render
 from .records import read_record
-from .runs import read_json, twin_folders
+from .runs import read_json, read_report, twin_folders
 from .work import open_subject
+
+_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
 
 
 def to_hub(folder: Path, out: Path) -> Path:
@@ -39,8 +41,7 @@ def to_hub(folder: Path, out: Path) -> Path:
     Raises:
         ValueError: the folder is no finished run, its network is not one that plain timm makes, or ``out`` holds something.
     """
-    if list(twins := twin_folders(folder)) != [""]:
-        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(path) for path in twins.values())}")
+    _refuse_twins(folder)
     subject = open_subject(folder, "cpu")
     pixels, run = _plain(subject.model, subject.run, folder), subject.run
     model, norm = pixels.model, pixels.normalize
@@ -82,21 +83,23 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
     """
     if not BOARDS.get(board):
         raise ValueError(f"export(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
-    report, norm, eps = read_json(folder / "report.json"), board.split("/")[1].lower(), BOARDS[board][0]
-    if "robust" not in report:
-        raise ValueError(f"{folder}: holds twins; export one of {', '.join(report.get('models', {}))}")
+    _refuse_twins(folder)
+    report, norm, eps = read_report(folder), board.split("/")[1].lower(), BOARDS[board][0]
     found = [
         e for e in report["robust"] if (e["attack"], e["norm"]) == ("autoattack", norm) and abs(e["eps"] - Fraction(eps)) < 1e-6
     ]
     if not found:
-        raise ValueError(f"{folder}: was not attacked by autoattack at {norm} {eps}, which the board {board} asks for")
+        raise ValueError(
+            f"{folder}: was not attacked by autoattack at {norm} {eps}, which the board {board} asks for; run `robust-spectral "
+            f"evaluate {folder} --attack autoattack --norm {norm} --eps {eps} --samples {TEST_IMAGES[board.split('/')[0]]}`"
+        )
     if not found[0]["valid"]:
         raise ValueError(f"{folder}: the figure of autoattack is not valid: {found[0]['reason']}")
     flagged = any(gate["status"] == "flag" for gate in report["gates"])
     try:
         info = model_info(board, images=found[0]["n"], clean_acc=report["accuracy"]["clean"],
                           autoattack_acc=found[0]["accuracy"], unreliable=flagged, **json.loads(about.read_text()))  # fmt: skip
-    except TypeError as error:
+    except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{about}: {str(error).removeprefix('model_info() ')}") from error
     _refuse_filled(out)
     write_model_info(info, out / "model_info", entry)
@@ -137,9 +140,6 @@ def _plain(model: nn.Module, run: dict[str, Any], folder: Path) -> PixelModel:
     raise ValueError(f"{folder}: {config['model']} is {what}, so plain timm would not make the same network")
 
 
-_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
-
-
 def _of_timm(name: str) -> bool:
     return timm.models.model_entrypoint(name).__module__.startswith("timm.")
 
@@ -149,6 +149,11 @@ def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, A
     layers = {row["name"]: {key: row[key] for key in ("lower", "upper", "target")} for row in run["layers"]}
     bound = {} if report is None else {"lipschitz_bound": report["lipschitz"]["bound"], "input": "pixels in [0, 1]"}
     return {"defence": run["defence"], "max_norm": run["config"]["max_norm"], "layers": layers, **bound}
+
+
+def _refuse_twins(folder: Path) -> None:
+    if list(twins := twin_folders(folder)) != [""]:
+        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(path) for path in twins.values())}")
 
 
 def _refuse_filled(out: Path) -> None:

@@ -27,21 +27,22 @@ def figures(
         errors: Why an attack failed, by attack, norm and eps.
     """
     clean = [row for row in rows if row["attack"] == "none"]
+    stand = [row["robust"] for row in clean]
     attacked = [row for row in rows if row["attack"] != "none"]
     norms = sorted({row["norm"] for row in attacked}) or ["l2"]
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
     own = [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels)]
     compared = {"pgd", "autoattack"} <= {row["attack"] for row in attacked}
     all_gates = [*gates, *own, *([_autoattack_gate(attacked)] if compared else [])]
-    reason = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "fail") or None
-    skipped = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in all_gates if gate["status"] == "skip")
-    broken = [gate for gate in all_gates if gate["status"] == "fail" and "certified" in gate["name"]]
-    proof = {"valid": not broken, "reason": "; ".join(f"{gate['name']}: {gate['detail']}" for gate in broken) or None}
-    judged = [_judged(entry, reason, skipped, errors or {}) for entry in (*_per_attack(attacked), *map(_worst, sandwiches))]
+    failed = [gate for gate in all_gates if gate["status"] == "fail"]
+    skipped = [gate for gate in all_gates if gate["status"] == "skip"]
+    broken = [gate for gate in failed if "certified" in gate["name"]]
+    proof = {"valid": not broken, "reason": _in_words(broken) or None}
+    entries = (*_per_attack(attacked), *map(_worst, sandwiches))
+    judged = [_judged(entry, _in_words(failed), _in_words(skipped), errors or {}) for entry in entries]
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
-        "accuracy": {"clean": _share([row["robust"] for row in clean]), "n": len(clean),
-                     "ci": _with_interval([row["robust"] for row in clean])["ci"]},
+        "accuracy": {"clean": _share(stand), "n": len(stand), "ci": _with_interval(stand)["ci"]},
         "robust": judged,
         "certified": [entry | proof for norm in norms for entry in certified(clean, norm, attacked, pixels)],
         "lipschitz": lipschitz,
@@ -56,16 +57,14 @@ def figures(
 
 def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int) -> list[Row]:
     """Certified accuracy on the attacked sizes and on a 1-2-5 grid that reaches down to where it is not zero."""
-    factor = math.sqrt(pixels) if norm == "linf" else 1.0
-    radii = sorted(row["certified_radius"] / factor for row in clean)
+    radii = sorted(row["certified_radius"] / _l2_radius(norm, pixels) for row in clean)
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
     return certified_at(clean, norm, sorted(attacked_eps | set(_one_two_five(radii))), pixels)
 
 
 def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) -> list[Row]:
     """Certified accuracy at the sizes given."""
-    factor = math.sqrt(pixels) if norm == "linf" else 1.0
-    radii = [row["certified_radius"] / factor for row in clean]
+    radii = [row["certified_radius"] / _l2_radius(norm, pixels) for row in clean]
     return [
         {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
     ]  # fmt: skip
@@ -79,7 +78,7 @@ def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixel
             verdicts[row["attack"]][row["sample"]] = row["robust"]
     common = sorted(set.intersection(*(set(seen) for seen in verdicts.values())))
     by_sample = {row["sample"]: row for row in clean}
-    needed = eps * (math.sqrt(pixels) if norm == "linf" else 1.0)
+    needed = eps * _l2_radius(norm, pixels)
     proved = [by_sample[i]["certified_radius"] >= needed for i in common]
     worst = [all(seen[i] for seen in verdicts.values()) for i in common]
     attacks = {name: _share([seen[i] for i in common]) for name, seen in verdicts.items()}
@@ -91,6 +90,15 @@ def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixel
         "clean": ordered[-1], "holds": contained and ordered == sorted(ordered),
         "worst_ci": _with_interval(worst)["ci"],
     }  # fmt: skip
+
+
+def _l2_radius(norm: str, pixels: int) -> float:
+    """Radius of the smallest L2 ball that holds the unit ball of a norm."""
+    return math.sqrt(pixels) if norm == "linf" else 1.0
+
+
+def _in_words(gates: list[Row]) -> str:
+    return "; ".join(f"{gate['name']}: {gate['detail']}" for gate in gates)
 
 
 def _per_attack(attacked: list[Row]) -> list[Row]:
@@ -108,14 +116,14 @@ def _worst(entry: Row) -> Row:
             "ci": entry["worst_ci"], "n": entry["n"]}  # fmt: skip
 
 
-def _judged(entry: Row, reason: str | None, skipped: str, errors: Mapping[tuple[str, str, float], str]) -> Row:
+def _judged(entry: Row, failed: str, skipped: str, errors: Mapping[tuple[str, str, float], str]) -> Row:
     """The entry with whether it may be read as robustness, and if not, why; neither (None) where checks were skipped."""
     level = entry["norm"], entry["eps"]
     own = errors.get((entry["attack"], *level))
     if entry["attack"] == "worst case":
-        own = next((error for (_, *failed), error in errors.items() if tuple(failed) == level), None)
-    if own or reason:
-        return entry | {"valid": False, "reason": own or reason}
+        own = next((error for (_, *at), error in errors.items() if tuple(at) == level), None)
+    if own or failed:
+        return entry | {"valid": False, "reason": own or failed}
     return entry | ({"valid": None, "reason": f"not tested: {skipped}"} if skipped else {"valid": True, "reason": None})
 
 
@@ -129,7 +137,7 @@ def _certificate_gate(attacked: list[Row], pixels: int) -> Row:
     """No adversarial image lies inside the certified radius of its original."""
     broken = sum(
         row["predicted"] != row["label"] and row["certified_radius"] > 0
-        and row["distance"] * (math.sqrt(pixels) if row["norm"] == "linf" else 1.0) <= row["certified_radius"]
+        and row["distance"] * _l2_radius(row["norm"], pixels) <= row["certified_radius"]
         for row in attacked
     )  # fmt: skip
     status = "fail" if broken else "pass"

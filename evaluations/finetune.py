@@ -47,6 +47,7 @@ from .runs import (
     save_weights,
     write_atomically,
     write_json,
+    write_text,
 )
 from .terminal import errors
 
@@ -133,17 +134,17 @@ class _Training:
         np.random.seed(seed % 2**32)
         self._set_mode(training=True)
         task = progress.add_task(f"epoch {epoch + 1}/{self.config.epochs}", total=self.batches, stats="")
+        quarter = max(1, self.batches // 4)
         for index, (images, labels) in enumerate(self._loader(seed)):
             if index == 0 and epoch == 0:
                 check_pixels(images, self.data.name)
-            if index % max(1, self.batches // 4) == 0:
-                progress_made = (epoch + index / self.batches) / self.config.epochs
-                self.loss.renew(self.model, self.example, progress_made)
+            if index % quarter == 0:
+                self.loss.renew(self.model, self.example, (epoch + index / self.batches) / self.config.epochs)
             loss, accuracy = self._update(images.to(self.device), labels.to(self.device))
             step = epoch * self.batches + index + 1
             if self.scheduler is not None:
                 self.scheduler.step_update(step)
-            if index % max(1, self.batches // 4) == 0 or index + 1 == self.batches:
+            if index % quarter == 0 or index + 1 == self.batches:
                 self._log(epoch, step, loss, accuracy, progress, task)
             progress.advance(task)
         if self.config.clips and self.clipper.steps == 0:
@@ -221,7 +222,7 @@ class _Training:
             clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same vectors
         self._set_mode(training=False)
         self.rival.finish(trained)
-        if not config.fastclip:  # whose weights are plain ones now
+        if not config.fastclip:  # the other defence's finish has put plain weights in the place of those first seen
             clipper = self._clipper(trained)
         clipper.finish()
         after = clipper.report()
@@ -232,8 +233,7 @@ class _Training:
     def _write(self, trained: PixelModel, layers: list[dict[str, Any]]) -> None:
         """The files of the complete run."""
         config = self.config
-        log = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.out / "training.jsonl", lambda scratch: scratch.write_text(log))
+        write_text(self.out / "training.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         weights = save_weights(trained.model, self.out / "model.safetensors")
         write_json(self.out / "run.json", {
             "config": asdict(config) | {"max_norm": config.finite_max_norm},
@@ -300,7 +300,6 @@ class _Training:
 def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
     """See that the folder is free, or holds the run that is to be resumed; whether there is anything left to do."""
     marker = out / "config.json"
-    wanted = json.dumps(asdict(config), sort_keys=True, indent=1)
     remove_scratch(out, older_than=0.0)
     if (out / "run.json").exists():
         if resume and marker.exists() and config.is_that_of(read_json(marker)):
@@ -314,7 +313,7 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
         raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run; give another --out")
-    write_atomically(marker, lambda scratch: scratch.write_text(wanted))
+    write_text(marker, json.dumps(asdict(config), sort_keys=True, indent=1))
     return True
 
 

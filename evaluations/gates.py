@@ -27,6 +27,7 @@ from .attacks import Attack, make_attack, run_attack
 from .pages import percent
 
 Status = Literal["pass", "flag", "fail", "skip"]
+VERSION = 4  # of the gates, raised whenever they may find something else
 _REPEATS = 5
 _ROUNDING = 1e-4  # by which logits may differ between batches, or passes on a GPU, as a part of the largest
 _MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may break in addition
@@ -34,7 +35,6 @@ _BLACK_BOX = 0.002  # of the images, which a search without gradients may
 _FEWEST = 2  # images that must show a sign
 _CHANCE = 0.05  # with which a random start may do as well
 _ENOUGH = 8  # images, classified correctly, without which a sign that is not seen says nothing
-VERSION = 4  # of the gates, raised whenever they may find something else
 _MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
 _GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # as many as gates can afford
 
@@ -64,7 +64,7 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
             _gradients(model, images, labels, logits),
         ]
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    return [*gates, _mode(training, moved)]
+    return [*gates, _keeps_eval_mode(training, moved)]
 
 
 def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Iterator[Gate]:
@@ -89,12 +89,9 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
     try:
         robust = stands(pgd, every)
         left = every[robust]
-        yield _beaten(
-            "a single step is weaker than PGD", where, ~stands(make_attack("fgsm", norm, eps), left), total, _MORE_THAN_PGD
-        )
-        yield _beaten(
-            "random noise is weaker than PGD", where, ~stands(make_attack("noise", norm, eps), left), total, _MORE_THAN_PGD
-        )
+        for control, name in (("fgsm", "a single step"), ("noise", "random noise")):
+            broken = ~stands(make_attack(control, norm, eps), left)
+            yield _beaten(f"{name} is weaker than PGD", where, broken, total, _MORE_THAN_PGD)
         longer = ~stands(replace(pgd, steps=2 * pgd.steps), left)
         again = ~stands(pgd, left, seed + 1) if int(longer.sum()) >= _FEWEST else longer
         yield _converged(where, longer, again, total)
@@ -160,7 +157,7 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor)
     return _gate(name, dead >= _FEWEST, detail, tested=len(sizes) >= _ENOUGH)
 
 
-def _mode(training: list[str], moved: list[str]) -> Gate:
+def _keeps_eval_mode(training: list[str], moved: list[str]) -> Gate:
     name = "eval mode is kept"
     if training or moved:
         seen = f"'{training[0]}' is in training mode" if training else f"a pass changes '{moved[0]}'"

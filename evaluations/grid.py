@@ -140,7 +140,7 @@ def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: st
                 evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples, say=say)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, OSError) as error:
+            except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
                 failed[name] = str(error)
                 say(f"{name}: failed: {error}")
     return failed

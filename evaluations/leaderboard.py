@@ -18,7 +18,7 @@ from . import charts
 from .entries import Entry, Figures, read_entries
 from .example_images import examples, uri
 from .pages import render
-from .runs import write_atomically, write_json
+from .runs import write_json, write_text
 from .scatter import markers, picture
 from .standings import Board, Row, boards
 
@@ -47,9 +47,9 @@ def build(root: Path, out: Path, say: Callable[[str], None] = lambda text: None)
     levels = boards(entries)
     rows = [row for board in levels for row in board.rows]
     write_json(out / "leaderboard.json", rows)
-    _write(out / "index.html", _index(entries, levels))
+    write_text(out / "index.html", _index(entries, levels))
     for entry in entries:
-        _write(out / "models" / f"{entry.id}.html", _page(entry, levels, say))
+        write_text(out / "models" / f"{entry.id}.html", _page(entry, levels, say))
     _forget(out / "models", {entry.id for entry in entries})
     return rows
 
@@ -101,10 +101,6 @@ def _for_charts(figures: Figures) -> dict[str, Any]:
 def _label(text: str) -> str:
     """A text that a picture shows as it is: no formula, no sign that its font lacks."""
     return text.encode("ascii", "replace").decode().replace("$", r"\$")[:60]
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def _forget(folder: Path, kept: set[str]) -> None:

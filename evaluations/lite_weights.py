@@ -62,5 +62,7 @@ def _block_names(model: nn.Module) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m robust_spectral.evaluations.lite_weights 0|1|2 FILE.safetensors")
     Path(sys.argv[2]).parent.mkdir(parents=True, exist_ok=True)
     save_file(lite_weights(int(sys.argv[1])), sys.argv[2])

@@ -102,7 +102,7 @@ def _checked(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in twins)}")
     weights = folder / "model.safetensors"
     if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
-        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes")
+        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes; train or copy it anew")
     if "spec" in run["config"]:
         check_trust(run["config"]["spec"], folder)
     return run
@@ -194,9 +194,10 @@ def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
 
 def _refuse_another(out: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """See that a run folder is of this very model, as configured."""
+    there = open_run(out)
     with tempfile.TemporaryDirectory() as scratch:
-        same = open_run(out)["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
-    if not same or open_run(out)["config"] != config:
+        same = there["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
+    if not same or there["config"] != config:
         raise ValueError(f"{out}: holds a run of another model or data already; give another --out")
 
 

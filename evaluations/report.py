@@ -15,7 +15,7 @@ from rich.table import Table
 from . import charts
 from .figures import certified_at
 from .pages import NORM_NAMES, interval, number, percent, render, verdict
-from .runs import open_run, read_json, twin_folders, write_atomically, write_json
+from .runs import open_run, read_report, twin_folders, write_json, write_text
 
 Figures = dict[str, Any]
 
@@ -27,13 +27,12 @@ def write_report(folder: Path) -> dict[str, Figures]:
         ValueError: the folder is no run, or was not evaluated.
     """
     folders = twin_folders(folder)
-    models = {name or "model": _read_figures(path) for name, path in folders.items()}
+    models = {name or "model": read_report(path) for name, path in folders.items()}
     _certify_alike(models, {name or "model": path for name, path in folders.items()})
     if list(folders) != [""]:
         write_json(folder / "report.json", {"models": models})
     training = {name or "model": _read_log(path / "training.jsonl") for name, path in folders.items()}
-    page = _render(models, training)
-    write_atomically(folder / "report.html", lambda scratch: scratch.write_text(page))
+    write_text(folder / "report.html", _render(models, training))
     return models
 
 
@@ -87,13 +86,6 @@ def _cell(entry: Figures) -> str:
     if (valid := entry.get("valid", True)) is False:
         return "invalid"
     return f"{percent(entry['accuracy'])} ({interval(entry['ci'])}){', not tested' if valid is None else ''}"
-
-
-def _read_figures(folder: Path) -> Figures:
-    if not (folder / "report.json").is_file():
-        raise ValueError(f"{folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
-    figures: Figures = read_json(folder / "report.json")
-    return figures
 
 
 def _certify_alike(models: dict[str, Figures], folders: dict[str, Path]) -> None:

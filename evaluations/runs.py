@@ -56,8 +56,12 @@ def remove_scratch(folder: Path, older_than: float = 3600.0) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any reader takes: no NaN, no infinity (they become null)."""
-    text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda scratch: scratch.write_text(text))
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whatever the machine's own encoding."""
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -72,6 +76,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report.json of an evaluated run.
+
+    Raises:
+        ValueError: it was not evaluated, or the file is cut short.
+    """
+    if not (folder / "report.json").is_file():
+        raise ValueError(f"{folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
+    report: dict[str, Any] = read_json(folder / "report.json")
+    return report
 
 
 def save_weights(model: nn.Module, path: Path) -> str:
@@ -120,13 +136,21 @@ def open_run(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
     if not (folder / "run.json").is_file():
-        if any((path / "config.json").is_file() for path in (folder, folder / "plain")):  # the first twin
+        if _begun(folder) or _begun(folder / "plain"):  # the first twin
             raise ValueError(
                 f"{folder}: the training was interrupted; go on with the same `robust-spectral finetune … --resume`"
             )
+        if (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: is no run; a model that timm saved is timm/local-dir:{folder}, spectrum: --pretrained")
         raise ValueError(f"{folder}: not a finished run: it has no run.json (make one with `robust-spectral finetune`)")
     run: dict[str, Any] = read_json(folder / "run.json")
     return run
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder has the configuration of a fine-tuning, and not another program's under the same name."""
+    path = folder / "config.json"
+    return path.is_file() and {"model", "data"} <= set(read_json(path))
 
 
 def twin_folders(folder: Path) -> dict[str, Path]:

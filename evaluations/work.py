@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
+from robust_spectral.certify import full_precision
 
 from .attacks import HARNESS, describe, make_attack, predict, run_attack
 from .data import ImageData, data_hash
@@ -124,13 +124,13 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
         return [unit(task, config, start, min(start + block, count)) for start in range(0, count, block)]
 
     ours = {"package": f"robust_spectral {__version__}", "harness": HARNESS}
-    sizes = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
+    by_norm = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
     return Work(
         unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
         blocks("clean", ours, max(plan.samples for plan in plans)),
         [
-            unit("gates", {"norm": norm, "eps": eps, "version": VERSION, **ours}, 0, min(gate_samples, images))
-            for norm, (*_, eps) in ((n, s[: len(s) // 2 + 1]) for n, s in sizes.items())
+            unit("gates", {"norm": norm, "eps": eps[len(eps) // 2], "version": VERSION, **ours}, 0, min(gate_samples, images))
+            for norm, eps in by_norm.items()
         ],
         {
             (plan.attack, plan.norm, eps): blocks(plan.attack, describe(make_attack(plan.attack, plan.norm, eps)), plan.samples)
@@ -150,20 +150,9 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
     images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
     started = time.perf_counter()
     tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}
-    with _full_precision():
+    with full_precision(torch.device(device)):
         record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)
     return record, time.perf_counter() - started, environment(device)["hardware"]
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32: what is certified are logits in float32."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:

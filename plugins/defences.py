@@ -148,9 +148,8 @@ class Miyato(_Parametrised):
         Raises:
             ValueError: a layer's weight is zero, as zero-initialised residual branches are, and so is the norm to divide by.
         """
-        for module in _modules(model, example_input):
+        for module, name in _modules(model, example_input).items():
             if not bool(module.weight.any()):  # type: ignore[operator]
-                name = next(name for name, found in model.named_modules() if found is module)
                 raise ValueError(f"Miyato: the weight of '{name}' is zero, its norm cannot be divided by; train it first")
             parametrizations.spectral_norm(module)
             parametrize.register_parametrization(module, "weight", _Times(self.max_norm))
@@ -324,7 +323,7 @@ def clip_symbols_(layer: LinearLayer, max_norm: float) -> None:
 def _kernel_of(layer: LinearLayer) -> Callable[[Tensor], Tensor]:
     to_kernel = kernel_map(layer, False)
     if to_kernel is None:
-        raise NotImplementedError(f"layer '{layer.name}' ({type(layer.module).__name__}): its kernel is not known")
+        raise NotImplementedError(f"layer '{layer.name}' ({type(layer.module).__name__}): no kernel is known; take fastclip")
     return to_kernel
 
 
@@ -335,9 +334,9 @@ def _grid(layer: LinearLayer, kernel: Tensor) -> list[int]:
     return [max(window, ceil(size / stride)) for window, size, stride in sizes] or [1] * (kernel.ndim - 2)
 
 
-def _modules(model: nn.Module, example_input: Tensor) -> list[nn.Module]:
-    """The modules of the linear layers, each once."""
-    return list({id(layer.module): layer.module for layer in linear_layers(model, example_input)}.values())
+def _modules(model: nn.Module, example_input: Tensor) -> dict[nn.Module, str]:
+    """The modules of the linear layers, each once, with their names."""
+    return {layer.module: layer.name.partition("#")[0] for layer in linear_layers(model, example_input)}
 
 
 class _Times(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from robust_spectral import ClipResult, FastClip
+from robust_spectral.layers import example_for
 
 
 class FastClipCallback(Callback):
@@ -61,8 +62,7 @@ class FastClipCallback(Callback):
         """
         self._refuse_averages_behind(trainer.callbacks)
         model = pl_module if self.module is None else pl_module.get_submodule(self.module)
-        example = _like(next(model.parameters()), self._example(pl_module))
-        self.clipper = FastClip(model, example, self.max_norm, **self.options)
+        self.clipper = FastClip(model, example_for(model, self._example(pl_module)), self.max_norm, **self.options)
         if self._restored is not None:
             self.clipper.load_state_dict(self._restored)
             self._restored = None
@@ -128,11 +128,6 @@ class FastClipCallback(Callback):
                     f"FastClipCallback: {type(callback).__name__} comes after it in the trainer's callbacks, and would put its "
                     "average in the place of weights whose norms are proved; list FastClipCallback last"
                 )
-
-
-def _like(parameter: Tensor, example: Tensor) -> Tensor:
-    """The example where the weights are, and of their type unless it holds indices."""
-    return example.to(parameter) if example.is_floating_point() else example.to(parameter.device)
 
 
 def _that_train(clipper: FastClip, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:

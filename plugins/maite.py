@@ -8,8 +8,7 @@ the numeric type that the logits were computed in, and whether they are logits a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from robust_spectral import LipschitzBound, certified_radius
 from robust_spectral.affine import evaluating
+from robust_spectral.certify import full_precision
 
 
 class ImageClassifier:
@@ -67,7 +67,7 @@ class ImageClassifier:
         if any(image.shape != images[0].shape for image in images):
             shapes = sorted({tuple(image.shape) for image in images})
             raise ValueError(f"ImageClassifier: images of a batch have shapes {shapes}; resize them to one")
-        with evaluating(self.model), torch.no_grad(), _full_precision(self.device):
+        with evaluating(self.model), torch.no_grad(), full_precision(self.device):
             logits: Tensor = self.model(torch.stack(images))
         return list(logits.cpu().numpy())
 
@@ -187,16 +187,3 @@ def _label(index: int, target: ArrayLike, classes: int) -> int:
             "of which one is the largest, as one-hot has it"
         )
     return int(scores.argmax())
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32, which the logits would not show afterwards."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32, matmul.allow_tf32 = False, False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before

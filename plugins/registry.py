@@ -36,7 +36,8 @@ def find(kind: Kind, name: str) -> Any:
     try:
         return points[0].load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{kind} {name!r} of {_package(points[0])}: cannot be imported, {error}") from error
+        entry = f"{kind} {name!r} of {_package(points[0])}"
+        raise ValueError(f"{entry}: cannot be imported, {error}; install what it needs") from error
 
 
 def _package(point: EntryPoint) -> str:

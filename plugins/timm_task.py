@@ -29,6 +29,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from robust_spectral import ClipResult, FastClip
+from robust_spectral.layers import example_for
 
 
 class FastClipTask(ClassificationTask):
@@ -59,7 +60,7 @@ class FastClipTask(ClassificationTask):
         super().__init__(model, criterion, **kwargs)
         if example_input is None:
             example_input = torch.zeros(1, *resolve_model_data_config(model)["input_size"])
-        self._example = example_input.to(next(model.parameters()))
+        self._example = example_for(model, example_input)
         self.max_norm, self._options = max_norm, spectral or {}
         self.clipper = FastClip(model, self._example, max_norm, **self._options)
 
@@ -107,7 +108,8 @@ def main(arguments: list[str]) -> FastClipTask:
     Raises:
         RuntimeError: the script made no ``ClassificationTask``.
     """
-    parser = argparse.ArgumentParser("python -m robust_spectral.plugins.timm_task", description=main.__doc__)
+    what = "Run timm's train.py with the spectral norms of its model's layers held, and write the weights, clipped with proof."
+    parser = argparse.ArgumentParser("python -m robust_spectral.plugins.timm_task", description=what)
     parser.add_argument("--max-norm", type=float, default=1.0, help="spectral norm allowed in every layer")
     parser.add_argument("--composites", default="auto", help="clip a layer with its batch normalisation: auto, always or never")
     parser.add_argument("--image-size", type=int, help="height and width trained on; default timm's for the model")

@@ -60,7 +60,7 @@ class CarliniWagner(_TorchAttack):
 
     def __post_init__(self) -> None:
         if self.norm != "l2":
-            raise ValueError(f"torchattacks-cw: is an attack in l2, not in {self.norm}")
+            raise ValueError(f"torchattacks-cw: is an attack in l2, not in {self.norm}; give norm l2, or another attack")
 
     def _attack(self, model: nn.Module, images: Tensor) -> Any:
         return torchattacks.CW(model, c=self.c, steps=self.steps, lr=self.lr)

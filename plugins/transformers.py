@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from robust_spectral import ClipResult, FastClip
+from robust_spectral.layers import example_for
 
 STATE_NAME = "fastclip.pt"
 
@@ -51,11 +52,11 @@ class FastClipCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Make the clipper, restore it where the run is resumed, and hook the optimizer that accelerate wraps."""
         self._detach()  # from a run that an error ended
-        self.clipper = FastClip(model, _like(next(model.parameters()), self.example_input), self.max_norm, **self.options)
+        self.clipper = FastClip(model, example_for(model, self.example_input), self.max_norm, **self.options)
         if state.global_step:
             _restore(self.clipper, args, state)
         self._steps_before = self.clipper.steps, state.global_step
-        self._handle = self.clipper.attach(_bare(optimizer))
+        self._handle = self.clipper.attach(optimizer)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -89,18 +90,6 @@ class FastClipCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-
-
-def _like(parameter: Tensor, example: Tensor) -> Tensor:
-    """The example where the weights are, and of their type unless it holds indices."""
-    return example.to(parameter) if example.is_floating_point() else example.to(parameter.device)
-
-
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, which takes no hooks itself."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -55,6 +57,19 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
     radius = torch.where(constants > 0, margins / constants, math.inf).amin(1)
     rounded = torch.nextafter(radius * (1 - 1e-14), torch.zeros_like(radius))
     return torch.where(sound, rounded, 0.0)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32, for the pass whose logits are certified: the logits would not show it afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = False, False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _check_precision(logits: Tensor) -> None:

@@ -124,6 +124,12 @@ def spectral_norms(
     return {layer.name: norm for layer, norm in zip(layers, norms, strict=True)}
 
 
+def example_for(model: nn.Module, example: Tensor) -> Tensor:
+    """An example where the model's weights are, and of their type unless it holds indices."""
+    parameter = next(model.parameters())
+    return example.to(parameter) if example.is_floating_point() else example.to(parameter.device)
+
+
 @contextmanager
 def _watching(model: nn.Module, see_linear: Any, see_batchnorm: Any) -> Iterator[None]:
     handles = []

@@ -14,6 +14,7 @@ from reference import norm
 
 from robust_spectral import FastClip, linear_layers, lipschitz_bound
 from robust_spectral.evaluations.attacks import into_ball, size_of
+from robust_spectral.evaluations.charts import robustness
 from robust_spectral.evaluations.command_finetune import _print_rows
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
@@ -355,6 +356,13 @@ def test_certificate_in_linf_needs_the_radius_times_root_d():
     clean = [row(0, "none", 0, True, radius=1.0)]
     attacked = [row(0, "pgd", eps, True) | {"norm": "linf"} for eps in (0.2, 0.3)]
     assert [e["accuracy"] for e in certified(clean, "linf", attacked, 16) if e["eps"] in (0.2, 0.3)] == [1.0, 0.0]
+
+
+def test_a_certified_accuracy_that_is_not_valid_is_not_drawn():
+    entry = {"norm": "l2", "eps": 0.1, "accuracy": 0.5}
+    figures = {"accuracy": {"clean": 0.9}, "robust": [{**entry, "attack": "pgd", "ci": [0.4, 0.6], "valid": True}]}
+    drawn = [robustness({"a": figures | {"certified": c}}, "l2") for c in ([], [entry | {"valid": False}], [entry])]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_percentages_are_rounded_down(capsys):

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from commands import call
 
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.export import to_hub, to_robustbench
 from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.models import load_run
-from robust_spectral.evaluations.runs import read_json, write_json
+from robust_spectral.evaluations.runs import open_run, read_json, write_json
 from robust_spectral.evaluations.work import AttackPlan
 from robust_spectral.plugins import robustbench, robustbench_images
 
@@ -38,6 +39,13 @@ def test_a_hub_folder_gives_the_very_logits_in_plain_timm(run: Path, tmp_path: P
     assert torch.equal(plain(model.normalize(x)), model(x))
     assert timm.data.resolve_model_data_config(plain)["input_size"] == (1, 16, 16)
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_a_folder_that_timm_saved_is_not_taken_for_an_interrupted_run(run: Path, tmp_path: Path) -> None:
+    to_hub(run, tmp_path / "hub")
+    with pytest.raises(ValueError, match="is no run; a model that timm saved is timm/local-dir:"):
+        open_run(tmp_path / "hub")
+    assert call(f"spectrum timm/local-dir:{tmp_path / 'hub'} --pretrained --image-size 16 --in-chans 1") == 0
 
 
 def test_the_configuration_and_the_card_tell_what_is_proved_and_measured(run: Path, tmp_path: Path) -> None:
@@ -107,3 +115,10 @@ def test_figures_that_robustbench_would_not_take_are_refused(change, board, word
     (tmp_path / "about.json").write_text(json.dumps(ABOUT))
     with pytest.raises(ValueError, match=words):
         to_robustbench(tmp_path, tmp_path / "out", board, "Lee2026Held", tmp_path / "about.json")
+
+
+@pytest.mark.parametrize("about, words", [("{", r"about\.json: Expecting"), ("{}", r"about\.json: missing 6 required")])
+def test_what_is_wrong_with_the_file_about_a_run_names_that_file(about: str, words: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text(about)
+    with pytest.raises(ValueError, match=words):
+        to_robustbench(run, tmp_path / "out", "cifar10/L2", "Lee2026Held", tmp_path / "about.json")
