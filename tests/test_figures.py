@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TWINS = [
-    ("README.md", 0, "mnist5k/demo"),
     ("docs/figures.md", 0, "mnist5k/demo"),
     ("docs/figures.md", 1, "photos/demo-pretrained"),
+    ("docs/experiments.md", 0, "fashion-mnist/lite0"),
 ]
 CERTIFIED = {"MNIST": "mnist/maxmin_mlp", "Fashion-MNIST": "fashion-mnist/maxmin_mlp"}
 ATTACKS = {"PGD-40": "pgd", "AutoAttack standard": "autoattack"}

@@ -1,10 +1,10 @@
 """The tables and pictures of the experiments' page, from the figures that grids have left.
 
-    python evaluations/benchmarks/experiments.py --grid runs/fashion-grid
+    python evaluations/benchmarks/experiments.py --grid runs/fashion-grid --finalists runs/fashion-finalists
 
-Takes over the figures of a grid where one is given. Then reads ``evaluations/results/fashion-mnist/grid.json`` (all methods,
+Takes over the figures of the grids that are given. Then reads ``evaluations/results/fashion-mnist/grid.json`` (all methods,
 held-out images) and ``finalists.json`` (those chosen there, test images, several seeds), and writes what stands between the
-marks of ``docs/experiments.md`` and the pictures beside it.
+marks of ``docs/experiments.md`` and of ``README.md``, and the pictures beside the former.
 """
 
 from __future__ import annotations
@@ -18,12 +18,33 @@ from typing import Any
 from robust_spectral.evaluations import pages
 from robust_spectral.evaluations.charts import accuracies
 from robust_spectral.evaluations.frontier import Frontier, frontier_of
-from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
+from robust_spectral.evaluations.runs import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
-RESULTS, PAGE = ROOT / "evaluations" / "results" / "fashion-mnist", ROOT / "docs" / "experiments.md"
+RESULTS, PAGE, README = ROOT / "evaluations" / "results" / "fashion-mnist", ROOT / "docs" / "experiments.md", ROOT / "README.md"
 CHOSEN = "pgd l2 0.5"
 Row = dict[str, Any]
+FAMILIES = {
+    "FastClip, no batch normalisation": ("nobn-fastclip",),
+    "FastClip, frozen or folded statistics": ("tuned-frozen", "tuned-folded"),
+    "FastClip, statistics of the batch": ("bn-gamma", "bn-weight-gamma", "bn-convs-alone", "bn-paper", "tuned-gamma"),
+    "other defences": (
+        "nobn-gouk", "nobn-delattre", "nobn-senderovich", "tuned-folded-miyato",
+        "bn-miyato", "bn-gouk", "bn-delattre", "bn-senderovich",
+    ),
+    "adversarial training": ("nobn-adversarial", "bn-adversarial"),
+    "adversarial training with FastClip": ("nobn-adversarial-fastclip",),
+}  # fmt: skip
+MAIN = {
+    "bn-none": "plain",
+    "bn-convs-alone-1.0": "its convolutions clipped, without their normalisations",
+    "bn-gouk-1.0": "Gouk's projection",
+    "tuned-frozen-2.0": "FastClip on composites, at 2",
+    "tuned-frozen-1.5": "FastClip on composites, at 1.5",
+    "nobn-none-adamw": "no normalisation, plain",
+    "nobn-gouk-1.0": "no normalisation, Gouk's projection",
+    "nobn-fastclip-1.2": "no normalisation, FastClip at 1.2",
+}
 
 
 def group(name: str) -> str:
@@ -47,6 +68,13 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def heading(attack: str) -> str:
+    """What a row calls an attack, for people: PGD L∞ 8/255."""
+    name, norm, eps = attack.split()
+    written = {"pgd": "PGD", "autoattack": "AutoAttack", "l2": "L2", "linf": "L∞"}
+    return f"{written[name]} {written[norm]} {pages.size(float(eps), norm)}"
+
+
 def grid_table(rows: list[Row]) -> str:
     """A line for each run."""
     attacks = list(dict.fromkeys(key for row in rows for key in row["robust"]))
@@ -57,52 +85,79 @@ def grid_table(rows: list[Row]) -> str:
         values = [number(row[key]) for key in ("largest_norm", "lipschitz", "estimate")]
         before = start if group(row["name"]).startswith("tuned") else 0.0
         lines.append([row["name"], *shares, *values, f"{(before + row['seconds']) / plain:.2f}"])
-    return table(["run", "clean", *attacks, "largest norm", "Lipschitz bound", "estimate", "time"], lines)
+    return table(["run", "clean", *map(heading, attacks), "largest norm", "Lipschitz bound", "estimate", "time"], lines)
 
 
-def frontier_table(rows: list[Row]) -> str:
+def frontier_table(rows: list[Row], choice: Frontier) -> str:
     """The best run of each family of methods within each drop from the plain network."""
-    drops = Frontier("bn-none").drops
-    trained = [row for row in rows if row["name"] != "start"]
-    families = {
-        "FastClip, no batch normalisation": [r for r in trained if group(r["name"]) == "nobn-fastclip"],
-        "FastClip, frozen or folded statistics": [r for r in trained if group(r["name"]) in ("tuned-frozen", "tuned-folded")],
-        "FastClip, statistics of the batch": [
-            r for r in trained if group(r["name"]) in ("bn-gamma", "bn-weight-gamma", "bn-convs-alone", "tuned-gamma")
-        ],
-        "other defences": [
-            r for r in trained if r["defence"] in ("miyato", "gouk", "delattre", "senderovich") and r["name"][0] in "nb"
-        ],
-        "adversarial training": [r for r in trained if group(r["name"]) in ("nobn-adversarial", "bn-adversarial")],
-        "adversarial training with FastClip": [r for r in trained if group(r["name"]) == "nobn-adversarial-fastclip"],
-    }  # fmt: skip
-    plain = next(row for row in rows if row["name"] == "bn-none")
+    plain = next(row for row in rows if row["name"] == choice.plain)
     lines = []
-    for name, members in families.items():
-        best = frontier_of([{**plain, "robust": {}}, *members], Frontier("bn-none", drops=drops))
-        lines.append([name, *(f"{percent(b['robust'])} ({b['name']})" if b["name"] else "–" for b in best)])
-    return table(["", *(f"−{drop:g}" for drop in drops)], lines)
+    for family, groups in FAMILIES.items():
+        members = [row for row in rows if group(row["name"]) in groups]
+        best = frontier_of([{**plain, "robust": {}}, *members], choice)
+        if members:
+            lines.append([family, *(f"{percent(b['robust'])} ({b['name']})" if b["name"] else "–" for b in best)])
+    return table([f"below {choice.plain}, {percent(plain['clean'])}", *(f"−{drop:g}" for drop in choice.drops)], lines)
+
+
+def without_batchnorm(rows: list[Row]) -> list[Row]:
+    """Those that have none left when they are used."""
+    return [row for row in rows if group(row["name"]).startswith(("nobn", "tuned-folded"))]
+
+
+def seedless(name: str) -> str:
+    """The name that the seeds of a run share."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """One row for all seeds of a run: mean accuracies, None where one of them is not valid."""
+    together: dict[str, list[Row]] = {}
+    for row in rows:
+        together.setdefault(seedless(row["name"]), []).append(row)
+    return [
+        {"name": name, "clean": mean(row["clean"] for row in seeds),
+         "robust": {key: middle([row["robust"].get(key) for row in seeds]) for key in seeds[0]["robust"]}}
+        for name, seeds in together.items()
+    ]  # fmt: skip
+
+
+def middle(shares: list[float | None]) -> float | None:
+    """The mean, if all are known."""
+    known = [share for share in shares if share is not None]
+    return mean(known) if len(known) == len(shares) else None
 
 
 def finalists_table(rows: list[Row]) -> str:
-    """Means over seeds, with the smallest and the largest."""
-    names = list(dict.fromkeys(re.sub(r"-seed\d+$", "", row["name"]) for row in rows))
+    """Means over seeds, with the smallest and the largest; bounds and norms are the largest of any seed."""
     attacks = list(dict.fromkeys(key for row in rows for key in row["robust"]))
     lines = []
-    for name in names:
-        seeds = [row for row in rows if re.sub(r"-seed\d+$", "", row["name"]) == name]
+    for name in dict.fromkeys(seedless(row["name"]) for row in rows):
+        seeds = [row for row in rows if seedless(row["name"]) == name]
         cells = [[row["clean"] for row in seeds], *([row["robust"].get(key) for row in seeds] for key in attacks)]
-        lines.append([name, str(len(seeds)), *map(spread, cells)])
-    return table(["run", "seeds", "clean", *attacks], lines)
+        worst = [number(max((row[key] for row in seeds), default=None)) for key in ("largest_norm", "lipschitz")]
+        lines.append([name, str(len(seeds)), *map(spread, cells), *worst])
+    return table(["run", "seeds", "clean", *map(heading, attacks), "largest norm", "Lipschitz bound"], lines)
+
+
+def main_table(rows: list[Row]) -> str:
+    """What the README shows of them."""
+    together = {row["name"]: row for row in over_seeds(rows)}
+    shown = [(label, together[name]) for name, label in MAIN.items() if name in together]
+    bounds = {name: max(row["lipschitz"] for row in rows if seedless(row["name"]) == name) for name in together}
+    columns = {"PGD-40": CHOSEN, "AutoAttack": "autoattack l2 0.5"}
+    lines = [
+        [label, percent(row["clean"]), *(percent(row["robust"][key]) for key in columns.values()), number(bounds[row["name"]])]
+        for label, row in shown
+    ]
+    return table(["", "clean", *columns, "Lipschitz bound"], lines)
 
 
 def spread(shares: list[float | None]) -> str:
     """Mean, and between which values."""
     known = [share for share in shares if share is not None]
-    if len(known) < len(shares):
-        return "–"
     between = f" ({percent(min(known))}–{percent(max(known))})" if len(known) > 1 else ""
-    return percent(mean(known)) + between
+    return percent(middle(shares)) + (between if len(known) == len(shares) else "")
 
 
 def pictures(rows: list[Row]) -> dict[str, str]:
@@ -123,19 +178,41 @@ def pictures(rows: list[Row]) -> dict[str, str]:
 def page(text: str) -> tuple[str, dict[str, str]]:
     """The page with its tables made anew, and the pictures by file name."""
     rows = read_json(RESULTS / "grid.json")["rows"]
-    made = {"grid": grid_table(rows), "frontier": frontier_table(rows)}
-    if (RESULTS / "finalists.json").is_file():
-        made["finalists"] = finalists_table(read_json(RESULTS / "finalists.json")["rows"])
-    for name, found in made.items():
+    once, twice = ([row for row in rows if row["name"].endswith("-12ep") == long] for long in (False, True))
+    found = {
+        "grid": grid_table(rows),
+        "frontier": frontier_table(once, Frontier("bn-none")),
+        "frontier-nobn": frontier_table(without_batchnorm(once), Frontier("nobn-none-adamw")),
+        "frontier-twice": frontier_table(twice, Frontier("bn-none-12ep")),
+    }
+    finalists = read_json(RESULTS / "finalists.json")["rows"]
+    found["finalists"] = finalists_table(finalists)
+    for mark, plain, kept in (("", "bn-none", list), ("-nobn", "nobn-none-adamw", without_batchnorm)):
+        found[f"finalists-frontier{mark}"] = frontier_table(kept(over_seeds(finalists)), Frontier(plain, attack="autoattack"))
+    return filled(text, found), pictures(rows)
+
+
+def readme(text: str) -> str:
+    """The README with its table made anew."""
+    return filled(text, {"main table": main_table(read_json(RESULTS / "finalists.json")["rows"])})
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """The text with each table between its marks.
+
+    Raises:
+        ValueError: the marks are not there, or twice.
+    """
+    for name, found in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, found=found: f"{match[1]}{found}\n{match[2]}", text)
         if count != 1:
-            raise ValueError(f"{PAGE}: expected the marks <!-- {name} --> and <!-- end --> once")
-    return text, pictures(rows)
+            raise ValueError(f"expected the marks <!-- {name} --> and <!-- end --> once")
+    return text
 
 
 def main() -> None:
-    """Write the page's tables and pictures."""
+    """Write the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", type=Path, help="the folder of a grid whose figures are to be taken over")
     parser.add_argument("--finalists", type=Path, help="the same for the grid of those chosen")
@@ -143,10 +220,13 @@ def main() -> None:
     for name in ("grid", "finalists"):
         if folder := getattr(options, name):
             write_json(RESULTS / f"{name}.json", read_json(folder / "grid.json"))
+    for report in options.finalists.glob("*/report.json") if options.finalists else ():
+        write_json(RESULTS / "finalists" / report.parent.name / "report.json", read_json(report))
     text, drawn = page(PAGE.read_text())
-    write_atomically(PAGE, lambda scratch: scratch.write_text(text))
+    write_text(PAGE, text)
+    write_text(README, readme(README.read_text()))
     for name, picture in drawn.items():
-        write_atomically(PAGE.with_name(name), lambda scratch, picture=picture: scratch.write_text(picture))
+        write_text(PAGE.with_name(name), picture)
 
 
 if __name__ == "__main__":
