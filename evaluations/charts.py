@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -44,8 +45,9 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
 
 def _name_near_sizes(axes: Axes) -> None:
     """Where sizes are too near for powers of ten, name those that were attacked."""
-    sizes = sorted({float(x) for line in axes.lines for x in line.get_xdata() if line.get_marker() not in ("None", "")})
-    if sizes and sizes[-1] < 30 * sizes[0]:
+    marked = [np.asarray(line.get_xdata(), dtype=float) for line in axes.lines if line.get_marker() not in ("None", "")]
+    sizes = np.unique(np.concatenate(marked)) if marked else np.zeros(0)
+    if len(sizes) and sizes[-1] < 30 * sizes[0]:
         axes.minorticks_off()
         axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,6 +109,7 @@ def _print_interrupted() -> None:
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 2."""
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # of torch, on a file that is refused in a line of its own
     try:
         app()
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .config import numbers
 from .terminal import console, errors
 
 
@@ -28,7 +29,7 @@ def evaluate(
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
     data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width, as for finetune.")] = None,
     out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make of it.")] = None,
     defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
     attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
@@ -63,8 +64,8 @@ def evaluate(
     plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
     who, share = make_engine(engine, workers, address), _share(shard)
     check_options(plans, device, block, gate_samples, share)
-    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": _numbers("mean", mean),
-               "std": _numbers("std", std)}  # fmt: skip
+    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
+               "std": numbers("std", std)}  # fmt: skip
     folder = _folder_to_evaluate(run, model, adopted, defence)
     says = errors if as_json else console
     with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
@@ -100,14 +101,6 @@ def _folder_to_evaluate(run: Path | None, model: str | None, adopted: dict[str, 
             f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
         )
     return adopt(model, defence=defence, **adopted)
-
-
-def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    """ "0.5,0.4" as numbers."""
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--{name} {text}: expected a number, or one for each channel, as in 0.49,0.48,0.45") from error
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from .config import FinetuneConfig
 from .pages import percent
@@ -36,7 +37,10 @@ def finetune(
             callback=_take_recipe, is_eager=True, help=f"Options from a TOML file, or of a name: {', '.join(recipe_names())}."
         ),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Resize images to this height and width; default as they are, 224 for folder:, torch/ and hfds/."),
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Start from timm's published weights.")] = False,
     pretrained_path: Annotated[
         str | None, typer.Option(help="Start from this file of pretrained weights; timm adapts head and first convolution.")
@@ -44,6 +48,10 @@ def finetune(
     initial_checkpoint: Annotated[
         str | None, typer.Option("--initial-checkpoint", "--checkpoint", help="Start from this checkpoint of the same model.")
     ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What it was trained with, as 0.49,0.48,0.45, or 0 for plain pixels; default timm's.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Images in a step, over all processes.")] = 64,
     opt: Annotated[str, typer.Option(help="timm's optimizer name.")] = "adamw",
@@ -90,14 +98,17 @@ def finetune(
 
     A --recipe stands for options; those given beside it count.
 
+    It shows the loss, the accuracy (acc) of a training batch, and the largest norm: of a layer with the batch normalisation
+    behind it, where both are held together.
+
     On several GPUs: torchrun --nproc-per-node 2 -m robust_spectral.evaluations finetune …; each takes its share of every batch.
     """
+    options = {field.name: context.params[field.name] for field in fields(FinetuneConfig)}
+    config = FinetuneConfig(**options | {"max_norm": None if max_norm == math.inf else max_norm})  # before what takes long
     from .finetune import finetune as run
     from .ranks import ranks
     from .twins import finetune_twins
 
-    options = {field.name: context.params[field.name] for field in fields(FinetuneConfig)}
-    config = FinetuneConfig(**options | {"max_norm": None if max_norm == math.inf else max_norm})
     if twin:
         plain = replace(
             config, max_norm=None, lipschitz_target=None, logit_scale=1.0, objective="accuracy", margin_eps=0.0, lift=False
@@ -114,7 +125,9 @@ def finetune(
 
 
 def grid(
-    file: Annotated[Path, typer.Argument(help="TOML: [finetune] options of all runs, [[runs]], [[evaluate]], [frontier].")],
+    file: Annotated[
+        Path, typer.Argument(help=escape("TOML: [finetune] options of all runs, [[runs]], [[evaluate]], [frontier]."))
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing; show what is done.")] = False,
@@ -142,7 +155,8 @@ def grid(
 
 def _print_rows(found: dict[str, Any]) -> None:
     columns = list(dict.fromkeys(key for row in found["rows"] for key in row["robust"]))
-    table = Table("run", "clean", *columns, "largest norm", "seconds", title=f"{found['done']} of {found['runs']} runs done")
+    headers = [Column("run", overflow="fold"), "clean", *columns, "largest norm", "seconds"]
+    table = Table(*headers, title=f"{found['done']} of {found['runs']} runs done")
     for row in found["rows"]:
         doubtful = "invalid" if row["gates_fail"] else "not tested"
         cells = [row["clean"], *(row["robust"].get(key, "–") for key in columns)]

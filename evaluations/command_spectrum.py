@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from robust_spectral import LinearLayer, LipschitzBound, linear_layers, lipschitz_bound, spectral_norm, top_singular
 
+from .config import numbers
 from .terminal import console, errors
 
 _IMAGE_SIZE, _CHANNELS = 224, 3
@@ -27,6 +29,10 @@ def spectrum(
     num_classes: Annotated[int | None, typer.Option(help="Classes; the model's own, or the run's.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A local checkpoint of the model.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
     failure_probability: Annotated[float, typer.Option(help="Of each upper bound; 0 for deterministic ones only.")] = 1e-9,
     composites: Annotated[bool, typer.Option(help="Take a layer with the batch normalisation behind it.")] = True,
     top: Annotated[int, typer.Option(help="Also estimate so many of each layer's largest singular values.")] = 0,
@@ -35,17 +41,17 @@ def spectrum(
 ) -> None:
     """Spectral norm of every linear layer of a model, as proved intervals, and the network's Lipschitz bound."""
     given = {"image_size": image_size, "in_chans": in_chans, "num_classes": num_classes, "checkpoint": checkpoint,
-             "pretrained": pretrained or None}  # fmt: skip
+             "pretrained": pretrained or None, "mean": numbers("mean", mean), "std": numbers("std", std)}  # fmt: skip
     if wrong := [f"{name}={value}" for name, value in given.items() if isinstance(value, int) and value < 1]:
         raise ValueError(f"spectrum({', '.join(wrong)}): must be positive")
     if top < 0:
         raise ValueError(f"spectrum(top={top}): must not be negative")
     net, example = _network(model, given)
     layers: list[Row] = []
-    for layer in linear_layers(net, example):
-        layers.append(_row(layer, failure_probability, composites, top))
-        if not as_json:
-            errors.print(f"[dim]{layer.name}[/dim]", end="\r")
+    with errors.status("") as status:  # which a file or a pipe does not get
+        for layer in linear_layers(net, example):
+            status.update(Text(layer.name))
+            layers.append(_row(layer, failure_probability, composites, top))
     if plot is not None:
         from .charts import layer_spectra
 
@@ -60,7 +66,7 @@ def spectrum(
 
 def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """The model, and an image of the size that it takes; ``given`` are the options for a timm model, None where left out."""
-    from robust_spectral.plugins.timm import load
+    from robust_spectral.plugins.timm import load, load_weights
 
     from .models import load_model, logits_of
 
@@ -71,7 +77,10 @@ def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
         net, run = load_model(folder)
         return net.eval(), torch.zeros(1, run["channels"], run["image_size"], run["image_size"])
     channels, size = given["in_chans"] or _CHANNELS, given["image_size"] or _IMAGE_SIZE
-    net = load(name, bool(given["pretrained"]), given["checkpoint"], num_classes=given["num_classes"], in_chans=channels)
+    net = load(name, bool(given["pretrained"]), num_classes=given["num_classes"], in_chans=channels, mean=given["mean"],
+               std=given["std"])  # fmt: skip
+    if given["checkpoint"] is not None:
+        load_weights(net.model, given["checkpoint"], "give the --num-classes and --in-chans that it has")
     example = torch.zeros(1, channels, size, size)
     logits_of(net, example, model)
     return net, example
@@ -92,8 +101,8 @@ def _told(bound: LipschitzBound) -> Row:
 
 def _print(model: str, layers: list[Row], bound: LipschitzBound) -> None:
     top = any(row["top"] for row in layers)
-    columns = ["layer", "kind", "input", "lower", "upper", "proved by", *(["estimates"] if top else [])]
-    table = Table(*columns, title=f"{model}: spectral norms")
+    columns = ["kind", "input", "lower", "upper", "proved by", *(["estimates"] if top else [])]
+    table = Table(Column("layer", overflow="fold"), *columns, title=f"{model}: spectral norms")
     for row in layers:
         estimates = [" ".join(f"{value:.4g}" for value in row["top"])] if top else []
         table.add_row(row["name"], row["kind"], row["in_shape"], f"{row['lower']:.5g}", f"{row['upper']:.5g}", row["method"],

@@ -15,6 +15,18 @@ from robust_spectral.plugins.registry import find
 MOVES: dict[str, type[Move]] = {"weight": MoveWeight, "gamma": MoveGamma, "weight+gamma": MoveWeightAndGamma}
 
 
+def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """ "0.5,0.4", as given to the option of a name, as numbers.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: expected a number, or one for each channel, as in 0.49,0.48,0.45") from error
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Everything a fine-tuning run depends on; stored in its run.json."""
@@ -25,6 +37,8 @@ class FinetuneConfig:
     pretrained: bool = False
     pretrained_path: str | None = None
     initial_checkpoint: str | None = None
+    mean: str | None = None
+    std: str | None = None
     epochs: int = 3
     batch_size: int = 64
     opt: str = "adamw"
@@ -58,7 +72,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm={self.max_norm}: must be positive (leave it out, or inf, for no clipping)")
+            raise ValueError(f"max_norm={self.max_norm}: must be positive; inf for no clipping")
+        numbers("mean", self.mean), numbers("std", self.std)
         find("defence", self.defence)
         if self.lipschitz_target is not None and not self.fastclip:
             raise ValueError(f"lipschitz_target={self.lipschitz_target}: of fastclip only, not of defence={self.defence!r}")
@@ -95,6 +110,11 @@ class FinetuneConfig:
         """Whether a configuration that was stored, perhaps before some option was there, asks for the same on any device."""
         given = {field.name: field.default for field in fields(self)} | stored
         return given | {"device": self.device} == json.loads(json.dumps(asdict(self)))
+
+    @property
+    def standardisation(self) -> dict[str, Any]:
+        """Mean and std that the model was trained with, None for timm's own."""
+        return {"mean": numbers("mean", self.mean), "std": numbers("std", self.std)}
 
     @property
     def clips(self) -> bool:

@@ -39,6 +39,7 @@ class ImageData:
     classes: int
     channels: int
     image_size: int
+    came: str | None = None  # height and width before resizing, as 28x28, where known
 
     def example(self) -> Tensor:
         """One image as a batch, (1, channels, height, width)."""
@@ -83,7 +84,7 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
         classes = int(max(train_labels.max(), test_labels.max())) + 1
         return ImageData(
             name, TensorDataset(train, _labels(train_labels)), TensorDataset(test, _labels(test_labels)),
-            classes, test.shape[1], test.shape[-1],
+            classes, test.shape[1], test.shape[-1], "{}x{}".format(*test_images.shape[1:3]),
         )  # fmt: skip
     if name.startswith(("folder:", "torch/", *_READERS)):
         return _timm_data(name, image_size or 224)
@@ -211,6 +212,7 @@ def _timm_data(name: str, image_size: int) -> ImageData:
     for split, training in (("train", True), ("validation", False)):
         try:
             dataset = create_dataset(source, root=root, split=split, is_training=training)
+            width, height = dataset[0][0].size
         except Exception as error:
             raise ValueError(f"data {name!r}: cannot be read: {type(error).__name__}: {error}") from error
         dataset.transform = Compose([_coloured, create_transform(**pixels, is_training=training, no_aug=not training)])
@@ -221,7 +223,7 @@ def _timm_data(name: str, image_size: int) -> ImageData:
     classes = getattr(getattr(train, "reader", train), "class_to_idx", None)
     if not classes:
         raise ValueError(f"data {name!r}: has no names of classes; put it into folders, one a class, and give folder:PATH")
-    return ImageData(name, train, test, len(classes), 3, image_size)
+    return ImageData(name, train, test, len(classes), 3, image_size, f"{height}x{width}")
 
 
 def _coloured(image: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .pages import portable
-from .runs import read_json
+from .runs import begun, open_run, read_json
 
 Figures = dict[str, Any]
 NOT_FAILED = ("pass", "flag", "skip")
@@ -42,7 +42,8 @@ def read_entries(root: Path, say: Callable[[str], None]) -> list[Entry]:
         say: Told, one line each, which runs were left out and why.
     """
     found = []
-    for folder in sorted({path.parent for name in ("run.json", "report.json") for path in root.rglob(name)}):
+    marks = ("run.json", "report.json", "config.json")
+    for folder in sorted({path.parent for name in marks for path in root.rglob(name)}):
         for run, report in _reports(folder, "" if folder == root else folder.relative_to(root).as_posix(), say):
             try:
                 found.append((run or root.resolve().name, root / run, completed(report)))
@@ -86,7 +87,9 @@ def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tup
     """The report of a folder; those nested in it for twins that have no folder with a report of their own."""
     try:
         if not (folder / "report.json").is_file():
-            if not read_json(folder / "run.json").get("twins"):
+            if not (folder / "run.json").is_file() and not begun(folder):
+                return  # another program's config.json
+            if not open_run(folder).get("twins"):
                 say(f"{folder}: left out: not evaluated; run `robust-spectral evaluate` on it")
             return
         report = read_json(folder / "report.json")
@@ -94,7 +97,7 @@ def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tup
             if not name or not (folder / Path(name).name / "report.json").is_file():
                 yield "/".join(filter(None, (run, Path(name).name))), nested
     except MALFORMED as error:
-        say(f"{folder}: left out: {_told(error)}")
+        say(f"{folder}: left out: {_told(error).removeprefix(f'{folder}: ')}")
 
 
 def _accuracy(entry: Figures) -> Figures:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -26,7 +27,7 @@ from robust_spectral import LipschitzBound, certified_radius
 
 from .engine import Engine, in_this_process, run_units
 from .figures import figures
-from .pages import percent
+from .pages import not_tested, percent
 from .records import FOLDER, Record, Unit, read_record, refuse_foreign, seconds_of
 from .runs import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, plan_work
@@ -174,7 +175,9 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
     made = figures(subject.run, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
     _write_figures(folder, work, made, lipschitz.told["parameters"])
     _keep_examples(folder, subject, work)
-    _say_gates(made["gates"], say)
+    seen = max(unit.stop for unit in work.gates)
+    known = f", {int((predicted == labels)[:seen].sum())} classified correctly" if seen <= len(labels) else ""
+    _say_gates(made["gates"], f"{seen} gate images{known}", say)
 
 
 def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[dict[str, Any]], Errors]:
@@ -206,12 +209,12 @@ def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: i
     write_json(folder / "report.json", made | cost | {"parameters": parameters})
 
 
-def _say_gates(gates: list[dict[str, Any]], say: Say) -> None:
+def _say_gates(gates: list[dict[str, Any]], images: str, say: Say) -> None:
     for gate in gates:
         if gate["status"] == "fail":
             say(f"gate failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
-        elif gate["status"] == "skip":
-            say(f"gate not tested: {gate['name']}: {gate['detail']}; give more --gate-samples")
+    if untested := not_tested(gates):
+        say(f"{images}: {untested}")
 
 
 def _mean(flags: Tensor) -> float:
@@ -253,7 +256,9 @@ def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: Lipsch
         labels: (n,).
         bound: The network's.
     """
-    single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "certified_radius: rounding")  # float64 is what is done about it
+        single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
     kept = double > 0
     if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
         return single, torch.float32

@@ -35,8 +35,9 @@ from robust_spectral.plugins.timm import PixelModel
 from .config import MOVES, FinetuneConfig
 from .data import ImageData, check_pixels, data_hash, load_data, stack
 from .lifting import Lift
-from .models import create_model
+from .models import create_model, input_in_words
 from .objectives import CertifiedCrossEntropy, CrossEntropy
+from .pages import percent
 from .ranks import Ranks, Shares, ranks
 from .runs import (
     all_finite,
@@ -52,6 +53,7 @@ from .runs import (
 from .terminal import errors
 
 _MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
+_SHOWN = 200  # test images of the accuracy that is shown at the end
 _STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
 
 
@@ -81,6 +83,8 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     model = create_model(config, data).to(device)
     if not all_finite(model.state_dict()):
         raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
+    if among.first:
+        errors.print(input_in_words(model, data), highlight=False, markup=False, soft_wrap=True)
     training = _Training(config, data, model, out, among)
     if resume and (out / "state.pt").is_file():
         training.restore()
@@ -229,6 +233,8 @@ class _Training:
         if self.among.first:
             self._write(trained, after)
         self.among.told_by_first(lambda: None)  # it is all there before any process goes on
+        if self.among.first:
+            self._show_accuracy(trained)
 
     def _write(self, trained: PixelModel, layers: list[dict[str, Any]]) -> None:
         """The files of the complete run."""
@@ -243,6 +249,13 @@ class _Training:
             "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(self.device),
         })  # fmt: skip
         (self.out / "state.pt").unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _show_accuracy(self, trained: PixelModel) -> None:
+        images, labels = self.data.test_images(_SHOWN)
+        guesses = torch.cat([trained(part.to(self.device)).argmax(1).cpu() for part in images.split(self.config.batch_size)])
+        told = percent(float((guesses == labels).double().mean()))
+        errors.print(f"clean accuracy {told} % on the first {len(labels)} test images", highlight=False)
 
     @property
     def defence(self) -> str:

@@ -29,7 +29,7 @@ from .evaluate import check_options, evaluate
 from .finetune import finetune
 from .frontier import Frontier, frontier_of, row_of
 from .recipes import config_of, read_toml
-from .runs import read_json, write_json
+from .runs import make_folder, read_json, write_json
 from .work import CHECKS, AttackPlan, sizes
 
 Say = Callable[[str], None]
@@ -160,7 +160,7 @@ def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
     """Whether no other process is at a run; the lock ends with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_spectral import FastClip, fold_batchnorms_
-from robust_spectral.plugins.timm import PixelModel, load, load_weights
+from robust_spectral.plugins.timm import PixelModel, load, load_weights, unreadable
 from robust_spectral.plugins.timm_blocks import average_residuals_, small_stem_
 
 from .config import FinetuneConfig
@@ -35,16 +35,31 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     torch.manual_seed(config.seed)
     pretrained = config.pretrained or config.pretrained_path is not None
     try:
-        model = load(
-            config.model, pretrained, config.initial_checkpoint, num_classes=data.classes, in_chans=data.channels, **overlay
-        )
+        model = load(config.model, pretrained, num_classes=data.classes, in_chans=data.channels,
+                     **config.standardisation, **overlay)  # fmt: skip
     except Exception as error:
         if not config.pretrained_path or isinstance(error, ValueError):
             raise
-        raise ValueError(f"pretrained_path={config.pretrained_path!r}: not readable as weights: {error}") from error
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: {unreadable(error)}") from error
+    if config.initial_checkpoint is not None:
+        advice = "a head of other classes and another first convolution are adapted with --pretrained-path"
+        load_weights(model.model, config.initial_checkpoint, advice)
     rebuilt = _rebuilt(model, config, data.example())
     logits_of(rebuilt, data.example(), config.model)
     return rebuilt
+
+
+def input_in_words(model: PixelModel, data: ImageData) -> str:
+    """Size of the images that a model is given, and what they are standardised with."""
+    size = f"{data.image_size}x{data.image_size}"
+    resized = f" ({data.came} -> {size})" if data.came not in (None, size) else ""
+    mean, std = (_each_or_one(given) for given in (model.normalize.mean, model.normalize.std))
+    return f"images {data.channels}x{size}{resized}, standardised with mean {mean}, std {std}"
+
+
+def _each_or_one(given: Tensor) -> str:
+    values = [f"{value:.4g}" for value in given.flatten().tolist()]
+    return ",".join(values if len(set(values)) > 1 else values[:1])
 
 
 def logits_of(model: nn.Module, images: Tensor, name: str) -> Any:
@@ -117,7 +132,8 @@ def _restored(folder: Path, run: dict[str, Any], example: Tensor) -> nn.Module:
     else:
         known = {field.name for field in fields(FinetuneConfig)}
         config = FinetuneConfig(**{key: value for key, value in given.items() if key in known})
-        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"]), config, example)
+        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"],
+                              **config.standardisation), config, example)  # fmt: skip
     load_weights(weighted(model), folder / "model.safetensors")
     return model
 

@@ -44,6 +44,12 @@ def verdict(status: str) -> str:
     return VERDICTS.get(status, "✗ FAIL")
 
 
+def not_tested(gates: list[dict[str, Any]]) -> str:
+    """One line for all checks that were not made; nothing where there are none."""
+    names = [gate["name"] for gate in gates if gate["status"] == "skip"]
+    return f"{len(names)} gates not tested ({', '.join(names)}); give more --gate-samples" if names else ""
+
+
 def size(eps: float, norm: str) -> str:
     """The size of a perturbation; in the largest-change norm as a fraction of 255 where it is one."""
     levels = eps * 255

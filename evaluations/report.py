@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import charts
 from .figures import certified_at
-from .pages import NORM_NAMES, interval, number, percent, render, verdict
+from .pages import NORM_NAMES, interval, not_tested, number, percent, render, verdict
 from .runs import open_run, read_report, twin_folders, write_json, write_text
 
 Figures = dict[str, Any]
@@ -54,8 +54,10 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
         )  # fmt: skip
         noted = [gate for gate in figures["gates"] if gate["status"] != "pass"]
         console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
-        for gate in noted:
-            colour = {"flag": "yellow", "skip": "yellow"}.get(gate["status"], "bold red")
+        if untested := not_tested(noted):
+            console.print(f"  [yellow]{escape(untested)}[/yellow]", highlight=False)
+        for gate in (gate for gate in noted if gate["status"] != "skip"):
+            colour = "yellow" if gate["status"] == "flag" else "bold red"
             console.print(
                 f"  [{colour}]{verdict(gate['status'])}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}",
                 highlight=False,

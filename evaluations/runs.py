@@ -30,8 +30,12 @@ PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts.
+
+    Raises:
+        ValueError: its folder cannot be made.
+    """
+    make_folder(path.parent)
     scratch = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         write(scratch)
@@ -45,6 +49,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those it lies in, where they are not there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written, give another --out ({error.strerror})") from error
 
 
 def remove_scratch(folder: Path, older_than: float = 3600.0) -> None:
@@ -136,7 +152,7 @@ def open_run(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
     if not (folder / "run.json").is_file():
-        if _begun(folder) or _begun(folder / "plain"):  # the first twin
+        if begun(folder) or begun(folder / "plain"):  # the first twin
             raise ValueError(
                 f"{folder}: the training was interrupted; go on with the same `robust-spectral finetune … --resume`"
             )
@@ -147,7 +163,7 @@ def open_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _begun(folder: Path) -> bool:
+def begun(folder: Path) -> bool:
     """Whether a folder has the configuration of a fine-tuning, and not another program's under the same name."""
     path = folder / "config.json"
     return path.is_file() and {"model", "data"} <= set(read_json(path))

@@ -13,7 +13,7 @@ from typing import Any
 from .standings import Board, Row, displayable
 
 WIDTH, HEIGHT = 460.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 406.0, 12.0, 252.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 406.0, 12.0, 252.0
 ENDLESS = 434.0  # where the models without a finite bound stand
 SHAPES = (
     "M-6,0A6,6 0 1 0 6,0A6,6 0 1 0 -6,0Z", "M-5.5,-5.5H5.5V5.5H-5.5Z", "M0,-7L6.5,5H-6.5Z", "M0,-7.5L6.5,0L0,7.5L-6.5,0Z",

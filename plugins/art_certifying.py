@@ -44,7 +44,8 @@ class LipschitzClassifier(PyTorchClassifier):
                 np.max((np.abs([low, high]).max() + np.abs(mean)) / np.abs(std))
             )
             errors = {dtype: 4 * torch.finfo(dtype).eps * size for dtype in (torch.float32, torch.float64)}
-        bound = lipschitz_bound(self.model, example_of(self), failure_probability, box)
+        example = example_of(self) if box is None else example_of(self).clamp(*box)
+        bound = lipschitz_bound(self.model, example, failure_probability, box)
         return bound.behind(gain, errors)
 
     def lipschitz_estimate(self, x: np.ndarray) -> float:

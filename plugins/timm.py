@@ -133,18 +133,18 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None, channels: 
     return both[0], both[1]
 
 
-def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
-    """Load a local checkpoint into a timm model, every key and shape accounted for.
+def load_weights(model: nn.Module, checkpoint: str | Path, advice: str = "") -> None:
+    """Load a local checkpoint into a timm model, every key and shape accounted for; ``advice`` is for where they do not fit.
 
     Raises:
-        ValueError: the file is missing or its tensors do not fit.
+        ValueError: the file is missing, is damaged, holds more than tensors, or these do not fit.
     """
     if not Path(checkpoint).is_file():
-        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): no such file")
+        raise ValueError(f"checkpoint {str(checkpoint)!r}: no such file")
     try:
         found = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): not readable as a checkpoint: {error}") from error
+        raise ValueError(f"checkpoint {str(checkpoint)!r}: {unreadable(error)}") from error
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in wanted]
@@ -155,8 +155,20 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"load(checkpoint={str(checkpoint)!r}): does not fit the model: {'; '.join(problems[:5])}{more}")
+        told = f"{'; '.join(problems[:5])}{more}{'; ' if advice else ''}{advice}"
+        raise ValueError(f"checkpoint {str(checkpoint)!r}: does not fit the model: {told}")
     model.load_state_dict(found, strict=True)
+
+
+def unreadable(error: Exception) -> str:
+    """What an error of reading weights comes to, without torch's advice to trust the file."""
+    if isinstance(error, PermissionError):
+        return str(error)
+    if "loading state_dict" in str(error):
+        return f"does not fit the model: {' '.join(str(error).split())}"
+    if isinstance(error, AttributeError) or "weights_only" in str(error):
+        return "holds more than tensors; save model.state_dict()"
+    return "not readable as a checkpoint, it is damaged or cut off"
 
 
 rule(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .caller import warn
 from .lipschitz import LipschitzBound
 
 
@@ -20,7 +21,9 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
     class over its constant, rounded down.
 
     Where the bound knows how far logits of this dtype are from those in real arithmetic, the radius holds for forward passes in
-    this dtype of inputs in the bound's box; otherwise for the network in real arithmetic, at the logits as given.
+    this dtype of inputs in the bound's box; otherwise for the network in real arithmetic, at the logits as given. Rounding in
+    float32 may exceed every margin, as it does behind GroupNorm or LayerNorm and, as it is not known, on a GPU: there is a
+    warning where for that alone all radii are 0, and those of the logits of ``model.double()`` may not be.
 
     Args:
         logits: Scores before any softmax, (batch, classes), in the dtype that they were computed in: float32 or float64.
@@ -52,8 +55,11 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
     if bound.pairs is not None and bound.pairs.shape == (scores.shape[1],) * 2:
         constants = torch.minimum(constants, bound.pairs.to(scores)[labels.long()])
     error = 2 * math.sqrt(2) * bound.errors.get(logits.dtype, 0.0) * (1 + 1e-14)  # of a difference, here and at the other input
+    right = torch.isfinite(scores).all(1) & (margins > 0).all(1) & math.isfinite(bound.value)
     margins = torch.where(margins > 0, margins - error, margins)
-    sound = torch.isfinite(scores).all(1) & (margins > 0).all(1) & math.isfinite(bound.value)
+    sound = right & (margins > 0).all(1)
+    if bool(right.any()) and not bool(sound.any()):
+        _warn_of_rounding(logits.dtype, error, bound)
     radius = torch.where(constants > 0, margins / constants, math.inf).amin(1)
     rounded = torch.nextafter(radius * (1 - 1e-14), torch.zeros_like(radius))
     return torch.where(sound, rounded, 0.0)
@@ -70,6 +76,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def _warn_of_rounding(dtype: torch.dtype, error: float, bound: LipschitzBound) -> None:
+    """Say what off all margins left nothing of them, and what to do."""
+    size = "of unknown size" if math.isinf(error) else f"{error:.3g} logits"
+    helps = dtype == torch.float32 and math.isfinite(bound.errors[torch.float64])
+    advice = "give logits of model.double()" if helps else bound.errors_reason or "nothing is certified"
+    warn(f"certified_radius: rounding of {str(dtype).removeprefix('torch.')} ({size}) exceeds every margin; {advice}")
 
 
 def _check_precision(logits: Tensor) -> None:

@@ -71,6 +71,7 @@ def clip_(
 
     Raises:
         ValueError: ``max_norm`` is not positive, the method is unknown, or the weights are not finite.
+        TypeError: ``max_norm`` is not a number.
         NotImplementedError: the module has nothing that its norm follows, or its parametrisation holds it above.
 
     Source: the gradient descent is Algorithm 2 of Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024).
@@ -212,6 +213,8 @@ def _distortion(parameters: list[nn.Parameter], originals: list[Tensor]) -> floa
 
 
 def check_max_norm(call: str, max_norm: float, argument: str = "max_norm") -> None:
-    """Raise ValueError unless a norm is positive."""
+    """Raise ValueError unless a norm is positive, TypeError unless it is a number."""
+    if not hasattr(max_norm, "__float__"):
+        raise TypeError(f"{call}({argument}={max_norm!r}): must be a number")
     if not max_norm > 0:
         raise ValueError(f"{call}({argument}={max_norm}): must be positive")

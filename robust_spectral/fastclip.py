@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .budget import norm_for
+from .caller import counted, warn
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
 from .holding import HeldLayer, NotFiniteError, hold, measure, not_finite
 from .layers import LinearLayer, linear_layers
@@ -66,6 +66,7 @@ class FastClip:
     Raises:
         ValueError: ``max_norm`` is not positive, a pattern matches no layer, or the model applies no linear layer or does not
             take the input.
+        TypeError: ``max_norm`` or ``lipschitz_target`` is not a number.
         NotImplementedError: a layer cannot be clipped; the message names it.
     """
 
@@ -102,6 +103,7 @@ class FastClip:
             if layer.name in targets
         }  # fmt: skip
         self._held = {name: HeldLayer.of(tracked, seed) for name, tracked in self._tracked.items()}
+        self._note_weights()
 
     @property
     def layers(self) -> list[LinearLayer]:
@@ -177,16 +179,16 @@ class FastClip:
     def finish(self) -> dict[str, ClipResult]:
         """Clip every layer until its norm is proved to be at most 1.001 of its target; what moved, by layer name.
 
-        Warns where the weights have changed more than once since the hook last fired, as they do when the optimizer that
-        was attached to has been replaced or copied.
+        Warns where weights have changed more than once since `attach` or the last step, as they do when the optimizer that was
+        attached to has been replaced or copied; where `attach` was never called, only if they have gradients.
 
         Raises:
             ValueError: a layer's weights are not finite.
         """
         if self.off:
             return {}
-        self._resolve()
         self._warn_if_dead()
+        self._resolve()
         first = self._finish_once()
         while self._lipschitz_target is not None and (excess := self._excess(self._lipschitz_target)) > 1:
             for tracked in self._tracked.values():
@@ -259,7 +261,7 @@ class FastClip:
     def _excess(self, lipschitz_target: float) -> float:
         """By which factor the network's bound is above its target."""
         model, example = self._network
-        bound = lipschitz_bound(model, example.to(next(model.parameters()).device), self._failure_probability)
+        bound = lipschitz_bound(model, example.to(next(model.parameters()).device), self._failure_probability, None)
         if math.isinf(bound.value):
             raise ValueError(f"FastClip(lipschitz_target={lipschitz_target:g}): {bound.reason}")
         return bound.value / lipschitz_target
@@ -294,11 +296,10 @@ class FastClip:
             for tracked in self._tracked.values():
                 tracked.target = min(tracked.target, norm)
         if training and self._composites == "auto" and not either_way and not self.off:
-            warnings.warn(
-                f"FastClip: {len(training)} layers (first: '{training[0]}') feed a batch normalisation that trains on batch "
-                "statistics, so the layers alone are clipped and the normalisation can undo it. Freeze its statistics "
-                "(put the batch normalisations in eval mode) to clip the composites.",
-                stacklevel=3,
+            warn(
+                f"FastClip: behind {counted(training)} a batch normalisation trains on batch statistics, so what is in front "
+                "of it is clipped alone and the normalisation can undo it. Freeze its statistics (put the batch normalisations "
+                "in eval mode) to clip the composites."
             )
 
     def _target(self, held: HeldLayer, norm: float) -> float:
@@ -313,17 +314,16 @@ class FastClip:
 
     def _note_weights(self) -> None:
         """Remember how often each weight has been changed in place so far."""
-        for tracked in self._tracked.values():
-            tracked.note_changes()
+        self._versions = {name: tracked.versions for name, tracked in self._tracked.items()}
 
     def _warn_if_dead(self) -> None:
-        moved = [name for name, tracked in self._tracked.items() if tracked.changes_unseen > 1]
-        if self._handles and moved:
-            warnings.warn(
-                f"FastClip.finish: {len(moved)} layers (first: '{moved[0]}') changed more than once since the hook last fired, "
-                f"at step {self.steps}. If that was training, its optimizer no longer calls this clipper (replaced, copied or "
-                "unpickled optimizers lose the hook); attach the clipper to the one that trains.",
-                stacklevel=3,
+        moved = {name: t.layer for name, t in self._tracked.items() if t.changes_since(self._versions[name]) > 1}
+        trained = any(p.grad is not None for layer in moved.values() for p in layer.module.parameters())
+        if moved and (self._handles or (trained and not self.steps)):
+            warn(
+                f"FastClip.finish: {counted(list(moved))} changed more than once since step {self.steps} of this clipper. If "
+                "that was training, its optimizer does not call the clipper (replaced, copied or unpickled optimizers lose the "
+                "hook); attach the clipper to the one that trains."
             )
 
     def _shares_weights(self) -> bool:

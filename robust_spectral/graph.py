@@ -228,6 +228,7 @@ class Walk(fx.Interpreter):
             module = self.called(n)
             host = type(module).__module__.split(".")[0] if module is not None else ""
             hint = "; import robust_spectral.plugins.timm for its layers" if host == "timm" else ""
+            hint = "; use model.float()" if what.endswith(("torch.float16", "torch.bfloat16")) else hint
             self.reason = f"no Lipschitz constant is known of {what} (at '{where(n)}'){hint}"
         return math.inf
 

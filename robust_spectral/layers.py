@@ -96,8 +96,9 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
         try:
             model(example_input)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape = tuple(example_input.shape)
             raise ValueError(
-                f"linear_layers: {type(model).__name__} does not take an input of shape {tuple(example_input.shape)}: {error}"
+                f"linear_layers: {type(model).__name__} does not take a batch (n, ...) of shape {shape}: {error}"
             ) from error
     if not found:
         raise ValueError(f"linear_layers: {type(model).__name__} applies no convolution and no dense layer")

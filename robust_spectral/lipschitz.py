@@ -22,10 +22,12 @@ from . import intervals as intervals
 from . import powers as powers
 from . import rules as rules
 from .affine import evaluating
+from .caller import warn
 from .graph import RULES, Walk, composed, times, where
 from .rounding import forward_error
 from .tracing import Tracer
 
+_NO_WALK = "the network has no bound for all inputs, which that of rounding is made from"
 _MOST_IN_HEAD = 1e8  # numbers in the matrix of the last affine stretch, up to which pairs of classes are told apart
 
 
@@ -52,7 +54,7 @@ class LipschitzBound:
             in a linear layer.
         errors: By dtype, how far the output for one input of the box can be from that in real arithmetic, in L2, if computed in
             that dtype; inf where it is not known how an operation rounds. Empty where rounding is not accounted for.
-        errors_reason: Why errors are infinite; None otherwise.
+        errors_reason: Why errors are infinite, or empty as ``value`` is infinite; None otherwise.
     """
 
     value: float
@@ -63,6 +65,13 @@ class LipschitzBound:
     pairs: Tensor | None = None
     errors: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     errors_reason: str | None = None
+
+    def __repr__(self) -> str:
+        """Without the walk and the constants of all pairs, of which the smallest stands for all."""
+        pairs = ""
+        if self.pairs is not None and len(self.pairs) > 1:
+            pairs = f", smallest pair={float(self.pairs[~torch.eye(len(self.pairs), dtype=torch.bool)].min())}"
+        return f"LipschitzBound(value={self.value}, local={self.local}{pairs}, reason={self.reason!r})"
 
     def behind(self, constant: float, errors: Mapping[torch.dtype, float] | None = None) -> LipschitzBound:
         """The bound of the network behind a function that is Lipschitz with a constant, rounded up.
@@ -86,7 +95,7 @@ def lipschitz_bound(
 
     Args:
         model: A model that torch.fx can trace, whose output for an image does not depend on the others of its batch.
-        example_input: A batch it takes, (n, ...); only shapes matter.
+        example_input: A batch it takes, (n, ...); only shapes matter, but there is a warning where its values leave the box.
         failure_probability: Of each layer's norm; their sum is stored in the result. 0 for deterministic bounds only.
         box: Least and largest value of an input's elements, for ``local`` and ``errors``; None for inputs without limits.
 
@@ -109,12 +118,13 @@ def lipschitz_bound(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = tuple(example_input.shape)
             raise ValueError(
-                f"lipschitz_bound: {type(model).__name__} does not take an input of shape {shape}: {error}"
+                f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, of which it was "
+                f"given the first input twice: {error}"
             ) from error
         try:
             traced = traced_at(model, example)
         except ValueError as error:
-            return LipschitzBound(math.inf, reason=str(error))
+            return LipschitzBound(math.inf, reason=str(error), errors_reason=_NO_WALK)
         walk = Walk(traced, failure_probability)
         walk.run(example)
         output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
@@ -122,14 +132,16 @@ def lipschitz_bound(
         reason = walk.reason if math.isinf(value) else None
         if math.isfinite(value) and _mixes_the_batch(model, example):
             mixed = f"the output of {type(model).__name__} for an input depends on the others of its batch"
-            return LipschitzBound(math.inf, reason=mixed)
+            return LipschitzBound(math.inf, reason=mixed, errors_reason=_NO_WALK)
         errors: dict[torch.dtype, float] = {}
-        errors_reason = None
+        errors_reason = _NO_WALK if math.isinf(value) else None
         if box is not None and math.isinf(value) and isinstance(walk.env.get(output), Tensor):
             local, locally = _local_bound(traced, example, walk, *box)
             reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {locally}" if locally is not None else reason
         if box is not None and math.isfinite(value):
             errors, errors_reason = _errors(traced, example, walk, *box)
+        if box is not None and math.isfinite(local):
+            _warn_if_outside(example_input, *box)
         pairs = None if math.isinf(value) else _pairs(walk, output.args[0])
     rows = tuple(
         NodeBound(where(node), walk.kinds[node], walk.bounds[node])
@@ -137,6 +149,16 @@ def lipschitz_bound(
         if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
     )
     return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs, errors, errors_reason)
+
+
+def _warn_if_outside(example_input: Tensor, low: float, high: float) -> None:
+    """Warn where inputs do not look as if they stayed in their box; indices are not measured by it."""
+    least, largest = (float(end) for end in example_input.aminmax()) if example_input.is_floating_point() else (low, high)
+    if not low <= least <= largest <= high:
+        warn(
+            f"lipschitz_bound(box=({low:g}, {high:g})): the example has values from {least:g} to {largest:g}, and `local` and "
+            "`errors`, which radii depend on, are about inputs in the box; give a box that all inputs stay in, or None"
+        )
 
 
 def pair_of(example_input: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from .kernel_bounds import SYMBOL_WORK, fourier_norm, frobenius_bound, schur_bound, symbol_bound
 from .krylov import golub_kahan, random_block
 from .numerics import largest_singular_value, power_of_two, round_down, round_up
-from .operators import LinearOperator, direct_sum
+from .operators import LinearOperator, check_operator, direct_sum
 from .spectrum import dense_blocks, dense_work, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -65,10 +65,12 @@ def spectral_norm(
 
     Raises:
         ValueError: ``failure_probability`` is outside [0, 1), or the operator returns non-finite values.
+        TypeError: A is not an operator.
 
     Source: of the Lanczos bound, Hochstenbach (2013), Probabilistic upper bounds for the matrix two-norm, Theorem 3; of the
     others, what `kernel_bounds` names at each.
     """
+    check_operator("spectral_norm", A)
     return norm_intervals([A], failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)[0]
 
 

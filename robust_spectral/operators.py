@@ -187,6 +187,15 @@ class LinearOperator:
         return f"<{self.label}: {self.in_shape} -> {self.out_shape}, {self.dtype}>"
 
 
+def check_operator(call: str, A: object) -> None:
+    """Raise TypeError unless A is a `LinearOperator`."""
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"{call}({type(A).__name__}): takes an operator, as from linear_operator(layer, in_shape); for a model there is "
+            "spectral_norms(model, images)"
+        )
+
+
 def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     """The operator ``x -> second(first(x))``.
 

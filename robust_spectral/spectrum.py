@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .krylov import apply_grouped, from_groups, golub_kahan, orthonormal_rows, random_block, to_groups
 from .numerics import power_of_two
-from .operators import LinearOperator
+from .operators import LinearOperator, check_operator
 
 _STIR = 1e-3  # of a random vector in a warm start, so that it is blind to no direction
 
@@ -167,7 +167,9 @@ def top_singular(
 
     Raises:
         ValueError: k is below 1, or ``right`` does not fit the operator.
+        TypeError: A is not an operator.
     """
+    check_operator("top_singular", A)
     if k < 1:
         raise ValueError(f"top_singular(k={k}): ask for at least one triplet")
     if right is not None and tuple(right.shape[1:]) != A.in_shape:

@@ -17,6 +17,7 @@ def targets_by_name(
 
     Raises:
         ValueError: a norm is not positive, a pattern matches no layer, or none is left.
+        TypeError: a norm is not a number.
     """
     by_pattern = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}
     wanted, unwanted = _as_list(include), _as_list(exclude)

@@ -95,15 +95,23 @@ class TrackedLayer:
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
         self.target, self.missed = entry["target"], entry["missed"]
 
+    @property
+    def versions(self) -> list[int]:
+        """How often each parameter has been changed in place, as far as torch counts it."""
+        return [p._version for p in self.move.parameters(self.layer)]
+
     def note_changes(self) -> None:
         """Take what has been done to the parameters so far as seen."""
-        self._versions = [p._version for p in self.move.parameters(self.layer)]
+        self._versions = self.versions
 
     @property
     def changes_unseen(self) -> int:
-        """How often a parameter has been changed in place since `note_changes`, as far as torch counts it."""
-        now = [p._version for p in self.move.parameters(self.layer)]
-        return max(new - old for new, old in zip(now, self._versions or now, strict=True))
+        """How often a parameter has been changed in place since `note_changes`."""
+        return self.changes_since(self._versions or self.versions)
+
+    def changes_since(self, versions: list[int]) -> int:
+        """How often a parameter has been changed in place since they had these versions."""
+        return max(now - then for now, then in zip(self.versions, versions, strict=True))
 
     def search(self, steps: int, seed: int, toward: Tensor | None = None) -> Tensor:
         """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.

@@ -1,7 +1,10 @@
 """Models trained elsewhere: made from a name or a function, tried on the data, and told in one line where that fails."""
 
+import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +14,8 @@ from commands import call
 from robust_spectral import lipschitz_bound
 from robust_spectral.evaluations.evaluate import evaluate
 from robust_spectral.evaluations.models import adopt, load_run
-from robust_spectral.evaluations.runs import read_json
+from robust_spectral.evaluations.recipes import config_of
+from robust_spectral.evaluations.runs import read_json, write_json
 from robust_spectral.evaluations.work import AttackPlan
 
 MODULE = """
@@ -122,6 +126,52 @@ def test_a_checkpoint_trained_on_plain_pixels_is_adopted_without_timms_mean_and_
     assert read_json(folder / "report.json")["lipschitz"]["bound"] == pytest.approx(bound, rel=1e-3)
     with pytest.raises(ValueError, match="holds a run of another model"):
         adopt("timm/test_resnet", "digits", folder, **options)
+
+
+def test_a_fine_tuning_starts_from_plain_pixels_as_asked_and_says_what_it_standardises_with(tmp_path: Path, capsys) -> None:
+    start = f"finetune --model test_resnet --data digits --epochs 0 --max-norm inf --checkpoint {_checkpoint(tmp_path)}"
+    assert call(f"{start} --image-size 16 --mean 0 --std 1 --out {tmp_path / 'plain'}") == 0
+    said = capsys.readouterr().err
+    assert "images 1x16x16 (8x8 -> 16x16), standardised with mean 0, std 1\n" in said
+    assert "% on the first 200 test images" in said
+    model, data, run = load_run(tmp_path / "plain")
+    x = data.test_images(4)[0]
+    assert torch.equal(model(x), model.model(x)) and run["config"]["mean"] == "0"
+    assert call(f"{start} --out {tmp_path / 'timm'}") == 0
+    assert "images 1x8x8, standardised with mean 0.5, std 0.5\n" in capsys.readouterr().err
+    run = read_json(tmp_path / "timm" / "run.json")
+    write_json(tmp_path / "timm" / "run.json", run | {"config": _without_statistics(run["config"])})  # as it was stored before
+    model, data, _ = load_run(tmp_path / "timm")
+    assert model.normalize.mean.item() == 0.5
+
+
+def _without_statistics(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("mean", "std")}
+
+
+def test_a_configuration_stored_without_a_mean_and_std_is_still_that_of_a_run() -> None:
+    config = config_of({"model": "test_resnet", "data": "digits"}, "here")
+    stored = _without_statistics(asdict(config))
+    assert config.is_that_of(stored) and not replace(config, mean="0", std="1").is_that_of(stored)
+    assert config_of({"model": "test_resnet", "data": "digits", "mean": "0", "std": "1"}, "here").standardisation["std"] == (1,)
+    with pytest.raises(ValueError, match=r"--mean 0\.5,x: expected a number"):
+        replace(config, mean="0.5,x", std="1")
+
+
+def test_a_checkpoint_of_another_head_is_refused_with_what_to_do(tmp_path: Path, capsys) -> None:
+    path = _checkpoint(tmp_path)
+    assert call(f"spectrum test_resnet --checkpoint {path}") == 2
+    assert "--num-classes and --in-chans" in capsys.readouterr().err
+    assert call(f"finetune --model test_resnet --data photos --checkpoint {path} --out {tmp_path / 'run'}") == 2
+    assert "adapted with --pretrained-path" in capsys.readouterr().err
+
+
+def test_spectrum_takes_a_mean_and_std(tmp_path: Path, capsys) -> None:
+    bounds, asked = [], f"--checkpoint {_checkpoint(tmp_path)} --image-size 16 --in-chans 1 --num-classes 10 --json"
+    for options in ("", "--mean 0 --std 1", "--mean 0 --std 2"):
+        assert call(f"spectrum test_resnet {asked} {options}") == 0
+        bounds.append(json.loads(capsys.readouterr().out)["lipschitz_bound"])
+    assert bounds[1] == pytest.approx(2 * bounds[2], rel=0.05) and bounds[0] > 1.5 * bounds[1]
 
 
 def test_a_mean_and_std_go_with_a_timm_model(tmp_path: Path) -> None:

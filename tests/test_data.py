@@ -62,7 +62,7 @@ def test_image_folder_is_read_through_timm(tmp_path):
                 Image.new("RGB", (40, 40), colour).save(folder / f"{i}.png")
     data = load_data(f"folder:{tmp_path}", 32)
     images, labels = data.test_images(6)
-    assert data.classes == 2 and images.shape == (6, 3, 32, 32)
+    assert data.classes == 2 and images.shape == (6, 3, 32, 32) and data.came == "40x40"
     assert torch.equal(images[:, 0].mean((1, 2)).round().long(), labels)
 
 

@@ -18,7 +18,7 @@ from robust_spectral.evaluations.models import load_run
 from robust_spectral.plugins.defences import Bjorck, Delattre, Gouk, Miyato, NoDefence, Senderovich, clip_symbols_, gram_bound
 from robust_spectral.plugins.registry import find, names
 
-pytestmark = pytest.mark.filterwarnings("ignore:FastClip. 1 layers:UserWarning")  # the batch normalisation trains
+pytestmark = pytest.mark.filterwarnings("ignore:FastClip. behind 1 layer:UserWarning")  # the batch normalisation trains
 NAMES = ["none", "fastclip", "fastclip-composite", "miyato", "gouk", "delattre", "senderovich"]  # bjorck needs deel-torchlip
 SHAPE = (2, 8, 8)
 

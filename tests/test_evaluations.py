@@ -1,6 +1,7 @@
 """From fine-tuning to the report, on real digits: the whole line, its records, and what happens when something is wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from commands import call
 from reference import norm
+from rich.text import Text
 
 from robust_spectral import FastClip, linear_layers, lipschitz_bound
 from robust_spectral.evaluations.attacks import into_ball, size_of
 from robust_spectral.evaluations.charts import robustness
+from robust_spectral.evaluations.cli import app
 from robust_spectral.evaluations.command_finetune import _print_rows
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.evaluate import evaluate
@@ -24,6 +28,7 @@ from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.report import percent, write_report
 from robust_spectral.evaluations.runs import read_json, write_atomically, write_json
 from robust_spectral.evaluations.work import AttackPlan
+from robust_spectral.plugins.timm import load
 
 SMALL = {"model": "test_resnet", "data": "digits", "image_size": 16, "freeze_bn": True, "batch_size": 128}
 
@@ -101,7 +106,12 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("finetune --model resnet18x --data digits --out OUT", "near: resnet18"),
         ("finetune --model test_resnet --data digitz --out OUT", "near: digits"),
         ("finetune --model test_resnet --data digits --max-norm 0 --out OUT", "must be positive"),
-        ("finetune --model test_resnet --data digits --max-norm -1 --out OUT", "must be positive"),
+        ("finetune --model test_resnet --data digits --max-norm -1 --out OUT", "must be positive; inf for no clipping"),
+        ("finetune --model test_resnet --data digits --out /proc/foo", "/proc/foo: cannot be written, give another --out"),
+        (
+            "evaluate --model timm/test_resnet --data digits --image-size 16 --checkpoint START --out /proc/foo",
+            "cannot be written",
+        ),
         ("finetune --model test_resnet --data digits --initial-checkpoint nowhere.pth --out OUT", "no such file"),
         ("finetune --model test_resnet --data digits --freeze-bn --lr 1e30 --out OUT", "the last complete epoch is kept"),
         (
@@ -136,6 +146,9 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(text, message, tmp_path, capsys):
+    if "START" in text:
+        torch.save(load("test_resnet", num_classes=10, in_chans=1).model.state_dict(), tmp_path / "start.pth")
+        text = text.replace("START", str(tmp_path / "start.pth"))
     assert call(text.replace("OUT", str(tmp_path / "out"))) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.count("error:") == 1 and message in error.partition("error:")[2] and "Traceback" not in error
@@ -151,6 +164,19 @@ def test_spectrum_takes_timms_prefix_and_a_number_of_classes(capsys):
     assert call("spectrum timm/test_resnet --image-size 16 --num-classes 7 --failure-probability 1e-3 --json") == 0
     assert json.loads(capsys.readouterr().out)["layers"][-1]["name"] == "model.fc"
     assert call("spectrum test_resnet --num-classes 0") == 2
+
+
+def test_spectrum_names_every_layer_in_full_in_a_narrow_file_and_shows_no_progress_there(capsys):
+    assert call("spectrum test_resnet --image-size 16 --top 5") == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "…" not in out and "model.layer" in out
+
+
+def test_help_texts_keep_their_brackets(capsys):
+    group = typer.main.get_command(app)
+    texts = [text for command in group.commands.values() for text in (command.help, *(p.help for p in command.params))]
+    lost = [text for text in texts if text and Text.from_markup(text).plain != text.replace("\\[", "[")]
+    assert not lost and any("\\[runs]" in text for text in texts if text)
 
 
 def test_spectrum_of_a_run_is_of_its_weights(twins, capsys):
@@ -338,6 +364,17 @@ def test_non_finite_adversarial_images_are_an_error():
 def row(sample, attack, eps, robust, radius=0.0, distance=0.0):
     return {"sample": sample, "label": 0, "attack": attack, "norm": "l2", "eps": eps, "predicted": 0 if robust else 1,
             "robust": robust, "distance": distance, "certified_radius": radius}  # fmt: skip
+
+
+def test_gates_that_were_not_tested_are_one_line(twins, tmp_path, capsys):
+    shutil.copytree(twins / "plain", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "records")
+    (tmp_path / "run" / "report.json").unlink()
+    for command_line in ("evaluate {} --samples 4 --eps 0.1 --gate-samples 2", "report {}"):
+        assert call(command_line.format(tmp_path / "run")) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("not tested (") == said.count("give more --gate-samples") == 1 and "gradients are there" in said
+        assert ("2 gate images, " in said) == command_line.startswith("evaluate")
 
 
 def test_certified_image_that_an_attack_breaks_fails_the_sandwich():

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum", "kernel_bounds",
-    "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph", "nodes",
-    "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals", "powers",
-    "attention", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
+    "caller", "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum",
+    "kernel_bounds", "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph",
+    "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
+    "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

@@ -281,6 +281,21 @@ def test_a_run_that_cannot_be_read_is_left_out_and_told_about(text, message, tmp
     assert len(told) == 1 and "bad" in told[0] and "left out" in told[0] and message in told[0]
 
 
+def test_a_training_that_was_interrupted_is_told_and_a_config_of_another_program_is_not(tmp_path):
+    write_json(tmp_path / "good" / "report.json", report())
+    write_json(tmp_path / "cut" / "config.json", {"model": "resnet18", "data": "digits"})
+    write_json(tmp_path / "hub" / "config.json", {"architecture": "resnet18"})
+    told = []
+    build(tmp_path, tmp_path / "site", told.append)
+    assert len(told) == 1 and told[0].startswith(f"{tmp_path / 'cut'}: left out: the training was interrupted")
+
+
+def test_the_picture_names_both_axes_and_the_page_says_what_is_certified(site):
+    page = (site / "index.html").read_text()
+    assert ">Worst-case accuracy</text>" in page and ">Lipschitz bound (logarithmic)</text>" in page
+    assert "for the forward pass in the dtype" in page and "rounded down" in page
+
+
 def test_bytes_that_are_no_text_are_left_out(tmp_path):
     write_json(tmp_path / "good" / "report.json", report())
     (tmp_path / "bad").mkdir()

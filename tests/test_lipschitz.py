@@ -571,13 +571,33 @@ def test_an_input_that_the_model_does_not_take_is_an_error() -> None:
         rs.lipschitz_bound(nn.Sequential(nn.Linear(4, 3)), torch.zeros(1, 5))
 
 
+def test_an_image_without_a_batch_axis_is_told_from_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"a batch \(n, ...\) of shape \(1, 8, 8\), .* the first input twice"):
+        rs.lipschitz_bound(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.zeros(1, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_has_no_bound_and_the_reason_says_what_has(dtype: torch.dtype) -> None:
+    found = rs.lipschitz_bound(nn.Sequential(nn.Linear(4, 3)).to(dtype), torch.zeros(1, 4, dtype=dtype), box=None)
+    assert math.isinf(found.value) and found.reason is not None and found.reason.endswith("use model.float()")
+    assert found.errors == {} and found.errors_reason is not None
+
+
+def test_a_bound_is_shown_on_one_line(convnet: nn.Module, images: Tensor) -> None:
+    found = rs.lipschitz_bound(convnet, images, box=None)
+    assert found.pairs is not None
+    smallest = min(float(found.pairs[i, j]) for i in range(5) for j in range(5) if i != j)
+    assert repr(found) == f"LipschitzBound(value={found.value}, local={found.value}, smallest pair={smallest}, reason=None)"
+    assert repr(rs.LipschitzBound(math.inf, reason="so")) == "LipschitzBound(value=inf, local=inf, reason='so')"
+
+
 def test_the_model_and_the_example_are_left_as_they_were(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     convnet[1].eval()
     before, modes, random, example = (
         snapshot(convnet), [part.training for part in convnet.modules()], torch.get_rng_state(), images.clone(),
     )  # fmt: skip
-    found = rs.lipschitz_bound(convnet, images)
+    found = rs.lipschitz_bound(convnet, images, box=None)
     estimate = rs.lipschitz_estimate(convnet, images)
     assert 0 < estimate <= found.value < math.inf
     assert same_bits(before, snapshot(convnet))
@@ -587,7 +607,13 @@ def test_the_model_and_the_example_are_left_as_they_were(convnet: nn.Module, ima
 
 
 def test_only_the_shape_of_the_example_matters(convnet: nn.Module, images: Tensor) -> None:
-    assert rs.lipschitz_bound(convnet, images).value == rs.lipschitz_bound(convnet, torch.zeros(5, 3, 8, 8)).value
+    assert rs.lipschitz_bound(convnet, images, box=None).value == rs.lipschitz_bound(convnet, torch.zeros(5, 3, 8, 8)).value
+
+
+def test_an_example_that_leaves_the_box_is_warned_of(convnet: nn.Module, images: Tensor) -> None:
+    with pytest.warns(UserWarning, match=r"box=\(0, 1\).*values from 0 to 255"):
+        rs.lipschitz_bound(convnet, torch.linspace(0, 255, 192).reshape(1, 3, 8, 8))
+    rs.lipschitz_bound(convnet, images, box=(-9.0, 9.0))
 
 
 def test_the_estimate_is_the_largest_jacobian_norm() -> None:
@@ -603,7 +629,7 @@ def test_the_estimate_of_a_linear_network_is_its_norm() -> None:
 
 def test_the_bound_of_a_timm_resnet_is_finite_and_above_its_estimate() -> None:
     model = timm.create_model("test_resnet", pretrained=False, num_classes=4)
-    images = torch.randn(3, 3, 16, 16)
+    images = torch.rand(3, 3, 16, 16)
     found = rs.lipschitz_bound(model, images)
     assert found.reason is None
     assert 0 < rs.lipschitz_estimate(model, images) <= found.value < math.inf
@@ -611,6 +637,6 @@ def test_the_bound_of_a_timm_resnet_is_finite_and_above_its_estimate() -> None:
 
 def test_clipping_a_network_lowers_its_bound(convnet: nn.Module, images: Tensor) -> None:
     rs.FastClip(convnet, images, max_norm=1.0).finish()
-    found = rs.lipschitz_bound(convnet, images)
+    found = rs.lipschitz_bound(convnet, images, box=None)
     assert found.value <= 1.001**3
     assert rs.lipschitz_estimate(convnet, images) <= found.value

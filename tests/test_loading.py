@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.finetune import finetune
@@ -87,7 +88,7 @@ def test_a_fine_tuning_from_a_malicious_file_runs_nothing(option: str, write, tm
     mark, path = tmp_path / "ran", tmp_path / "weights.pth"
     write(path, Payload(mark))
     config = FinetuneConfig(model="test_resnet", data="digits", image_size=16, epochs=0, max_norm=None, **{option: str(path)})
-    with pytest.raises(ValueError, match=r"not readable|does not fit"):
+    with pytest.raises(ValueError, match=r"not readable|holds more than tensors"):
         finetune(config, tmp_path / "run")
     assert not mark.exists()
 
@@ -103,6 +104,28 @@ def test_a_malicious_state_of_an_interrupted_run_runs_nothing(write, tmp_path: P
     with pytest.raises(ValueError, match=r"not readable|does not fit"):
         finetune(config, run, resume=True)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("cut", "damaged or cut off"),
+        ("whole model", "more than tensors; save model.state_dict()"),
+        ("pickle", "more than tensors"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_one_line_without_advice_to_trust_it(
+    content, words, tmp_path: Path, capsys
+) -> None:
+    path, model = tmp_path / "weights.pth", load("test_resnet").model
+    torch.save(model if content == "whole model" else model.state_dict(), path)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(model.state_dict()))
+    assert call(f"spectrum test_resnet --checkpoint {path}") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: checkpoint '{path}': ") and words in said and "weights_only" not in said
 
 
 def test_the_payload_would_run_in_a_loader_that_trusts(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_certified_accuracy_counts_radii_of_at_least_eps_and_forgets_on_reset() 
 def test_rounding_enters_by_the_type_of_the_predictions() -> None:
     bound = LipschitzBound(1.0, errors={torch.float32: 10.0, torch.float64: 0.0})
     metric = CertifiedAccuracy(bound, [0.5])
-    metric.update(rows([3, 0], dtype=np.float32), rows([1, 0]), [{}])
+    with pytest.warns(UserWarning, match="rounding of float32"):
+        metric.update(rows([3, 0], dtype=np.float32), rows([1, 0]), [{}])
     metric.update([torch.tensor([3.0, 0.0], dtype=torch.float64)], rows([1, 0]), [{}])
     assert metric.compute()["certified_accuracy_l2_0.5"] == 0.5
 

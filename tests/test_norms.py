@@ -414,6 +414,12 @@ def test_an_operator_that_is_not_finite_is_an_error(value: float, size: int) -> 
         rs.spectral_norm(matrix_operator(M))
 
 
+@pytest.mark.parametrize("function", [rs.spectral_norm, rs.top_singular])
+def test_a_layer_is_told_from_its_operator(function: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(Conv2d\): takes an operator, as from linear_operator"):
+        function(nn.Conv2d(1, 2, 3))
+
+
 def test_weights_that_became_nan_are_an_error() -> None:
     module = nn.Linear(3, 3)
     A = rs.linear_operator(module, (3,))

@@ -151,7 +151,8 @@ def test_nothing_is_claimed_where_it_is_not_known_how_an_operation_rounds() -> N
     )
     assert math.isfinite(found.value) and math.isinf(found.errors[torch.float32])
     assert found.reason is None and found.errors_reason is not None and "Upsample rounds (at '1')" in found.errors_reason
-    assert float(rs.certified_radius(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), found)) == 0
+    with pytest.warns(UserWarning, match=r"rounding of float32 \(of unknown size\) .* how Upsample rounds"):
+        assert float(rs.certified_radius(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), found)) == 0
 
 
 def test_a_box_that_is_empty_is_an_error() -> None:
@@ -194,6 +195,16 @@ def test_errors_of_both_forward_passes_come_off_the_margin() -> None:
     logits, label = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
     assert float(rs.certified_radius(logits, label, bound)) == pytest.approx((2 - 2 * math.sqrt(2) * 0.1) / math.sqrt(2))
     assert float(rs.certified_radius(logits.double(), label, bound)) == pytest.approx(math.sqrt(2))
+
+
+def test_it_is_said_where_rounding_alone_leaves_no_radius() -> None:
+    bound = rs.LipschitzBound(1.0, errors={torch.float32: 10.0, torch.float64: 0.0})
+    logits, labels = torch.tensor([[3.0, 1.0], [0.0, 9.0]]), torch.tensor([0, 0])
+    with pytest.warns(UserWarning, match=r"rounding of float32 \(28.3 logits\) exceeds every margin; .* model.double\(\)"):
+        assert not rs.certified_radius(logits, labels, bound).any()
+    rs.certified_radius(logits[1:], labels[1:], bound)  # wrong as it is
+    rs.certified_radius(torch.tensor([[3.0, 1.0], [50.0, 1.0]]), labels, bound)  # one is left
+    assert float(rs.certified_radius(logits.double(), labels, bound)[0]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -130,7 +130,7 @@ for step in range(3):
 """
 
 
-@pytest.mark.filterwarnings("ignore:FastClip. .* feed a batch normalisation that trains")
+@pytest.mark.filterwarnings("ignore:FastClip. .* a batch normalisation trains")
 def test_a_script_in_the_way_of_timms_train_py_runs_as_it_is_and_leaves_clipped_weights(tmp_path: Path) -> None:
     script, out = tmp_path / "train.py", tmp_path / "clipped.safetensors"
     script.write_text(SCRIPT)
@@ -142,7 +142,7 @@ def test_a_script_in_the_way_of_timms_train_py_runs_as_it_is_and_leaves_clipped_
     assert sys.argv == before and timm.task.ClassificationTask is not FastClipTask
 
 
-@pytest.mark.filterwarnings("ignore:FastClip. .* feed a batch normalisation that trains")
+@pytest.mark.filterwarnings("ignore:FastClip. .* a batch normalisation trains")
 def test_a_script_that_ends_with_sys_exit_and_imports_its_neighbours_keeps_its_weights(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'test_resnet'")
     script, out = tmp_path / "train.py", tmp_path / "new" / "clipped.safetensors"

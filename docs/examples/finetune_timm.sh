@@ -1,7 +1,8 @@
 # A timm model trained on the digits, then two fine-tuning twins of it, plain and clipped; attacked; a page with what came of it.
+# Started again it does what is not done yet.
 set -e
-robust-spectral finetune --model test_resnet --data digits --image-size 16 --epochs 5 --lr 3e-3 --max-norm inf --out runs/start
+robust-spectral finetune --model test_resnet --data digits --image-size 16 --epochs 5 --lr 3e-3 --max-norm inf --out runs/digits/start --resume
 robust-spectral finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 2e-3 --freeze-bn \
-  --initial-checkpoint runs/start/model.safetensors --max-norm 2 --logit-scale 20 --twin --out runs/twins
-robust-spectral evaluate runs/twins --attack pgd --norm l2 --eps 0.25 --eps 0.5 --samples 48 --gate-samples 16
-robust-spectral report runs/twins
+  --initial-checkpoint runs/digits/start/model.safetensors --max-norm 2 --logit-scale 20 --twin --out runs/digits/twins --resume
+robust-spectral evaluate runs/digits/twins --attack pgd --norm l2 --eps 0.25 --eps 0.5 --samples 48 --gate-samples 16
+robust-spectral report runs/digits/twins

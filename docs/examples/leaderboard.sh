@@ -2,7 +2,7 @@
 set -e
 for defence in none fastclip gouk; do
   robust-spectral finetune --model maxmin_mlp --data digits --image-size 28 --epochs 5 --lr 3e-3 \
-    --defence $defence --max-norm 1 --logit-scale 30 --out runs/$defence
-  robust-spectral evaluate runs/$defence --attack pgd --norm l2 --eps 0.25 --eps 1 --samples 48 --gate-samples 16
+    --defence $defence --max-norm 1 --logit-scale 30 --out runs/board/$defence --resume
+  robust-spectral evaluate runs/board/$defence --attack pgd --norm l2 --eps 0.25 --eps 1 --samples 48 --gate-samples 16
 done
-robust-spectral leaderboard runs -o site
+robust-spectral leaderboard runs/board -o site
