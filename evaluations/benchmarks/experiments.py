@@ -44,6 +44,7 @@ MAIN = {
     "nobn-none-adamw": "no normalisation, plain",
     "nobn-gouk-1.0": "no normalisation, Gouk's projection",
     "nobn-fastclip-1.2": "no normalisation, FastClip at 1.2",
+    "nobn-fastclip-1.0": "no normalisation, FastClip at 1",
 }
 
 
