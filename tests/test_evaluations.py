@@ -226,7 +226,8 @@ def test_twins_are_named_while_they_are_trained_and_an_interruption_is_told(tmp_
 @pytest.mark.parametrize("command", ["finetune --model test_resnet --data digits --epochs 99 --out {}", "grid nowhere --help"])
 def test_a_process_that_is_interrupted_says_so_and_usage_keeps_its_status(command, tmp_path):
     start = [sys.executable, "-m", "robust_spectral.evaluations", *command.format(tmp_path / "run").split()]
-    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what a shell runs in the background does not
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     if "--help" in command:
         assert process.communicate(timeout=60)[0] and process.returncode == 0
         return
