@@ -43,7 +43,7 @@ def read_entries(root: Path, say: Callable[[str], None]) -> list[Entry]:
     """
     found = []
     marks = ("run.json", "report.json", "config.json")
-    for folder in sorted({path.parent for name in marks for path in root.rglob(name)}):
+    for folder in sorted({path.parent for path in root.rglob("*.json") if path.name in marks}):
         for run, report in _reports(folder, "" if folder == root else folder.relative_to(root).as_posix(), say):
             try:
                 found.append((run or root.resolve().name, root / run, completed(report)))

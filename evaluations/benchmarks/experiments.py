@@ -72,8 +72,8 @@ def number(value: float | None) -> str:
 def heading(attack: str) -> str:
     """What a row calls an attack, for people: PGD L∞ 8/255."""
     name, norm, eps = attack.split()
-    written = {"pgd": "PGD", "autoattack": "AutoAttack", "l2": "L2", "linf": "L∞"}
-    return f"{written[name]} {written[norm]} {pages.size(float(eps), norm)}"
+    written = {"pgd": "PGD", "autoattack": "AutoAttack"}[name]
+    return f"{written} {pages.NORM_NAMES[norm]} {pages.size(float(eps), norm)}"
 
 
 def grid_table(rows: list[Row]) -> str:
@@ -106,20 +106,20 @@ def without_batchnorm(rows: list[Row]) -> list[Row]:
     return [row for row in rows if group(row["name"]).startswith(("nobn", "tuned-folded"))]
 
 
-def seedless(name: str) -> str:
-    """The name that the seeds of a run share."""
-    return re.sub(r"-seed\d+$", "", name)
+def by_run(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of all seeds of each run."""
+    together: dict[str, list[Row]] = {}
+    for row in rows:
+        together.setdefault(re.sub(r"-seed\d+$", "", row["name"]), []).append(row)
+    return together
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
-    """One row for all seeds of a run: mean accuracies, None where one of them is not valid."""
-    together: dict[str, list[Row]] = {}
-    for row in rows:
-        together.setdefault(seedless(row["name"]), []).append(row)
+    """One row for all seeds of a run: mean accuracies, None where one of them is not valid, and the largest bound."""
     return [
-        {"name": name, "clean": mean(row["clean"] for row in seeds),
+        {"name": name, "clean": mean(row["clean"] for row in seeds), "lipschitz": max(row["lipschitz"] for row in seeds),
          "robust": {key: middle([row["robust"].get(key) for row in seeds]) for key in seeds[0]["robust"]}}
-        for name, seeds in together.items()
+        for name, seeds in by_run(rows).items()
     ]  # fmt: skip
 
 
@@ -133,10 +133,9 @@ def finalists_table(rows: list[Row]) -> str:
     """Means over seeds, with the smallest and the largest; bounds and norms are the largest of any seed."""
     attacks = list(dict.fromkeys(key for row in rows for key in row["robust"]))
     lines = []
-    for name in dict.fromkeys(seedless(row["name"]) for row in rows):
-        seeds = [row for row in rows if seedless(row["name"]) == name]
+    for name, seeds in by_run(rows).items():
         cells = [[row["clean"] for row in seeds], *([row["robust"].get(key) for row in seeds] for key in attacks)]
-        worst = [number(max((row[key] for row in seeds), default=None)) for key in ("largest_norm", "lipschitz")]
+        worst = [number(max(row[key] for row in seeds)) for key in ("largest_norm", "lipschitz")]
         lines.append([name, str(len(seeds)), *map(spread, cells), *worst])
     return table(["run", "seeds", "clean", *map(heading, attacks), "largest norm", "Lipschitz bound"], lines)
 
@@ -144,12 +143,10 @@ def finalists_table(rows: list[Row]) -> str:
 def main_table(rows: list[Row]) -> str:
     """What the README shows of them."""
     together = {row["name"]: row for row in over_seeds(rows)}
-    shown = [(label, together[name]) for name, label in MAIN.items() if name in together]
-    bounds = {name: max(row["lipschitz"] for row in rows if seedless(row["name"]) == name) for name in together}
     columns = {"PGD-40": CHOSEN, "AutoAttack": "autoattack l2 0.5"}
     lines = [
-        [label, percent(row["clean"]), *(percent(row["robust"][key]) for key in columns.values()), number(bounds[row["name"]])]
-        for label, row in shown
+        [label, percent(row["clean"]), *(percent(row["robust"][key]) for key in columns.values()), number(row["lipschitz"])]
+        for label, row in ((label, together[name]) for name, label in MAIN.items() if name in together)
     ]
     return table(["", "clean", *columns, "Lipschitz bound"], lines)
 
