@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robust_spectral import LinearLayer, LipschitzBound, linear_layers, lipschitz_bound, spectral_norm, top_singular
 
 from .config import numbers
+from .runs import make_folder, write_text
 from .terminal import console, errors
 
 _IMAGE_SIZE, _CHANNELS = 224, 3
@@ -46,6 +47,8 @@ def spectrum(
         raise ValueError(f"spectrum({', '.join(wrong)}): must be positive")
     if top < 0:
         raise ValueError(f"spectrum(top={top}): must not be negative")
+    if plot is not None:
+        make_folder(plot.parent)  # before what takes long
     net, example = _network(model, given)
     layers: list[Row] = []
     with errors.status("") as status:  # which a file or a pipe does not get
@@ -55,8 +58,7 @@ def spectrum(
     if plot is not None:
         from .charts import layer_spectra
 
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.write_text(layer_spectra(layers))
+        write_text(plot, layer_spectra(layers))
     bound = lipschitz_bound(net, example, failure_probability)
     if as_json:
         typer.echo(json.dumps({"model": model, "layers": layers, **_told(bound)}, indent=1))

@@ -40,7 +40,7 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     except Exception as error:
         if not config.pretrained_path or isinstance(error, ValueError):
             raise
-        raise ValueError(f"pretrained_path={config.pretrained_path!r}: {unreadable(error)}") from error
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: {unreadable(error, config.pretrained_path)}") from error
     if config.initial_checkpoint is not None:
         advice = "a head of other classes and another first convolution are adapted with --pretrained-path"
         load_weights(model.model, config.initial_checkpoint, advice)
@@ -169,7 +169,8 @@ def adopt(
     model = from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None,
                       mean=mean, std=std)  # fmt: skip
     if checkpoint is not None:
-        load_weights(weighted(model), checkpoint)
+        shape = f"{data} has {images.classes} classes and {images.channels} channels"
+        load_weights(weighted(model), checkpoint, f"{shape}; finetune --pretrained-path adapts weights of others")
     classes = _classes(model.eval(), images, spec)
     config: dict[str, Any] = {
         "model": spec.removeprefix("timm/"),

@@ -60,7 +60,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written, give another --out ({error.strerror})") from error
+        raise ValueError(f"{folder}: cannot be written, give another place for it ({error.strerror})") from error
 
 
 def remove_scratch(folder: Path, older_than: float = 3600.0) -> None:

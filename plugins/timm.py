@@ -144,7 +144,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path, advice: str = "") -> 
     try:
         found = timm.models.load_state_dict(str(checkpoint), device="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint {str(checkpoint)!r}: {unreadable(error)}") from error
+        raise ValueError(f"checkpoint {str(checkpoint)!r}: {unreadable(error, checkpoint)}") from error
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in found]
     problems += [f"unexpected {key}" for key in found if key not in wanted]
@@ -160,13 +160,15 @@ def load_weights(model: nn.Module, checkpoint: str | Path, advice: str = "") -> 
     model.load_state_dict(found, strict=True)
 
 
-def unreadable(error: Exception) -> str:
-    """What an error of reading weights comes to, without torch's advice to trust the file."""
+def unreadable(error: Exception, path: str | Path) -> str:
+    """What an error of reading weights from a file comes to, without torch's advice to trust the file."""
     if isinstance(error, PermissionError):
         return str(error)
     if "loading state_dict" in str(error):
         return f"does not fit the model: {' '.join(str(error).split())}"
     if isinstance(error, AttributeError) or "weights_only" in str(error):
+        if Path(path).read_bytes()[:512].lstrip().startswith(b"<"):
+            return "is a web page, not weights; download the file itself"
         return "holds more than tensors; save model.state_dict()"
     return "not readable as a checkpoint, it is damaged or cut off"
 

@@ -164,6 +164,8 @@ def test_a_checkpoint_of_another_head_is_refused_with_what_to_do(tmp_path: Path,
     assert "--num-classes and --in-chans" in capsys.readouterr().err
     assert call(f"finetune --model test_resnet --data photos --checkpoint {path} --out {tmp_path / 'run'}") == 2
     assert "adapted with --pretrained-path" in capsys.readouterr().err
+    assert call(f"evaluate --model timm/test_resnet --data photos --checkpoint {path} --out {tmp_path / 'adopted'}") == 2
+    assert "finetune --pretrained-path adapts weights of others" in capsys.readouterr().err
 
 
 def test_spectrum_takes_a_mean_and_std(tmp_path: Path, capsys) -> None:

@@ -108,7 +108,8 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("finetune --model test_resnet --data digitz --out OUT", "near: digits"),
         ("finetune --model test_resnet --data digits --max-norm 0 --out OUT", "must be positive"),
         ("finetune --model test_resnet --data digits --max-norm -1 --out OUT", "must be positive; inf for no clipping"),
-        ("finetune --model test_resnet --data digits --out /proc/foo", "/proc/foo: cannot be written, give another --out"),
+        ("finetune --model test_resnet --data digits --out /proc/foo", "/proc/foo: cannot be written, give another place"),
+        ("spectrum test_resnet --image-size 16 --plot /proc/foo/norms.svg", "/proc/foo: cannot be written"),
         (
             "evaluate --model timm/test_resnet --data digits --image-size 16 --checkpoint START --out /proc/foo",
             "cannot be written",

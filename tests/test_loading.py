@@ -112,6 +112,7 @@ def test_a_malicious_state_of_an_interrupted_run_runs_nothing(write, tmp_path: P
         ("cut", "damaged or cut off"),
         ("whole model", "more than tensors; save model.state_dict()"),
         ("pickle", "more than tensors"),
+        ("web page", "is a web page, not weights"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_one_line_without_advice_to_trust_it(
@@ -123,6 +124,8 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_without_advice_to_trust_it
         path.write_bytes(path.read_bytes()[:-100])
     if content == "pickle":
         path.write_bytes(pickle.dumps(model.state_dict()))
+    if content == "web page":
+        path.write_text("\n<!DOCTYPE html><html><title>Sign in</title></html>")
     assert call(f"spectrum test_resnet --checkpoint {path}") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: checkpoint '{path}': ") and words in said and "weights_only" not in said
