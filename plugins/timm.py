@@ -28,6 +28,8 @@ from robust_spectral.intervals import linear as linear_box
 from robust_spectral.normalisation import root_mean_square
 from robust_spectral.rounding import Rounding, Terms, exact, normalised, products, rounds
 
+from . import timm_maxmin  # noqa: F401 (whose models it makes known to timm)
+
 Statistics = tuple[float, ...]
 
 

@@ -1,4 +1,4 @@
-"""What makes timm's architectures fit for certificates: residual blocks that average, and small networks made for it.
+"""How timm's architectures change for certificates and for small images: averaged residual blocks, a stem without strides.
 
 A residual block x + f(x) with a Lipschitz constant of 1 in f has one of 2, so that the bound of a network doubles with every
 block. Half of the block's output has 1 again.
@@ -7,21 +7,14 @@ block. Half of the block's output has 1 again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import timm.models.convnext
 import timm.models.dla
 import timm.models.regnet
 import timm.models.resnet
-import torch
 from timm.models import _efficientnet_blocks as efficientnet
-from timm.models import register_model
-from torch import Tensor, fx, nn
-
-from robust_spectral.graph import Walk, rule
-from robust_spectral.intervals import increasing, interval
-from robust_spectral.rounding import exact, rounds
+from torch import Tensor, nn
 
 
 class Averaged(nn.Module):
@@ -84,43 +77,3 @@ def small_stem_(model: nn.Module) -> None:
     first: Any = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     first.stride = (1, 1)
     model.maxpool = nn.Identity()
-
-
-class MaxMin(nn.Module):
-    """The larger and the smaller of each two channels, of the first half and the second: turns gradients, shortens none.
-
-    Source: Anil, Lucas and Grosse (2019), Sorting out Lipschitz function approximation.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Values of the same shape; the number of channels must be even."""
-        first, second = x.chunk(2, 1)
-        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
-
-
-@rule(MaxMin)
-def sorting(walk: Walk, n: fx.Node) -> float:
-    """Each pair is sorted, and sorting brings no two vectors further apart."""
-    return walk.bound(n.args[0])
-
-
-interval(MaxMin)(increasing)
-rounds(MaxMin)(exact)
-
-
-def maxmin_mlp(
-    pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, img_size: int = 28, width: int = 512, depth: int = 3,
-    **kwargs: Any,
-) -> nn.Module:  # fmt: skip
-    """Dense layers with `MaxMin` between them, on raw pixels: with orthogonal weights it keeps all lengths of gradients."""
-    sizes = [in_chans * img_size**2, *[width] * depth]
-    layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), MaxMin()]
-    net: Any = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
-    pixels = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans, "input_size": (in_chans, img_size, img_size)}
-    net.pretrained_cfg = pixels
-    return net
-
-
-register_model(maxmin_mlp)

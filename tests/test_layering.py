@@ -19,7 +19,10 @@ CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 EVALUATIONS = sorted((ROOT / "evaluations").rglob("*.py"))
 NUMERICS = {"torch", "numpy", "scipy"}
-PARTS = [["art_preprocessing", "art_clipping", "art_certifying", "art"]]  # files of one plugin, in the order of their imports
+PARTS = [
+    ["art_preprocessing", "art_clipping", "art_certifying", "art"],
+    ["timm_maxmin", "timm"],
+]  # files of one plugin, in the order of their imports
 HOSTS = {
     "art_preprocessing": "art",
     "art_clipping": "art",
@@ -27,6 +30,7 @@ HOSTS = {
     "art_attacks": "art",
     "autoattack": "pyautoattack",
     "timm_blocks": "timm",
+    "timm_maxmin": "timm",
     "timm_task": "timm",
     "defences": "deel",
 }  # plugin file -> what it imports, where the two names differ

@@ -17,7 +17,9 @@ from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.lifting import Lift
 from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.objectives import CertifiedCrossEntropy, CrossEntropy
-from robust_spectral.plugins.timm_blocks import Averaged, MaxMin, average_residuals_
+from robust_spectral.plugins.timm import load
+from robust_spectral.plugins.timm_blocks import Averaged, average_residuals_
+from robust_spectral.plugins.timm_maxmin import ChannelShift, MaxMin
 
 
 @pytest.fixture
@@ -124,6 +126,29 @@ def test_maxmin_sorts_pairs_and_is_one_lipschitz():
     larger, smaller = torch.stack([x[:, :3], x[:, 3:]]).sort(0, descending=True).values
     assert torch.equal(MaxMin()(x), torch.cat([larger, smaller], 1))
     assert rs.lipschitz_bound(MaxMin(), x[:1], box=None).value == 1
+
+
+def test_a_shift_of_channels_keeps_every_value_and_brings_neighbours_to_a_pixel():
+    x = torch.randn(2, 11, 4, 4, dtype=torch.float64)
+    moved = ChannelShift()(x)
+    assert torch.equal(moved.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
+    assert torch.equal(moved[:, :3], x[:, :3])
+    sides = [x[:, 3:5, 2, 1], x[:, 5:7, 0, 1], x[:, 7:9, 1, 2], x[:, 9:, 1, 0]]
+    assert torch.equal(moved[:, 3:, 1, 1], torch.cat(sides, 1))
+    assert rs.lipschitz_bound(ChannelShift(), x[:1], box=None).value == 1
+
+
+def test_the_network_of_shifts_has_a_lipschitz_constant_that_its_gradients_reach():
+    net = load("maxmin_shift", num_classes=10, in_chans=1, widths=(4, 16), depths=(3, 3)).double().eval()
+    for module in net.modules():
+        if hasattr(module, "weight"):
+            torch.nn.init.orthogonal_(module.weight)
+    x = torch.rand(1, 1, 28, 28, dtype=torch.float64)
+    bound = rs.lipschitz_bound(net, x)
+    assert 1 <= bound.value <= 1 + 1e-5 and bound.failure_probability == 0 and bound.errors[torch.float64] < 1e-9
+    slopes = torch.linalg.matrix_norm(torch.func.jacrev(lambda image: net(image)[0])(x).flatten(1), 2)
+    assert slopes.item() == pytest.approx(1, abs=1e-9)
+    assert bound.pairs[0, 1].item() == pytest.approx(2**0.5, rel=1e-5)
 
 
 def test_a_network_trained_for_certificates_is_certified_more_often(tmp_path):
