@@ -70,7 +70,7 @@ def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """The model, and an image of the size that it takes; ``given`` are the options for a timm model, None where left out."""
     from robust_spectral.plugins.timm import load, load_weights
 
-    from .models import load_model, logits_of
+    from .models import load_model, logits_of, sized
 
     name, folder = model.removeprefix("timm/"), Path(model)
     if (folder / "run.json").is_file() or (folder / "config.json").is_file() or ("/" in name and ":" not in name):
@@ -80,7 +80,7 @@ def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
         return net.eval(), torch.zeros(1, run["channels"], run["image_size"], run["image_size"])
     channels, size = given["in_chans"] or _CHANNELS, given["image_size"] or _IMAGE_SIZE
     net = load(name, bool(given["pretrained"]), num_classes=given["num_classes"], in_chans=channels, mean=given["mean"],
-               std=given["std"])  # fmt: skip
+               std=given["std"], **sized(name, size))  # fmt: skip
     if given["checkpoint"] is not None:
         load_weights(net.model, given["checkpoint"], "give the --num-classes and --in-chans that it has")
     example = torch.zeros(1, channels, size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import tempfile
@@ -10,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     pretrained = config.pretrained or config.pretrained_path is not None
     try:
         model = load(config.model, pretrained, num_classes=data.classes, in_chans=data.channels,
-                     **config.standardisation, **overlay)  # fmt: skip
+                     **config.standardisation, **overlay, **sized(config.model, data.image_size))  # fmt: skip
     except Exception as error:
         if not config.pretrained_path or isinstance(error, ValueError):
             raise
@@ -47,6 +49,12 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     rebuilt = _rebuilt(model, config, data.example())
     logits_of(rebuilt, data.example(), config.model)
     return rebuilt
+
+
+def sized(name: str, size: int) -> dict[str, int]:
+    """What timm is to be told of the images' size, of a model that is made for one and says so."""
+    made = timm.models.model_entrypoint(name) if timm.is_model(name) else None
+    return {"img_size": size} if made and "img_size" in inspect.signature(made).parameters else {}
 
 
 def input_in_words(model: PixelModel, data: ImageData) -> str:
@@ -133,7 +141,7 @@ def _restored(folder: Path, run: dict[str, Any], example: Tensor) -> nn.Module:
         known = {field.name for field in fields(FinetuneConfig)}
         config = FinetuneConfig(**{key: value for key, value in given.items() if key in known})
         model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"],
-                              **config.standardisation), config, example)  # fmt: skip
+                              **config.standardisation, **sized(config.model, example.shape[-1])), config, example)  # fmt: skip
     load_weights(weighted(model), folder / "model.safetensors")
     return model
 

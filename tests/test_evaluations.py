@@ -121,8 +121,8 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
             "lipschitz_target=-1.0: must be positive",
         ),
         (
-            "finetune --model maxmin_mlp --data digits --image-size 9 --out OUT",
-            "maxmin_mlp does not take images of shape (1, 9, 9)",
+            "finetune --model test_vit --data digits --image-size 9 --out OUT",
+            "test_vit does not take images of shape (1, 9, 9)",
         ),
         ("evaluate OUT", "no such run folder"),
         ("report OUT", "no such run folder"),

@@ -151,6 +151,12 @@ def test_the_network_of_shifts_has_a_lipschitz_constant_that_its_gradients_reach
     assert bound.pairs[0, 1].item() == pytest.approx(2**0.5, rel=1e-5)
 
 
+def test_a_network_made_for_one_size_is_made_for_that_of_the_images(tmp_path):
+    finetune(FinetuneConfig(model="maxmin_shift", data="digits", image_size=16, epochs=0, max_norm=None), tmp_path / "run")
+    model, data, _ = load_run(tmp_path / "run")
+    assert model(data.example()).shape == (1, 10) and data.image_size == 16
+
+
 def test_a_network_trained_for_certificates_is_certified_more_often(tmp_path):
     accuracies = {}
     options = {"image_size": 28, "lift": True, "spectral_warmup": 0.0, "logit_scale": 10.0, "epochs": 5}
