@@ -51,7 +51,7 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
     return rebuilt
 
 
-def sized(name: str, size: int) -> dict[str, int]:
+def sized(name: str, size: int) -> dict[str, Any]:
     """What timm is to be told of the images' size, of a model that is made for one and says so."""
     made = timm.models.model_entrypoint(name) if timm.is_model(name) else None
     return {"img_size": size} if made and "img_size" in inspect.signature(made).parameters else {}
