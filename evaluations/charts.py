@@ -115,12 +115,13 @@ def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def accuracies(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, logarithmic: bool = False) -> str:
-    """A point for each model, (x, accuracy in %); groups differ in marker as well as in colour."""
+    """A point for each model, (x, accuracy in %); forty groups differ in marker or filling, and in colour."""
     figure, axes = _canvas(7.6, 4.6)
     for index, (name, points) in enumerate(groups.items()):
         if points:
+            filling = ("full", "none", "left", "top")[index // 10 % 4]
             axes.plot(*zip(*points, strict=True), ls="", marker="os^DvP*X<>"[index % 10], ms=6, label=name,
-                      color=COLOURS[index % len(COLOURS)], mfc="none" if index // 10 % 2 else None)  # fmt: skip
+                      color=COLOURS[index % len(COLOURS)], fillstyle=filling)  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(-2, 102), xscale="log" if logarithmic else "linear")
     _legend(axes)
     return _svg(figure)
