@@ -31,16 +31,6 @@ class MaxMin(nn.Module):
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
 
 
-@rule(MaxMin)
-def sorting(walk: Walk, n: fx.Node) -> float:
-    """Each pair is sorted, and sorting brings no two vectors further apart."""
-    return walk.bound(n.args[0])
-
-
-interval(MaxMin)(increasing)
-rounds(MaxMin)(exact)
-
-
 class ChannelShift(nn.Module):
     """A fifth of the channels moved by one pixel to each of the four sides, around the edge; lengths stay.
 
@@ -56,14 +46,14 @@ class ChannelShift(nn.Module):
         return torch.cat([kept, up.roll(-1, 2), down.roll(1, 2), left.roll(-1, 3), right.roll(1, 3)], 1)
 
 
-@rule(ChannelShift)
-def moved(walk: Walk, n: fx.Node) -> float:
-    """The same values at other places."""
+@rule(MaxMin, ChannelShift)
+def rearranged(walk: Walk, n: fx.Node) -> float:
+    """The same values at other places, or each pair sorted, which brings no two vectors further apart."""
     return walk.bound(n.args[0])
 
 
-interval(ChannelShift)(increasing)
-rounds(ChannelShift)(exact)
+interval(MaxMin, ChannelShift)(increasing)
+rounds(MaxMin, ChannelShift)(exact)
 
 
 def maxmin_mlp(

@@ -71,8 +71,8 @@ def oldest_work() -> bool:
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in CORE]
         if subprocess.run(install).returncode:
             return False
-        elsewhere = scratch  # ROOT holds a part of the package, which -m puts first
-        return not subprocess.run([python, "-m", "pytest", *tests], cwd=elsewhere).returncode
+        # not in ROOT: a part of the package lies there, and -m puts that first
+        return not subprocess.run([python, "-m", "pytest", *tests], cwd=scratch).returncode
 
 
 def main() -> int:

@@ -110,10 +110,12 @@ def without_batchnorm(rows: list[Row]) -> list[Row]:
     return [row for row in rows if group(row["name"]).startswith(("nobn", "tuned-folded", "shift"))]
 
 
-def of_whole_seeds(rows: list[Row]) -> list[Row]:
-    """The rows of those seeds that all runs are done with, so that no run is compared with another seed's."""
+def finalists_rows() -> list[Row]:
+    """The finalists of those seeds that most of them are done with, so that no run is compared with another seed's."""
+    rows = read_json(RESULTS / "finalists.json")["rows"]
     counts = Counter(row["seed"] for row in rows)
-    return [row for row in rows if counts[row["seed"]] == max(counts.values())]
+    most = max(counts.values())
+    return [row for row in rows if counts[row["seed"]] == most]
 
 
 def by_run(rows: list[Row]) -> dict[str, list[Row]]:
@@ -196,7 +198,7 @@ def page(text: str) -> tuple[str, dict[str, str]]:
         "frontier-nobn": frontier_table(without_batchnorm(once), Frontier("nobn-none-adamw")),
         "frontier-twice": frontier_table(twice, Frontier("bn-none-12ep")),
     }
-    finalists = of_whole_seeds(read_json(RESULTS / "finalists.json")["rows"])
+    finalists = finalists_rows()
     found["finalists"] = finalists_table(finalists)
     for mark, plain, kept in (("", "bn-none", list), ("-nobn", "nobn-none-adamw", without_batchnorm)):
         found[f"finalists-frontier{mark}"] = frontier_table(kept(over_seeds(finalists)), Frontier(plain, attack="autoattack"))
@@ -205,7 +207,7 @@ def page(text: str) -> tuple[str, dict[str, str]]:
 
 def readme(text: str) -> str:
     """The README with its table made anew."""
-    return filled(text, {"main table": main_table(of_whole_seeds(read_json(RESULTS / "finalists.json")["rows"]))})
+    return filled(text, {"main table": main_table(finalists_rows())})
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
