@@ -43,8 +43,13 @@ def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dty
     if not shape or min(shape) < 1:
         raise ValueError(f"linear_operator(in_shape={tuple(in_shape)}): give the shape of one input, without the batch axis")
     _check_weights(module)
+    return unchecked_operator(module, shape, dtype)
+
+
+def unchecked_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype | None = None) -> LinearOperator:
+    """The same without a look at the weights, which would wait for a GPU."""
     builder = _module_operator if hooked(module) else _BUILDERS.get(type(module), _module_operator)
-    return builder(module, shape, dtype or _default_dtype(module))
+    return builder(module, in_shape, dtype or _default_dtype(module))
 
 
 def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
@@ -184,7 +189,7 @@ def _probe_affine(
 ) -> Shape:
     """Check f(x + y) + f(0) = f(x) + f(y) and f(x) + f(-x) = 2 f(0) at 32 points of many sizes; returns the output's shape."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 32, *in_shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    x, y = torch.randn(2, 32, *in_shape, generator=generator, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype)
     scale = (2.0 ** torch.arange(32, dtype=torch.float64) / 2**16).to(device=device, dtype=dtype)
     x, y = (v * scale.reshape(-1, *[1] * len(in_shape)) for v in (x, y))
     try:

@@ -55,7 +55,7 @@ def _cyclic_grid(module: _ConvNd, in_shape: Shape) -> Shape | None:
 def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
     """Every stride-th tap of an axis as channels of their own, (out, in * stride, *window) with a window that much shorter."""
     places = torch.arange(weight.shape[axis], device=weight.device) * dilation
-    length = -(-(int(places[-1]) + 1) // stride)
+    length = -(-((weight.shape[axis] - 1) * dilation + 1) // stride)
     spread = weight.new_zeros(*weight.shape[:axis], length * stride, *weight.shape[axis + 1 :])
     spread = spread.index_add(axis, places, weight)
     return spread.unflatten(axis, (length, stride)).movedim(axis + 1, 2).flatten(1, 2)
@@ -77,7 +77,9 @@ def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
         reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
         if module.padding_mode == "circular" and before + after <= reach < size:
             continue
-        cells = F.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=module.padding_mode)
+        cells = F.pad(
+            torch.arange(size, dtype=torch.float64, device="cpu")[None, None], (before, after), mode=module.padding_mode
+        )
         gain *= math.sqrt(int(torch.bincount(cells.flatten().long()).max())) * (1 + 1e-15)
     return gain
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -12,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .asking import answered
 from .budget import norm_for
 from .caller import counted, warn
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
-from .holding import HeldLayer, NotFiniteError, hold, measure, not_finite
+from .holding import HeldLayer
 from .layers import LinearLayer, linear_layers
 from .lipschitz import lipschitz_bound
+from .looking import NotFiniteError, not_finite
 from .moves import Move, MoveWeight
 from .targets import Patterns, targets_by_name
 from .tracking import TOLERANCE, TrackedLayer
+from .turns import Turns
 
 Composites = Literal["auto", "always", "never"]
 
@@ -103,6 +105,7 @@ class FastClip:
             if layer.name in targets
         }  # fmt: skip
         self._held = {name: HeldLayer.of(tracked, seed) for name, tracked in self._tracked.items()}
+        self._turns = Turns(list(self._held.values()))
         self._note_weights()
 
     @property
@@ -124,7 +127,8 @@ class FastClip:
         """Clip after every step of an optimizer; ``remove()`` of the handle ends it.
 
         A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again. A wrapper without hooks of
-        its own, such as Accelerate's, is looked through.
+        its own, such as Accelerate's, is looked through. Replays of a CUDA graph that the optimizer's step was captured in
+        call nothing: call `step` after each.
 
         Raises:
             ValueError: another clipper is attached and holds a layer of this one.
@@ -139,13 +143,24 @@ class FastClip:
                 )
         for tracked in self._tracked.values():
             _HELD_BY[tracked.layer.module] = ref(self)
-        handle: RemovableHandle = _with_hooks(optimizer).register_step_post_hook(lambda *_: self.step())
+        handle: RemovableHandle = _with_hooks(optimizer).register_step_post_hook(lambda *_: self._follow_step())
         self._handles = [*(h for h in self._handles if _alive(h)), handle]
         self._note_weights()
         return handle
 
+    def _follow_step(self) -> None:
+        """What the optimizer's hook calls."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            warn(
+                "FastClip: a step of the optimizer is being captured; call the clipper's step() after each replay of the graph"
+            )
+        else:
+            self.step()
+
     def step(self) -> None:
         """One warm power step on every layer that is due, then a clip of the directions above its target.
+
+        On a GPU no step waits: what one measures is clipped in the next.
 
         Raises:
             ValueError: a layer's weights were not finite for the tenth time in a row. Nothing is clipped in such steps.
@@ -154,10 +169,8 @@ class FastClip:
         if self.off:
             return
         try:
-            with self._unharmed():
-                self._resolve()
-                hold(list(self._held.values()), self.steps, self._every, self._sweeps, self._target)
-            self._skipped_in_a_row = 0
+            if self._turns.advance(self._resolve, self._every, self._sweeps, self._target):
+                self._skipped_in_a_row = 0
         except NotFiniteError:
             self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
             if self._skipped_in_a_row >= _MOST_SKIPPED:
@@ -170,10 +183,9 @@ class FastClip:
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        with self._unharmed():
+        with self._turns.unharmed():
             self._resolve()
-            oldest = max(0, self.steps - self._every + 1)
-            measure([tracked for tracked in self._tracked.values() if tracked.seen < oldest], self.steps)
+            self._turns.measure(list(self._tracked.values()), self._every)
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -188,6 +200,7 @@ class FastClip:
         if self.off:
             return {}
         self._warn_if_dead()
+        self._turns.restart(self._turns.count)
         self._resolve()
         first = self._finish_once()
         while self._lipschitz_target is not None and (excess := self._excess(self._lipschitz_target)) > 1:
@@ -224,6 +237,7 @@ class FastClip:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
+            "turns": self._turns.count,
             "layers": {name: held.entry() for name, held in self._held.items()},
         }
 
@@ -237,26 +251,13 @@ class FastClip:
             differing = sorted(state["layers"].keys() ^ self._tracked.keys())
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self._turns.restart(int(state.get("turns", self.steps)))
         for name, entry in state["layers"].items():
             asked = self._tracked[name].target
             self._held[name].restore(entry)
             if not self._relative and self._lipschitz_target is None:  # which follow from what the weights were once
                 self._tracked[name].target = asked
         self._note_weights()
-
-    @contextmanager
-    def _unharmed(self) -> Iterator[None]:
-        """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
-        kept = [(t, t.vectors, t.left, t.estimate) for held in self._held.values() for t in held.parts]
-        blocks = [(held.slow, held.slow.block) for held in self._held.values() if held.slow is not None]
-        try:
-            yield
-        except NotFiniteError:
-            for tracked, vectors, left, estimate in kept:
-                tracked.vectors, tracked.left, tracked.estimate = vectors, left, estimate
-            for slow, block in blocks:
-                slow.block = block
-            raise
 
     def _excess(self, lipschitz_target: float) -> float:
         """By which factor the network's bound is above its target."""
@@ -284,7 +285,7 @@ class FastClip:
             for part in held.parts:
                 part.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
             if not self.off:
-                held.start()
+                answered(held.start())
             if self._relative and not math.isinf(tracked.target):
                 own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
                 tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by

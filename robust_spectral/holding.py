@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from .asking import Asking, Lanes, together
 from .krylov import from_groups, to_groups
 from .layers import LinearLayer
+from .looking import look, measured, not_finite
 from .slow import SlowDirections, slow_directions
 from .spectrum import unit_rows
 from .tracking import TrackedLayer, between
@@ -29,19 +30,15 @@ from .tracking import TrackedLayer, between
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
+_GPU_EVERY, _AT_ONCE = 2, 8  # on a GPU, from one round of looks to the next, and layers that are looked at in it
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN = 0.05  # of growth
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.01, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
-_NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
 _STATE = ("bias", "rate", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
-
-
-class NotFiniteError(ValueError):
-    """Weights hold NaN or infinite values."""
 
 
 @dataclass(eq=False)
@@ -77,18 +74,28 @@ class HeldLayer:
 
     @classmethod
     def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
-        """A layer with its smaller twin, where there is one that pays."""
+        """A layer with its smaller twin, where there is one that pays; none does on a GPU."""
         layer = on_small_map(whole.layer)
-        if math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
+        if whole.vectors.is_cuda or math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
             return cls(whole, whole)
         small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
+        small.number = whole.number
         return cls(whole, small)
 
-    @cached_property
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the layer lives on one, where starting a small computation takes the time, not its size."""
+        return self.small.vectors.is_cuda
+
+    @property
     def cheap(self) -> bool:
         """Whether a closer look at the small one costs little."""
+        return self.on_gpu or self._work <= _CHEAP
+
+    @cached_property
+    def _work(self) -> int:
         weights = max(parameter.numel() for parameter in self.small.layer.module.parameters())
-        return weights * math.prod(self.small.operator.out_shape[1:]) <= _CHEAP
+        return weights * math.prod(self.small.operator.out_shape[1:])
 
     @property
     def far(self) -> float:
@@ -100,10 +107,12 @@ class HeldLayer:
         """The whole, and the small one where that is another."""
         return [self.whole] if self.small is self.whole else [self.whole, self.small]
 
-    def start(self) -> None:
+    def start(self) -> Asking[None]:
         """A first, long look."""
         self._find_slow()
-        found = [look(tracked, 2 * _LOOK, 0) for tracked in self.parts]
+        found = []
+        for tracked in self.parts:
+            found.append((yield from look(tracked, 2 * _LOOK, 0)))
         self._learn(found[-1], found[0])
         for tracked in self.parts:
             tracked.forget()
@@ -118,8 +127,13 @@ class HeldLayer:
         """Go on from the entry of a clipper's state dict."""
         for key in _STATE:
             setattr(self, key, entry[key])
-        for name, tracked in zip(("whole", "small"), self.parts, strict=False):
-            tracked.restore(entry[name])
+        self.whole.restore(entry["whole"])
+        if self.small is self.whole:
+            self.bias = 1.0
+        elif "small" in entry:
+            self.small.restore(entry["small"])
+        elif self.whole.composite is not None:  # of a clipper on a GPU, which has no small ones
+            self.small.resolve(self.whole.composite)
         if entry["slow"] is not None:
             self._find_slow()
             assert self.slow is not None
@@ -147,14 +161,27 @@ class HeldLayer:
         self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
         return norm * missed / allowed
 
+    def sense(self) -> Asking[None]:
+        """Find the gain on slow directions, where the kernel is known.
+
+        Raises:
+            NotFiniteError: the weights are not finite.
+        """
+        if self.slow is None:
+            return
+        gain = self.slow.settle((yield [self.slow.turn()])[0])
+        if not math.isfinite(gain):
+            raise not_finite(self.whole)
+        self.sensed = gain
+
     def gains(self, target: Target) -> float:
         """By which factor the norm is above its target, as far as slow directions tell."""
         norm = self.sensed * self.share
         return norm / target(self, norm)
 
-    def glance(self, step: int, target: Target, found: float | None = None) -> None:
+    def glance(self, step: int, target: Target, found: float | None = None) -> Asking[None]:
         """A closer look at the small one; what a power step just before it found tells what such steps miss."""
-        searched = look(self.small, _LOOK, step, self._toward())
+        searched = yield from look(self.small, _LOOK, step, self._toward())
         self._share(searched * self.bias)
         allowed = target(self, searched * self.bias)
         if found is not None:
@@ -162,10 +189,10 @@ class HeldLayer:
             allowed = self._foreseen(searched * self.bias, allowed, step)
         self.hold(self.small, searched, self.bias, allowed)
 
-    def look(self, step: int, target: Target) -> None:
+    def look(self, step: int, target: Target) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
-        found = look(self.small, _LOOK, step, self._toward())
-        searched = look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
+        found = yield from look(self.small, _LOOK, step, self._toward())
+        searched = yield from look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
         self._share(searched)
         self.compared = step
         self._learn(found, searched)
@@ -222,71 +249,10 @@ def on_small_map(layer: LinearLayer) -> LinearLayer:
     return replace(layer, in_shape=(layer.in_shape[0], *axes))
 
 
-def measure(layers: Sequence[TrackedLayer], step: int) -> list[float]:
-    """One power step on each layer; what is found, with a single wait for the device.
+def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[float]:
+    """All that follows the optimizer's step number ``step``, or some steps one after the other.
 
-    Raises:
-        NotFiniteError: a layer's weights are not finite.
-    """
-    if not layers:
-        return []
-    values = []
-    for tracked in layers:
-        try:
-            values.append(tracked.power_step())
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            raise not_finite(tracked) from None
-    found: list[float] = torch.stack([value.to(values[0].device) for value in values]).tolist()
-    for tracked, norm in zip(layers, found, strict=True):
-        if not math.isfinite(norm):
-            raise not_finite(tracked)
-        tracked.estimate, tracked.seen = norm, step
-        tracked.note_changes()
-    return found
-
-
-def look(tracked: TrackedLayer, steps: int, seed: int, toward: Tensor | None = None) -> float:
-    """A closer look at one layer: what a short Krylov run finds.
-
-    Raises:
-        NotFiniteError: its weights are not finite.
-    """
-    tracked.note_changes()
-    try:
-        found = float(tracked.search(steps, seed, toward))
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise not_finite(tracked)
-    return found
-
-
-def sense(layers: Sequence[HeldLayer]) -> None:
-    """Find the gains on slow directions, with a single wait for the device.
-
-    Raises:
-        NotFiniteError: a layer's weights are not finite.
-    """
-    values = []
-    for held in (known := [held for held in layers if held.slow is not None]):
-        try:
-            values.append(held.slow.step())  # type: ignore[union-attr]
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            raise not_finite(held.whole) from None
-    found = torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
-    for held, gain in zip(known, found, strict=True):
-        if not math.isfinite(gain):
-            raise not_finite(held.whole)
-        held.sensed = gain
-
-
-def not_finite(tracked: TrackedLayer) -> NotFiniteError:
-    """The error that says so."""
-    return NotFiniteError(_NON_FINITE.format(tracked.layer.name))
-
-
-def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> None:
-    """All that follows the optimizer's step number ``step``.
+    Returns the largest norm that a power step found, over its target.
 
     Args:
         layers: All that are held.
@@ -295,30 +261,42 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         sweeps: Power steps and clips of a layer that is due.
         target: From a layer and its norm to the norm allowed now.
     """
-    cheap = [held for held in layers if held.cheap]
-    glanced = _most_due(cheap, step) if step % every == 0 else []
-    glanced += _in_turn([held for held in layers if held not in cheap], step, _COSTLY_EVERY, "looked")
-    large = [held for held in layers if held.small is not held.whole and held not in glanced]
-    whole = _in_turn(large, step, _WHOLE_EVERY, "compared")
+    whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
+    glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
+    glanced += _in_turn([held for held in layers if not held.cheap and held not in whole], step, _COSTLY_EVERY, "looked")
     due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
     awake = [held for held in due if not held.resting]
     for held in due:
         held.resting = max(0, held.resting - 1)
     due = awake
-    found = measure([held.small for held in (*due, *glanced)], step)
     in_turn = [held for i, held in enumerate(layers) if (step + i) % ((3 if held.cheap else 8) * every) == 0]
-    sense([held for held in layers if held in (*in_turn, *glanced, *whole)])
-    far = [held for held, norm in zip(due, found, strict=False) if held.hold_found(norm, target) > held.far]
+    sensed = [held for held in layers if held in (*in_turn, *glanced, *whole)]
+    followed = [held.small for held in (*due, *glanced)]
+    rounds: list[Asking[Any]] = [*(measured(tracked, step) for tracked in followed), *(held.sense() for held in sensed)]
+    homes = [tracked.home for tracked in (*followed, *(held.whole for held in sensed))]
+    found = (yield from together(rounds, homes))[: len(followed)]
+    excesses = _clip(due, found, target)
+    most = max(excesses, default=1.0)
     for _ in range(sweeps - 1):
-        norms = measure([held.small for held in due], step)
-        far = [held for held, norm in zip(due, norms, strict=True) if held.hold_found(norm, target) > held.far]
+        again = [measured(held.small, step) for held in due]
+        excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
+    far = [held for held, excess in zip(due, excesses, strict=True) if excess > held.far]
     growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > held.far]
-    for held in (*far, *growing):
-        held.glance(step, target)
-    for held, norm in zip(glanced, found[len(due) :], strict=True):
-        held.glance(step, target, norm)
-    for held in whole:
-        held.look(step, target)
+    looks = [held.glance(step, target) for held in (*far, *growing)]
+    looks += [held.glance(step, target, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
+    looks += [held.look(step, target) for held in whole]
+    yield from together(looks, [held.whole.home for held in (*far, *growing, *glanced, *whole)])
+    return most
+
+
+def _clip(layers: Sequence[HeldLayer], found: Sequence[float], target: Target) -> list[float]:
+    """Clip what power steps found above the targets; by which factor it was."""
+    excesses = []
+    with Lanes() as lane:
+        for held, norm in zip(layers, found, strict=False):
+            with lane(held.whole.home):
+                excesses.append(held.hold_found(norm, target))
+    return excesses
 
 
 def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> list[HeldLayer]:
@@ -327,9 +305,14 @@ def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> l
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """By turns the one that has waited longest for a closer look, and that whose norm has grown unseen most since its own."""
+    """By turns the one that has waited longest for a closer look, and that whose norm has grown unseen most since its own.
+
+    On a GPU now and then the few that have waited longest.
+    """
     if not layers:
         return []
+    if layers[0].on_gpu:  # many at once take hardly longer than one
+        return sorted(layers, key=lambda held: held.looked)[:_AT_ONCE] if step % _GPU_EVERY == 0 else []
     if step % 2:
         return [min(layers, key=lambda held: held.looked)]
     usual = sum(held.rate for held in layers) / len(layers) + 1e-12

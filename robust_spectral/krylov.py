@@ -6,14 +6,18 @@ application.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 
 import torch
 from torch import Tensor
 
 from .operators import LinearOperator
+
+NOT_FINITE = "the operator returned NaN or infinite values, or they overflow"
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,18 @@ class Bidiagonalization:
     B: Tensor  # (g, m, m), B[l, j] = <U_l, A V_j>
     coupling: Tensor  # (g, b, b): A.H U_last = (within V) + coupling @ V_next
     block: int
-    exhausted: bool
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the Krylov space is invariant, so that further steps find nothing; waits for the device.
+
+        Raises:
+            ValueError: the operator returned NaN or infinite values, or they overflow.
+        """
+        size = float(self.coupling.abs().max() + 0 * self.B[:, :, -self.block :].sum())  # 0 times infinity is NaN
+        if not math.isfinite(size):
+            raise ValueError(NOT_FINITE)
+        return size == 0
 
 
 def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> Iterator[Bidiagonalization]:
@@ -44,14 +59,21 @@ def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> I
         H = U.extend(apply_grouped(A, V.last))
         B = torch.cat([torch.nn.functional.pad(B, (0, 0, 0, block)), H.mT], dim=2)
         coupling = V.extend(apply_grouped(A.H, U.last))[:, :, size:]
-        exhausted = not bool(coupling.any())
-        yield Bidiagonalization(U.rows[:, :size], V.rows[:, :size], B, coupling, block, exhausted)
+        yield Bidiagonalization(U.rows[:, :size], V.rows[:, :size], B, coupling, block)
         if basis is not None and size + block > basis:
             left, values, rightH = torch.linalg.svd(B)
             kept = max(basis // 2, 2 * block)
             U.compress(left[:, :, :kept].mT)
             V.compress(rightH[:, :kept], following=block)
             B = torch.diag_embed(values[:, :kept])
+
+
+def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonalization:
+    """The state after so many steps, or fewer where there are no more; on a GPU, where to ask would be a wait, zeros follow."""
+    for state in islice(golub_kahan(A, start), steps):
+        if not start.is_cuda and state.exhausted:
+            break
+    return state
 
 
 class _Basis:
@@ -84,11 +106,9 @@ class _Basis:
             if i and _shrunk(shortened, w):
                 shortened = self._remove(shortened, h, 0, m + i)
             norm = shortened[:, 0].norm(dim=1)
-            if not bool(torch.isfinite(norm).all()):
-                raise ValueError("the operator returned NaN or infinite values, or they overflow")
-            keep = norm > threshold[:, i]
-            H[:, i, m + i] = torch.where(keep, norm, 0)
-            self.rows[:, m + i] = torch.where(keep[:, None], shortened[:, 0] / norm[:, None], 0)
+            vanished = (norm <= threshold[:, i]) & (norm < math.inf)  # what overflows or is NaN stays so
+            H[:, i, m + i] = torch.where(vanished, 0, norm)
+            self.rows[:, m + i] = torch.where(vanished[:, None], 0, shortened[:, 0] / norm[:, None])
         self.size += self.block
         return H
 
@@ -113,7 +133,8 @@ class _Basis:
 
 
 def _shrunk(after: Tensor, before: Tensor) -> bool:
-    return bool((after.norm(dim=2) < 0.5 * before.norm(dim=2)).any())
+    """Whether a row lost more than half its length; on a GPU it may have, as a second pass costs less than to ask."""
+    return after.is_cuda or bool((after.norm(dim=2) < 0.5 * before.norm(dim=2)).any())
 
 
 def orthonormal_rows(X: Tensor) -> Tensor:
@@ -123,11 +144,11 @@ def orthonormal_rows(X: Tensor) -> Tensor:
     return basis.last
 
 
-def random_block(A: LinearOperator, block: int, seed: int) -> Tensor:
-    """A Gaussian block (g, block, in/g), the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+def random_block(A: LinearOperator, block: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """A Gaussian block (g, block, in/g), drawn on ``device``: the same for all operators where that is the CPU."""
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (A.groups, block, prod(A.in_shape) // A.groups)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=A.device, dtype=A.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=device).to(device=A.device, dtype=A.dtype)
 
 
 def apply_grouped(A: LinearOperator, X: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .affine import batchnorm_scale, evaluating, is_batchnorm, is_plain, linear_operator
+from .affine import batchnorm_scale, evaluating, is_batchnorm, is_plain, unchecked_operator
 from .convolutions import convolution_settings
 from .krylov import to_groups
 from .layers import LinearLayer
@@ -82,7 +82,7 @@ class MoveGamma:
         assert layer.batchnorm is not None
         gamma = self.parameters(layer)[0].detach().double()
         inverse_std = torch.where(gamma == 0, 0.0, batchnorm_scale(layer.batchnorm) / torch.where(gamma == 0, 1.0, gamma))
-        Y = linear_operator(layer.module, layer.in_shape, X.dtype).matmat(X)
+        Y = unchecked_operator(layer.module, layer.in_shape, X.dtype).matmat(X)
         return [(Y * U).reshape(*Y.shape[:2], -1).sum(2) * inverse_std.to(X.dtype)]
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:

@@ -194,7 +194,7 @@ def lanczos_intervals(
     start = random_block(B, 1, seed)
     lower, bounds, due = np.zeros(len(sizes)), np.array(known) / sizes, 10
     for step, state in enumerate(golub_kahan(B, start / start.norm(dim=2, keepdim=True)), start=1):
-        last = step >= max_steps or state.exhausted
+        last = state.exhausted or step >= max_steps
         if last or step >= due:
             due = step + max(5, step // 5)
             alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()

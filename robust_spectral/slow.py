@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .asking import to_device
 from .coarse import kernel_map
 from .krylov import to_groups
 from .layers import LinearLayer
 
+_NOISE = 1e-4  # of the largest squared gain
 _BLOCK = 4  # directions that are followed, so that a new one is among them before it is the largest
 
 
@@ -27,23 +29,35 @@ class SlowDirections:
         self.layer, self._to_kernel = layer, to_kernel
         self._groups = int(getattr(layer.module, "groups", 1))
         channels = self._matrix(like).shape[2]
-        start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
         self.block = torch.linalg.qr(start.to(like))[0]  # (g, in, k)
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """One iteration; the largest gain found, as a tensor without a sync."""
+    def turn(self) -> Tensor:
+        """Half an iteration: the Gram matrix (g, k, k) of what the block becomes, float64."""
         weight: Any = self.layer.module.weight
         self.block = self.block.to(weight.device)
         matrix = self._matrix(self.block)
-        image = matrix @ self.block
-        turned, gains, _ = torch.linalg.svd(matrix.mT @ image, full_matrices=False)
-        self.block = turned  # the largest first
-        return gains[:, 0].max().sqrt()
+        self._turned = matrix.mT @ (matrix @ self.block)
+        exact = self._turned.double()
+        return exact.mT @ exact
+
+    def settle(self, gram: Tensor) -> float:
+        """The other half, given that matrix on the host; the largest gain found."""
+        if not bool(torch.isfinite(gram).all()):
+            return math.nan
+        squares, vectors = torch.linalg.eigh(gram)
+        lengths = squares.clamp_min(0).sqrt()  # squared gains
+        largest = lengths.amax(1, keepdim=True)
+        shorten = 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny + _NOISE * largest)  # what is noise gets no length
+        self.block = self._turned @ to_device((vectors * shorten[:, None]).flip(2), self._turned)  # the largest first
+        return math.sqrt(float(largest.max()))
 
     def rows(self, in_shape: tuple[int, ...]) -> Tensor:
         """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups)."""
-        top = self.block[:, :, 0]
+        weight: Any = self.layer.module.weight
+        top = self.block[:, :, 0].to(weight.device)
         if isinstance(self.layer.module, nn.Linear):
             return to_groups(top.expand(1, *in_shape), 1) / math.prod(in_shape[:-1]) ** 0.5
         module: Any = self.layer.module

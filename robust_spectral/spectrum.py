@@ -8,6 +8,7 @@ so many separate ones that share each application.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .krylov import apply_grouped, from_groups, golub_kahan, orthonormal_rows, random_block, to_groups
+from .krylov import Bidiagonalization, apply_grouped, from_groups, golub_kahan, orthonormal_rows, random_block, to_groups
 from .numerics import power_of_two
 from .operators import LinearOperator, check_operator
 
@@ -92,19 +93,20 @@ class Lanczos:
     def solve(self, A: LinearOperator, k: int, start: Tensor) -> Ritz:
         """The k leading Ritz triplets of every group."""
         for step, state in enumerate(golub_kahan(A, start, max(self.basis, 6 * start.shape[1])), start=1):
-            last = step >= self.max_steps or state.exhausted
+            last = state.exhausted or step >= self.max_steps
             if last or (self.rtol > 0 and step % 4 == 0):
-                left, values, rightH = torch.linalg.svd(state.B)
-                residuals = (left[:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
-                if last or not bool(_open(values[:, :k], residuals, self.rtol, self.each_group).any()):
+                factors = [factor.to(state.B.device) for factor in torch.linalg.svd(state.B.cpu())]  # small
+                residuals = (factors[0][:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
+                if last or not bool(_open(factors[1][:, :k], residuals, self.rtol, self.each_group).any()):
                     break
-        return Ritz(
-            values=values[:, :k],
-            left=left[:, :, :k].mT @ state.U,
-            right=rightH[:, :k] @ state.V,
-            residuals=residuals,
-            steps=step,
-        )
+        return ritz_of(state, factors, k, step)
+
+
+def ritz_of(state: Bidiagonalization, factors: Sequence[Tensor], k: int, steps: int) -> Ritz:
+    """The k leading Ritz triplets, from the singular value decomposition of B."""
+    left, values, rightH = factors
+    residuals = (left[:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
+    return Ritz(values[:, :k], left[:, :, :k].mT @ state.U, rightH[:, :k] @ state.V, residuals, steps)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .affine import is_plain
-from .krylov import apply_grouped, from_groups, random_block
+from .asking import Home, to_device
+from .krylov import Bidiagonalization, apply_grouped, bidiagonalized, from_groups, random_block
 from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, ritz_of, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions found
@@ -48,6 +49,7 @@ class TrackedLayer:
     missed: float = field(default=1.0)  # factor by which power steps fall short
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
+    number: int = field(default=0)  # among the layers of a model
     ritz: Ritz = field(init=False)  # what the last power step or search found
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
@@ -63,7 +65,7 @@ class TrackedLayer:
         operator = _operator(layer, bool(composite))
         size = math.prod(layer.in_shape) // operator.groups
         rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target)
+        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target, number=seed)
 
     @property
     def kind(self) -> str:
@@ -76,6 +78,16 @@ class TrackedLayer:
         self.operator = _operator(self.layer, self.composite)
         self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
         self.left = None if self.left is None else self.left.to(self.operator.device, self.operator.dtype)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the layer has gone to another device since it was last looked at."""
+        return self.vectors.device != next(self.layer.module.parameters()).device
+
+    def follow_device(self) -> None:
+        """Go there, too."""
+        if self.moved:
+            self.resolve(bool(self.composite))
 
     def entry(self) -> dict[str, Any]:
         """What `restore` needs: plain values and a tensor."""
@@ -96,6 +108,11 @@ class TrackedLayer:
         self.target, self.missed = entry["target"], entry["missed"]
 
     @property
+    def home(self) -> Home:
+        """Where its work runs on a GPU."""
+        return self.number, self.vectors.device
+
+    @property
     def versions(self) -> list[int]:
         """How often each parameter has been changed in place, as far as torch counts it."""
         return [p._version for p in self.move.parameters(self.layer)]
@@ -113,17 +130,26 @@ class TrackedLayer:
         """How often a parameter has been changed in place since they had these versions."""
         return max(now - then for now, then in zip(self.versions, versions, strict=True))
 
-    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> Tensor:
-        """Turn the vectors towards the top singular directions by a short Krylov run; the largest value found.
+    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> Bidiagonalization:
+        """A short Krylov run, from which `settle` turns the vectors towards the top singular directions.
 
         The run starts from where the vectors are, stirred, so that it is blind to no direction, and ``toward`` a direction of
         each group, (groups, 1, inputs / groups), that may have grown beside them.
         """
+        self.follow_device()
         start = self.vectors if toward is None else torch.cat([self.vectors[:, :-1], between(self.vectors[:, -1:], toward)], 1)
-        start = start + _STIR * random_block(self.operator, start.shape[1], seed) / start.shape[2] ** 0.5
-        k = start.shape[1]
-        ritz = Lanczos(rtol=0.0, max_steps=steps, each_group=True).solve(self._scaled(), max(k, _AT_ONCE), start)
-        return self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
+        stir = random_block(self.operator, start.shape[1], seed, start.device)
+        return bidiagonalized(self._scaled(), start + _STIR * stir / start.shape[2] ** 0.5, steps)
+
+    def settle(self, state: Bidiagonalization, B: Tensor) -> float:
+        """Follow what a search found, given its B on the host; the largest value, NaN where it is not finite."""
+        if not bool(torch.isfinite(B).all()):
+            return math.nan
+        left, values, rightH = torch.linalg.svd(B)
+        k = self.vectors.shape[1]
+        ritz = ritz_of(state, [to_device(factor, state.U) for factor in (left, values, rightH)], max(k, _AT_ONCE), 0)
+        self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
+        return float(values.max()) * self.scale
 
     def learn(self, found: float, searched: float) -> None:
         """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
@@ -139,8 +165,7 @@ class TrackedLayer:
         A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
         pair u, v and a value ⟨u, A v⟩ of the weights as they are.
         """
-        if self.vectors.device != next(self.layer.module.parameters()).device:
-            self.resolve(bool(self.composite))
+        self.follow_device()
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
             return self._follow(ritz, next_block(image, self.vectors))
@@ -171,7 +196,7 @@ class TrackedLayer:
         """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
         excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
         G = self.gradients()
-        a = _smallest_change(G @ G.mT, excess)
+        a = _smallest_change(G, excess)
         add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
 
     def forget(self) -> None:
@@ -223,7 +248,7 @@ class TrackedLayer:
 
         Returns the largest value.
         """
-        self.ritz, self.vectors = replace(ritz, values=ritz.values * self.scale), vectors
+        self.ritz, self.vectors = ritz if self.scale == 1 else replace(ritz, values=ritz.values * self.scale), vectors
         self.left = ritz.left if forward else None
         return self.ritz.values.max()
 
@@ -249,22 +274,22 @@ def between(own: Tensor, other: Tensor) -> Tensor:
     return unit_rows(own + torch.where((own * other).sum(2, keepdim=True) < 0, -other, other))[0]
 
 
-def _smallest_change(gram: Tensor, excess: Tensor) -> Tensor:
+def _smallest_change(G: Tensor, excess: Tensor) -> Tensor:
     """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
 
     The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
     lower them more than enough), so that nearly dependent directions cannot blow the change up.
     """
-    if gram.shape[-1] == 1:
-        return excess / (gram[..., 0] + torch.finfo(gram.dtype).tiny)
-    active = excess > 0
+    if G.shape[1] == 1:
+        return excess / (G.norm(dim=2).square() + torch.finfo(G.dtype).tiny)
+    gram, active = G @ G.mT, excess > 0
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)
     for _ in range(gram.shape[-1]):
         pairs = active[:, :, None] & active[:, None, :]
-        a = torch.linalg.solve(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))
+        a = torch.linalg.solve_ex(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))[0]
         negative = a < 0
-        if not bool(negative.any()):
+        if not a.is_cuda and not bool(negative.any()):  # on a GPU, where to ask would be a wait, more rounds change nothing
             break
         active = active & ~negative
     return a

@@ -52,7 +52,7 @@ def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_
     layer = LinearLayer("", module, in_shape)
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
     for _ in range(200):
-        gain = float(slow.step())
+        gain = slow.settle(slow.turn())
     rows = slow.rows(in_shape)
     images = apply_grouped(layer.operator(dtype=torch.float64), rows)
     assert rows.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * len(rows))
@@ -66,7 +66,7 @@ def test_slow_directions_of_a_composite_count_the_scale_of_the_normalisation():
     layer = LinearLayer("", convolution, (3, 4, 4), batchnorm)
     slow = slow_directions(layer, True, torch.zeros(1), seed=0)
     for _ in range(200):
-        gain = float(slow.step())
+        gain = slow.settle(slow.turn())
     assert gain == pytest.approx(norm(nn.Sequential(convolution, batchnorm), (3, 4, 4)), rel=1e-4)
 
 

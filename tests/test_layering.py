@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "caller", "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum",
-    "kernel_bounds", "norms", "layers", "folding", "moves", "coarse", "slow", "tracking", "clipping", "targets", "graph",
-    "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
-    "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "holding", "fastclip", "certify",
+    "kernel_bounds", "norms", "layers", "folding", "moves", "coarse", "asking", "slow", "tracking", "clipping", "targets",
+    "graph", "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
+    "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "looking", "holding", "turns", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

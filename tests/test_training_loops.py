@@ -32,13 +32,18 @@ def convnet() -> nn.Sequential:
 
 
 def true_norms(model: nn.Module) -> list[float]:
-    return [norm(copy.deepcopy(model[index]), shape) for index, shape in {0: (3, 8, 8), 2: (8, 8, 8), 6: (32,)}.items()]
+    return [norm(copy.deepcopy(model[index]).cpu(), shape) for index, shape in {0: (3, 8, 8), 2: (8, 8, 8), 6: (32,)}.items()]
 
 
-def batches(count: int = 16) -> list[tuple[Tensor, Tensor]]:
+def batches(device: torch.device | str = "cpu", count: int = 16) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 16, 3, 8, 8, generator=generator)
-    return list(zip(images, torch.randint(5, (count, 16), generator=generator), strict=True))
+    labels = torch.randint(5, (count, 16), generator=generator)
+    return list(zip(images.to(device), labels.to(device), strict=True))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def ordinary(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    for x, y in batches():
+    for x, y in batches(device_of(model)):
         optimizer.zero_grad()
         loss(model, x, y).backward()
         optimizer.step()
@@ -54,7 +59,7 @@ def ordinary(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def accumulating(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    for index, (x, y) in enumerate(batches()):
+    for index, (x, y) in enumerate(batches(device_of(model))):
         (loss(model, x, y) / 4).backward()
         if index % 4 == 3:
             optimizer.step()
@@ -63,9 +68,9 @@ def accumulating(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def half_precision(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    for x, y in batches():
+    for x, y in batches(device_of(model)):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             value = loss(model, x, y)
         value.backward()
         optimizer.step()
@@ -73,8 +78,8 @@ def half_precision(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def timms_scaler(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    scaler = NativeScaler(device="cpu")
-    for index, (x, y) in enumerate(batches()):
+    scaler = NativeScaler(device=device_of(model).type)
+    for index, (x, y) in enumerate(batches(device_of(model))):
         scaler(loss(model, x, y), optimizer, parameters=model.parameters(), clip_grad=1.0, need_update=index % 2 == 1)
         if index % 2 == 1:
             optimizer.zero_grad()
@@ -83,7 +88,7 @@ def timms_scaler(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 def sharpness_aware(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Two backward passes a step, the second at weights that were moved and are moved back."""
-    for x, y in batches():
+    for x, y in batches(device_of(model)):
         optimizer.zero_grad()
         loss(model, x, y).backward()
         with torch.no_grad():
@@ -104,11 +109,11 @@ def compiled(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def averaging(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    x, y = batches()[0]
+    x, y = batches(device_of(model))[0]
     loss(model, x, y).backward()
     optimizer.step()
     averages = ModelEmaV3(model, decay=0.9), torch.optim.swa_utils.AveragedModel(model)  # of weights that are held already
-    for x, y in batches():
+    for x, y in batches(device_of(model)):
         optimizer.zero_grad()
         loss(model, x, y).backward()
         optimizer.step()
@@ -128,13 +133,15 @@ def copying(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 LOOPS = [ordinary, accumulating, half_precision, timms_scaler, sharpness_aware, compiled, averaging, copying]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_the_norms_are_held_in(loop: Callable[[nn.Module, torch.optim.Optimizer], int]) -> None:
-    model = convnet()
+def test_the_norms_are_held_in(loop: Callable[[nn.Module, torch.optim.Optimizer], int], device: str) -> None:
+    model = convnet().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8, device=device))
     clipper.attach(optimizer)
     assert loop(model, optimizer) == clipper.steps
     assert max(true_norms(model)) <= HELD
@@ -149,14 +156,16 @@ OPTIMIZERS = {
     "lamb": lambda p: timm.optim.create_optimizer_v2(p, "lamb", lr=2e-3),
     "lion": lambda p: timm.optim.create_optimizer_v2(p, "lion", lr=5e-4),
     "muon": lambda p: timm.optim.create_optimizer_v2(p, "muon", lr=2e-3),
+    "AdamW, capturable": lambda p: torch.optim.AdamW(p, lr=2e-3, capturable=p[0].is_cuda),
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_norms_are_held_with(make: Callable[..., torch.optim.Optimizer]) -> None:
-    model = convnet()
+def test_the_norms_are_held_with(make: Callable[..., torch.optim.Optimizer], device: str) -> None:
+    model = convnet().to(device)
     optimizer = make(list(model.parameters()))
-    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
+    clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8, device=device))
     clipper.attach(optimizer)
     assert ordinary(model, optimizer) == clipper.steps
     assert max(true_norms(model)) <= HELD
@@ -227,7 +236,7 @@ def one_rank(rank: int, folder: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8), composites="never")
         clipper.attach(optimizer)
-        for x, y in batches(100):
+        for x, y in batches(count=100):
             optimizer.zero_grad()
             loss(replica, x[rank::2], y[rank::2]).backward()
             optimizer.step()

@@ -1,0 +1,135 @@
+"""Computations that now and then need a few numbers of the device, as generators that yield tensors and are sent them back.
+
+`answered` waits for the device each time. `Later` does not: it goes on from one call to the next, by when the numbers have
+come. `Lanes` lets what belongs to different layers run side by side on a GPU, where each alone would leave it idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Asking = Generator[list[Tensor], list[Tensor], T]
+Home = tuple[int, torch.device]  # a number and the device of what stays with one lane
+
+_STREAMS = 4
+
+
+def answered(asking: Asking[T]) -> T:
+    """Run it to its end, with a wait for each round of numbers."""
+    try:
+        wanted = next(asking)
+        while True:
+            wanted = asking.send(_Copies(wanted).arrived())
+    except StopIteration as end:
+        return end.value
+
+
+def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[list[T]]:
+    """Several at once, each in its own lane, with one round for all in place of one for each; their results."""
+    results: dict[int, T] = {}
+    answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(all_asking)))
+    while answers:
+        wanted: dict[int, list[Tensor]] = {}
+        with Lanes() as lane:
+            for index, given in answers.items():
+                try:
+                    with lane(homes[index]):
+                        wanted[index] = next(all_asking[index]) if given is None else all_asking[index].send(given)
+                except StopIteration as end:
+                    results[index] = end.value
+        came = (yield [tensor for tensors in wanted.values() for tensor in tensors]) if wanted else []
+        split = iter(came)
+        answers = {index: [next(split) for _ in tensors] for index, tensors in wanted.items()}
+    return [results[index] for index in range(len(all_asking))]
+
+
+class Later(Generic[T]):
+    """Runs up to where numbers are asked for, and on from there when told to.
+
+    Attributes:
+        result: Once it has ended.
+    """
+
+    result: T
+
+    def __init__(self, asking: Asking[T]) -> None:
+        self._asking, self.done = asking, False
+        self._copies: _Copies | None = None
+        self.go_on()
+
+    def go_on(self) -> None:
+        """As far as what was asked for last time allows; waits only if it is still on its way."""
+        try:
+            wanted = next(self._asking) if self._copies is None else self._asking.send(self._copies.arrived())
+            self._copies = _Copies(wanted)
+        except StopIteration as end:
+            self.result, self.done = end.value, True
+
+
+class _Copies:
+    """Tensors on their way to the host, all of one type and device in one transfer."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._parts: list[tuple[list[int], Tensor, torch.cuda.Event]] = []
+        for device, dtype in {(t.device, t.dtype): None for t in tensors if t.is_cuda}:
+            places = [i for i, t in enumerate(tensors) if (t.device, t.dtype) == (device, dtype)]
+            flat = torch.cat([tensors[i].reshape(-1) for i in places])
+            host = torch.empty(flat.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+            with torch.cuda.device(device):
+                event = torch.cuda.Event()
+                event.record()
+            self._parts.append((places, host, event))
+
+    def arrived(self) -> list[Tensor]:
+        """Them, on the host."""
+        found = list(self._tensors)
+        for places, host, event in self._parts:
+            event.synchronize()
+            parts = host.split([found[i].numel() for i in places])
+            for i, part in zip(places, parts, strict=True):
+                found[i] = part.reshape(found[i].shape)
+        return found
+
+
+def to_device(tensor: Tensor, like: Tensor) -> Tensor:
+    """A small tensor of the host in another's type on its device, without a wait."""
+    tensor = tensor.to(like.dtype)
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+
+
+class Lanes:
+    """Streams beside the current one, joined to it at the end of the ``with`` block; nothing on a CPU."""
+
+    def __init__(self) -> None:
+        self._used: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # and the current one each branched off
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __call__(self, home: Home) -> AbstractContextManager[object]:
+        """The lane of a home, always the same one, as the memory of tensors made in it belongs to it."""
+        number, device = home
+        if device.type != "cuda":
+            return nullcontext()
+        lane = _streams(device)[number % _STREAMS]
+        if lane not in self._used:
+            self._used[lane] = torch.cuda.current_stream(device)
+            lane.wait_stream(self._used[lane])
+        return torch.cuda.stream(lane)
+
+    def __exit__(self, *_: object) -> None:
+        for lane, current in self._used.items():
+            current.wait_stream(lane)
+
+
+@cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(_STREAMS)]

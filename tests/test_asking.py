@@ -1,0 +1,214 @@
+"""Computations that ask for numbers of the device: in rounds, at once or a call later."""
+
+import copy
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import norm
+from torch import nn
+
+import robust_spectral as rs
+from robust_spectral.asking import Asking, Later, answered, together
+from robust_spectral.holding import HeldLayer
+
+CPU = torch.device("cpu")
+
+
+def add(count: int, log: list[str], name: str = "") -> Asking[float]:
+    """Asks for 1, 2, … in so many rounds, and adds what comes back."""
+    total = 0.0
+    for number in range(1, count + 1):
+        log.append(f"{name}{number}")
+        total += float((yield [torch.tensor(float(number))])[0])
+    return total
+
+
+def test_an_asking_computation_runs_to_its_end_with_its_answers() -> None:
+    assert answered(add(4, [])) == 10 and answered(add(0, [])) == 0
+
+
+def test_several_share_their_rounds_and_keep_their_results_apart() -> None:
+    log: list[str] = []
+    both = together([add(1, log, "a"), add(3, log, "b"), add(0, log, "c"), add(2, log, "d")], [(i, CPU) for i in range(4)])
+    rounds = []
+
+    def counting() -> Asking[list[float]]:
+        answers = None
+        while True:
+            try:
+                wanted = next(both) if answers is None else both.send(answers)
+            except StopIteration as end:
+                return end.value
+            rounds.append(len(wanted))
+            answers = yield wanted
+
+    assert answered(counting()) == [1.0, 6.0, 0.0, 3.0]
+    assert rounds == [3, 2, 1] and log == ["a1", "b1", "d1", "b2", "d2", "b3"]
+
+
+def test_a_later_one_goes_a_round_at_each_call() -> None:
+    log: list[str] = []
+    later = Later(add(2, log))
+    assert (log, later.done) == (["1"], False)
+    later.go_on()
+    assert (log, later.done) == (["1", "2"], False)
+    later.go_on()
+    assert later.done
+
+
+def test_one_that_asks_for_nothing_is_done_at_once() -> None:
+    assert Later(add(0, [])).done
+
+
+@pytest.fixture
+def a_step_late() -> Iterator[None]:
+    """The hook as on a GPU: what a step measures is acted upon in the next."""
+    with mock.patch.object(HeldLayer, "on_gpu", True):
+        yield
+
+
+def trained(model: nn.Module, steps: int, **options: object) -> rs.FastClip:
+    images, labels = torch.randn(256, 3, 12, 12), torch.randint(5, (256,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    clipper = rs.FastClip(model, images, **options)
+    clipper.attach(optimizer)
+    for index in range(steps):
+        part = slice(16 * index % 256, 16 * index % 256 + 16)
+        optimizer.zero_grad()
+        F.cross_entropy(20 * model(images[part]), labels[part]).backward()
+        optimizer.step()
+    return clipper
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(64, 5),
+    )  # fmt: skip
+
+
+SHAPES = {0: (3, 12, 12), 2: (16, 12, 12), 6: (64,)}
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"sweeps": 2}, {"vectors": 3}], ids=str)
+def test_norms_are_held_where_every_number_comes_a_step_late(a_step_late: None, options: dict[str, int]) -> None:
+    model = convolutions()
+    trained(model, 80, **options)
+    assert max(norm(copy.deepcopy(model[index]), shape) for index, shape in SHAPES.items()) <= 1.02
+
+
+def test_weights_tied_under_two_names_are_clipped_once_a_step_late(a_step_late: None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12, bias=False), nn.ReLU(), nn.Linear(12, 12, bias=False))
+    model[2].weight = model[0].weight
+    clipper = rs.FastClip(model, torch.randn(4, 12))
+    for _ in range(40):
+        with torch.no_grad():
+            model[0].weight.mul_(1.002)
+        clipper.step()
+        if clipper.steps > 10:
+            assert 0.98 <= norm(model[0], (12,)) <= 1.02
+
+
+def test_weights_that_diverge_are_noticed_a_step_late_and_the_clipper_goes_on_once_they_are_put_back(a_step_late: None) -> None:
+    model = convolutions()
+    clipper = trained(model, 20)
+    kept = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[2].weight[0, 0, 0, 0] = torch.nan
+    clipper.step()
+    clipper.step()
+    assert 1 <= clipper.skipped <= 2
+    model.load_state_dict(kept)
+    for _ in range(6):
+        clipper.step()
+    assert clipper.skipped <= 3
+    assert max(clipper.norms().values()) <= 1.02
+    clipper.finish()
+    assert max(norm(copy.deepcopy(model[index]), shape) for index, shape in SHAPES.items()) <= 1.001
+
+
+def test_weights_that_stay_without_finite_values_are_an_error_a_step_late_too(a_step_late: None) -> None:
+    model = convolutions()
+    clipper = trained(model, 5)
+    with torch.no_grad():
+        model[2].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer '2' hold NaN"):
+        for _ in range(40):
+            clipper.step()
+
+
+def test_a_step_that_is_being_captured_is_left_to_a_call_after_each_replay() -> None:
+    model = convolutions()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12))
+    clipper.attach(optimizer)
+    with (
+        mock.patch("torch.cuda.is_initialized", return_value=True),
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
+        pytest.warns(UserWarning, match="after each replay"),
+    ):
+        optimizer.step()
+    assert clipper.steps == 0
+
+
+def test_a_turn_in_which_nothing_is_due_ends_at_once(a_step_late: None) -> None:
+    model = convolutions()
+    clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12), max_norm=50.0, every=5)  # so far below that layers rest
+    for _ in range(60):
+        clipper.step()
+    assert max(clipper.norms().values()) <= 50
+
+
+def test_a_copy_of_a_clipper_with_a_turn_under_way_begins_its_own(a_step_late: None) -> None:
+    model = convolutions()
+    clipper = trained(model, 21)
+    both = copy.deepcopy((model, clipper))
+    for _ in range(8):
+        both[1].step()
+    assert max(both[1].norms().values()) <= 1.02 and both[1].steps == 29
+
+
+def test_weights_that_are_put_back_after_norms_that_were_not_finite_stay_finite(a_step_late: None) -> None:
+    model = convolutions()
+    for steps in range(20, 26):
+        clipper = trained(model, steps)
+        kept = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            model[2].weight[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN"):
+            clipper.norms()
+        model.load_state_dict(kept)
+        for _ in range(4):
+            clipper.step()
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_state_saved_on_a_gpu_which_has_no_small_maps_goes_on_where_there_are_some() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    images = torch.randn(1, 8, 24, 24)
+    with mock.patch("robust_spectral.holding.on_small_map", lambda layer: layer):
+        whole = rs.FastClip(copy.deepcopy(model), images)
+    clipper = rs.FastClip(model, images)
+    for first, second in ((whole, clipper), (clipper, whole)):
+        for _ in range(8):
+            first.step()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for _ in range(40):
+            with torch.no_grad():
+                second.layers[0].module.weight.mul_(1.005)
+            second.step()
+        assert 0.97 <= norm(copy.deepcopy(second.layers[0].module), (8, 24, 24)) <= 1.02
+
+
+def test_an_overflow_is_not_taken_for_a_zero() -> None:
+    layer = nn.Linear(40, 30, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(1e21)
+    operator = rs.linear_operator(layer, (40,))
+    with pytest.raises(ValueError, match="overflow"):
+        rs.Lanczos().solve(operator, 1, torch.randn(1, 1, 40))
