@@ -35,7 +35,7 @@ FAMILIES = {
         "bn-miyato", "bn-gouk", "bn-delattre", "bn-senderovich",
     ),
     "adversarial training": ("nobn-adversarial", "bn-adversarial"),
-    "adversarial training with FastClip": ("nobn-adversarial-fastclip",),
+    "adversarial training with FastClip": ("nobn-adversarial-fastclip", "tuned-adversarial-fastclip"),
 }  # fmt: skip
 MAIN = {
     "bn-none": "plain",
@@ -43,6 +43,7 @@ MAIN = {
     "bn-gouk-1.0": "Gouk's projection",
     "tuned-frozen-2.0": "FastClip on composites, at 2",
     "tuned-frozen-1.5": "FastClip on composites, at 1.5",
+    "tuned-adversarial-fastclip-3.0-e0.06": "FastClip on composites, at 3, and adversarial training at 0.06",
     "nobn-none-adamw": "no normalisation, plain",
     "nobn-gouk-1.0": "no normalisation, Gouk's projection",
     "nobn-fastclip-1.2": "no normalisation, FastClip at 1.2",
@@ -54,7 +55,7 @@ MAIN = {
 
 def group(name: str) -> str:
     """The method of a run: its name up to the first number."""
-    return re.split(r"-s?\d", name)[0]
+    return re.split(r"-[se]?\d", name)[0]
 
 
 def percent(share: float | None) -> str:
