@@ -23,12 +23,10 @@ _STREAMS = 4
 
 def answered(asking: Asking[T]) -> T:
     """Run it to its end, with a wait for each round of numbers."""
-    try:
-        wanted = next(asking)
-        while True:
-            wanted = asking.send(_Copies(wanted).arrived())
-    except StopIteration as end:
-        return end.value
+    run = Later(asking)
+    while not run.done:
+        run.go_on()
+    return run.result
 
 
 def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[list[T]]:
@@ -65,7 +63,9 @@ class Later(Generic[T]):
         self.go_on()
 
     def go_on(self) -> None:
-        """As far as what was asked for last time allows; waits only if it is still on its way."""
+        """As far as what was asked for last time allows, if there is more; waits only if that is still on its way."""
+        if self.done:
+            return
         try:
             wanted = next(self._asking) if self._copies is None else self._asking.send(self._copies.arrived())
             self._copies = _Copies(wanted)

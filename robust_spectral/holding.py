@@ -252,14 +252,15 @@ def on_small_map(layer: LinearLayer) -> LinearLayer:
 def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[float]:
     """All that follows the optimizer's step number ``step``, or some steps one after the other.
 
-    Returns the largest norm that a power step found, over its target.
-
     Args:
         layers: All that are held.
         step: Counted from 1.
         every: Each layer is due once in so many steps.
         sweeps: Power steps and clips of a layer that is due.
         target: From a layer and its norm to the norm allowed now.
+
+    Returns:
+        The largest norm that a power step found, over its target.
     """
     whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
     glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
@@ -275,7 +276,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     rounds: list[Asking[Any]] = [*(measured(tracked, step) for tracked in followed), *(held.sense() for held in sensed)]
     homes = [tracked.home for tracked in (*followed, *(held.whole for held in sensed))]
     found = (yield from together(rounds, homes))[: len(followed)]
-    excesses = _clip(due, found, target)
+    excesses = _clip(due, found[: len(due)], target)
     most = max(excesses, default=1.0)
     for _ in range(sweeps - 1):
         again = [measured(held.small, step) for held in due]
@@ -293,7 +294,7 @@ def _clip(layers: Sequence[HeldLayer], found: Sequence[float], target: Target) -
     """Clip what power steps found above the targets; by which factor it was."""
     excesses = []
     with Lanes() as lane:
-        for held, norm in zip(layers, found, strict=False):
+        for held, norm in zip(layers, found, strict=True):
             with lane(held.whole.home):
                 excesses.append(held.hold_found(norm, target))
     return excesses

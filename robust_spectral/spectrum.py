@@ -96,17 +96,21 @@ class Lanczos:
             last = state.exhausted or step >= self.max_steps
             if last or (self.rtol > 0 and step % 4 == 0):
                 factors = [factor.to(state.B.device) for factor in torch.linalg.svd(state.B.cpu())]  # small
-                residuals = (factors[0][:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
-                if last or not bool(_open(factors[1][:, :k], residuals, self.rtol, self.each_group).any()):
+                waiting = _open(factors[1][:, :k], _residuals(state, factors[0][:, :, :k]), self.rtol, self.each_group)
+                if last or not bool(waiting.any()):
                     break
         return ritz_of(state, factors, k, step)
 
 
 def ritz_of(state: Bidiagonalization, factors: Sequence[Tensor], k: int, steps: int) -> Ritz:
     """The k leading Ritz triplets, from the singular value decomposition of B."""
-    left, values, rightH = factors
-    residuals = (left[:, -state.block :, :k].mT @ state.coupling).norm(dim=-1)
-    return Ritz(values[:, :k], left[:, :, :k].mT @ state.U, rightH[:, :k] @ state.V, residuals, steps)
+    left, values, rightH = factors[0][:, :, :k], factors[1][:, :k], factors[2][:, :k]
+    return Ritz(values, left.mT @ state.U, rightH @ state.V, _residuals(state, left), steps)
+
+
+def _residuals(state: Bidiagonalization, left: Tensor) -> Tensor:
+    """Of the Ritz triplets with these left singular vectors of B, (g, m, k)."""
+    return (left[:, -state.block :].mT @ state.coupling).norm(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from .holding import HeldLayer, Target, hold
 from .looking import NotFiniteError, measure
 from .tracking import TrackedLayer
 
+Known = list[tuple[Any, dict[str, Any]]]  # attributes by their owners
+
 _RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm there must have been
 
 
@@ -34,7 +36,7 @@ class Turns:
         """Forget what is under way."""
         self.count, self._calm = count, 0
         self._under_way: Later[float] | None = None
-        self._undo: Callable[[], None] = _nothing
+        self._before: Known = []
 
     def advance(self, prepare: Callable[[], None], every: int, sweeps: int, target: Target) -> bool:
         """Go on with the turn that is under way, and once it has ended begin the next; whether one has ended.
@@ -52,7 +54,7 @@ class Turns:
             ended = self._under_way is not None
             if self._goes_on():
                 return False
-            self._undo = self._restorer()
+            self._before = self._known()
             for part in self._parts:
                 part.follow_device()
             prepare()
@@ -64,19 +66,17 @@ class Turns:
             self._under_way = Later(turn)
             return ended
         except NotFiniteError:
-            self._undo()
-            self._under_way = None
+            self._put_back(self._before)
             raise
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
         """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
-        undo = self._restorer()
+        before = self._known()
         try:
             yield
         except NotFiniteError:
-            undo()
-            self._under_way = None
+            self._put_back(before)
             raise
 
     def measure(self, layers: Sequence[TrackedLayer], every: int) -> None:
@@ -86,15 +86,14 @@ class Turns:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""
-        return self.__dict__ | {"_under_way": None, "_undo": _nothing}
+        return self.__dict__ | {"_under_way": None}
 
     def _goes_on(self) -> bool:
         """Go on with the turn that is under way; whether it still is then. Of layers that moved elsewhere it is given up."""
         if self._under_way is not None and not any(part.moved for part in self._parts):
             for part in self._parts:
                 part.note_changes()  # those of the optimizer
-            if not self._under_way.done:
-                self._under_way.go_on()
+            self._under_way.go_on()
             if not self._under_way.done:
                 return True
             self._note(self._under_way.result)
@@ -104,19 +103,13 @@ class Turns:
     def _note(self, excess: float) -> None:
         self._calm = self._calm + 1 if excess <= _RUNNING_AWAY else 0
 
-    def _restorer(self) -> Callable[[], None]:
-        """Puts back what is known of the layers now."""
-        kept = [(part, part.vectors, part.left, part.estimate) for part in self._parts]
-        blocks = [(held.slow, held.slow.block) for held in self._layers if held.slow is not None]
+    def _known(self) -> Known:
+        """What is known of the layers now."""
+        of_parts = [(p, {"vectors": p.vectors, "left": p.left, "estimate": p.estimate}) for p in self._parts]
+        return [*of_parts, *((held.slow, {"block": held.slow.block}) for held in self._layers if held.slow is not None)]
 
-        def restore() -> None:
-            for part, vectors, left, estimate in kept:
-                part.vectors, part.left, part.estimate = vectors, left, estimate
-            for slow, block in blocks:
-                slow.block = block
-
-        return restore
-
-
-def _nothing() -> None:
-    pass
+    def _put_back(self, known: Known) -> None:
+        """Know that and no more, and give up what is under way."""
+        for owner, values in known:
+            owner.__dict__.update(values)
+        self._under_way = None
