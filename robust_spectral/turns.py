@@ -86,7 +86,7 @@ class Turns:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""
-        return self.__dict__ | {"_under_way": None}
+        return self.__dict__ | {"_under_way": None, "_before": []}
 
     def _goes_on(self) -> bool:
         """Go on with the turn that is under way; whether it still is then. Of layers that moved elsewhere it is given up."""
