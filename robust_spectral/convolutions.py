@@ -30,13 +30,26 @@ def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
     A circular padding wraps phases onto themselves only where the stride divides the input; elsewhere the stride is left out,
     which drops rows and is a bound all the same. A transposed convolution is the adjoint of one.
     """
-    wraps = module.padding_mode == "circular"
-    for axis, (stride, dilation) in enumerate(zip(module.stride, module.dilation, strict=True)):
-        if stride > 1 and not (wraps and in_shape[1 + axis] % stride):
+    for axis, (stride, dilation) in enumerate(zip(_periods(module, in_shape), module.dilation, strict=True)):
+        if stride > 1:
             weight = _phases(weight, 2 + axis, stride, dilation)
-    gain = _padding_gain(module, in_shape)
+    gain, wraps = _padding_gain(module, in_shape), module.padding_mode == "circular"
     kernel = Kernel(weight, module.groups, gain, _cyclic_grid(module, in_shape) if wraps and gain == 1 else None)
     return kernel.H if module.transposed else kernel
+
+
+def phases_of_taps(module: _ConvNd, in_shape: Shape) -> Tensor:
+    """Which of the phases that `bounding_kernel` turns into channels each tap of a window sees: (taps, phases), 1 or 0."""
+    table = torch.ones(1, 1, device="cpu")
+    for stride, dilation, window in zip(_periods(module, in_shape), module.dilation, module.kernel_size, strict=True):
+        table = torch.kron(table, F.one_hot(torch.arange(window, device="cpu") * dilation % stride, stride))
+    return table
+
+
+def _periods(module: _ConvNd, in_shape: Shape) -> list[int]:
+    """The stride of each axis, 1 where it is left out."""
+    wraps = module.padding_mode == "circular"
+    return [1 if wraps and size % stride else stride for size, stride in zip(in_shape[1:], module.stride, strict=True)]
 
 
 def _cyclic_grid(module: _ConvNd, in_shape: Shape) -> Shape | None:

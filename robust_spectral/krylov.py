@@ -69,11 +69,36 @@ def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> I
 
 
 def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonalization:
-    """The state after so many steps, or fewer where there are no more; on a GPU, where to ask would be a wait, zeros follow."""
-    for state in islice(golub_kahan(A, start), steps):
-        if not start.is_cuda and state.exhausted:
-            break
-    return state
+    """The state after so few steps that all is known in advance: no more memory than they take, and the device is not asked.
+
+    Where the Krylov space is spent zero vectors follow. Single vectors are orthogonalised once, and left ones against
+    the one before only: they are as orthogonal as the right ones are (Simon and Zha 2000).
+    """
+    if start.shape[1] > 1:
+        return next(islice(golub_kahan(A, start), steps - 1, None))
+    V = start.new_empty(len(start), steps + 1, start.shape[2])
+    U = start.new_empty(len(start), steps, prod(A.out_shape) // A.groups)
+    B = start.new_zeros(len(start), steps, steps)
+    V[:, :1] = start / start.norm(dim=2, keepdim=True)
+    for i in range(steps):
+        image = apply_grouped(A, V[:, i : i + 1])
+        rest = image - B[:, i - 1 : i, i : i + 1] * U[:, i - 1 : i] if i else image
+        U[:, i : i + 1], size = _unit(rest, image)
+        B[:, i, i] = size[:, 0, 0]
+        image = apply_grouped(A.H, U[:, i : i + 1])
+        rest, known = image - size * V[:, i : i + 1], V[:, : i + 1]
+        V[:, i + 1 : i + 2], coupling = _unit(rest - (rest @ known.mT) @ known, image)
+        if i + 1 < steps:
+            B[:, i, i + 1] = coupling[:, 0, 0]
+    return Bidiagonalization(U, V[:, :steps], B, coupling, 1)
+
+
+def _unit(rest: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """A row at length 1, and its length; 0 where it is what rounding has left of the image. What is not finite stays so."""
+    size = rest.norm(dim=2, keepdim=True)
+    finfo = torch.finfo(rest.dtype)
+    spent = size < 20 * finfo.eps * image.norm(dim=2, keepdim=True) + finfo.tiny
+    return torch.where(spent, 0, rest / size), torch.where(spent, 0, size)
 
 
 class _Basis:
@@ -81,7 +106,7 @@ class _Basis:
 
     def __init__(self, like: Tensor) -> None:
         self.block, self.size = like.shape[1], 0
-        self.rows = like.new_zeros(like.shape[0], 17 * self.block, like.shape[2])  # a right block more than steps
+        self.rows = like.new_empty(like.shape[0], 17 * self.block, like.shape[2])  # a right block more than steps
 
     @property
     def last(self) -> Tensor:
@@ -94,7 +119,7 @@ class _Basis:
         than half its length all the same, the pass is repeated (Daniel, Gragg, Kaufman and Stewart 1976).
         """
         if self.size + self.block > self.rows.shape[1]:
-            self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)], dim=1)
+            self.rows = torch.cat([self.rows, torch.empty_like(self.rows)], dim=1)
         m = self.size
         H = W.new_zeros(*W.shape[:2], m + self.block)
         threshold = 20 * torch.finfo(W.dtype).eps * W.norm(dim=2)

@@ -48,10 +48,7 @@ def look(tracked: TrackedLayer, steps: int, seed: int, toward: Tensor | None = N
         NotFiniteError: its weights are not finite.
     """
     tracked.note_changes()
-    try:
-        state = tracked.search(steps, seed, toward)
-    except ValueError:
-        raise not_finite(tracked) from None
+    state = tracked.search(steps, seed, toward)
     found = tracked.settle(state, (yield [state.B])[0])
     if not math.isfinite(found):
         raise not_finite(tracked)

@@ -7,14 +7,16 @@ overtakes the others in training is nearly one of them. Behind a stride "constan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from .affine import batchnorm_scale
 from .asking import to_device
 from .coarse import kernel_map
+from .convolutions import phases_of_taps
 from .krylov import to_groups
 from .layers import LinearLayer
 
@@ -25,9 +27,10 @@ _BLOCK = 4  # directions that are followed, so that a new one is among them befo
 class SlowDirections:
     """The top singular directions of a layer's matrix of channels, followed by a step of subspace iteration at a time."""
 
-    def __init__(self, layer: LinearLayer, to_kernel: Callable[[Tensor], Tensor], like: Tensor, seed: int) -> None:
-        self.layer, self._to_kernel = layer, to_kernel
-        self._groups = int(getattr(layer.module, "groups", 1))
+    def __init__(self, layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> None:
+        self.layer, self._batchnorm = layer, layer.batchnorm if composite else None
+        self._groups, module = int(getattr(layer.module, "groups", 1)), layer.module
+        self._phases = (phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1)).to(like)
         channels = self._matrix(like).shape[2]
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
@@ -69,16 +72,21 @@ class SlowDirections:
         return rows / rows.norm(dim=2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
     def _matrix(self, like: Tensor) -> Tensor:
+        """The matrix of channels, (groups, outputs / groups, inputs / groups), with every phase of a stride as a channel."""
         weight: Any = self.layer.module.weight
-        kernel = self._to_kernel(weight.detach()).to(like)
-        taps = kernel.flatten(2)
-        return (taps @ taps.new_ones(taps.shape[2])).unflatten(0, (self._groups, -1))  # (g, out/g, in/g); faster than a sum
+        weight = weight.detach().to(like)
+        matrix = weight.flatten(1)
+        if self._phases.numel() > 1:
+            matrix = (weight.flatten(2) @ self._phases.to(like)).flatten(1)
+        if self._batchnorm is not None:
+            matrix = matrix * batchnorm_scale(self._batchnorm).to(like)[:, None]
+        matrix = matrix.unflatten(0, (self._groups, -1))
+        return matrix.mT if getattr(self.layer.module, "transposed", False) else matrix
 
 
 def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> SlowDirections | None:
     """Those of a layer, from random ones on; None of one whose kernel is not known."""
-    to_kernel = kernel_map(layer, composite)
-    return None if to_kernel is None else SlowDirections(layer, to_kernel, like, seed)
+    return None if kernel_map(layer, composite) is None else SlowDirections(layer, composite, like, seed)
 
 
 def _before(module: Any, axis: int) -> int:

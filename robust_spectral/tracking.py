@@ -188,6 +188,8 @@ class TrackedLayer:
             factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
             multiply_by_groups_(self.move.rescaled(self.layer), factors)
             self.ritz = replace(self.ritz, values=self.ritz.values * factors)
+        if not self.ritz.values.is_cuda:  # there to ask would be a wait
+            self.ritz = _leading(self.ritz, int((self.ritz.values > target).sum(1).max()))
         self.clip_directions_(target)
         self.seen = -1  # measured again when asked for
 
@@ -267,6 +269,12 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
+
+
+def _leading(ritz: Ritz, k: int) -> Ritz:
+    """The first k triplets of each group, at least one."""
+    k = max(k, 1)
+    return Ritz(ritz.values[:, :k], ritz.left[:, :k], ritz.right[:, :k], ritz.residuals[:, :k], ritz.steps)
 
 
 def between(own: Tensor, other: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ CIRCULAR = {"padding": 1, "padding_mode": "circular", "dtype": torch.float64}
         (nn.Conv2d(5, 8, 3, **CIRCULAR), (5, 8, 8)),
         (nn.Conv2d(5, 8, 3, 2, **CIRCULAR), (5, 8, 8)),
         (nn.Conv2d(6, 8, 3, (2, 1), groups=2, **CIRCULAR), (6, 8, 4)),
+        (nn.Conv2d(5, 8, 3, 3, dilation=2, **CIRCULAR | {"padding": 2}), (5, 9, 9)),
         (nn.Conv1d(3, 5, 3, **CIRCULAR), (3, 7)),
         (nn.ConvTranspose2d(4, 6, 2, 2, groups=2, dtype=torch.float64), (4, 5, 5)),
         (nn.Linear(7, 3, dtype=torch.float64), (7,)),

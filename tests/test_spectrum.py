@@ -11,7 +11,7 @@ from reference import singular_values, tolerance
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.krylov import golub_kahan, random_block
+from robust_spectral.krylov import bidiagonalized, golub_kahan, random_block
 from robust_spectral.operators import LinearOperator
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -249,6 +249,26 @@ def test_a_restart_keeps_the_relations_of_the_bidiagonalisation() -> None:
         torch.testing.assert_close(M @ V.T, U.T @ B)
         torch.testing.assert_close(V @ V.T, torch.eye(len(V), dtype=A.dtype))
         torch.testing.assert_close(U @ U.T, torch.eye(len(U), dtype=A.dtype))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_run_of_few_steps_bidiagonalises_every_group_until_its_space_is_spent(block: int) -> None:
+    parts = [torch.randn(12, 10, dtype=torch.float64), torch.diag(torch.tensor([3.0, 2.0, 1.0] + [0.0] * 9))[:, :10].double()]
+    A = replace(matrix_operator(torch.block_diag(*parts)), groups=2)
+    state = bidiagonalized(A, random_block(A, block, seed=0), 5)
+    for M, U, V, B in zip(parts, state.U, state.V, state.B, strict=True):
+        torch.testing.assert_close(M @ V.T, U.T @ B, rtol=0, atol=1e-12)
+        for vectors in (U, V):
+            lengths = torch.linalg.vector_norm(vectors, dim=1).round()
+            torch.testing.assert_close(vectors @ vectors.T, torch.diag(lengths))
+    assert int(state.U[1].norm().square().round()) == 3
+    assert float(torch.linalg.svdvals(state.B[1])[0]) == pytest.approx(3.0)
+
+
+def test_a_run_of_few_steps_passes_on_what_is_not_finite() -> None:
+    for value in (float("nan"), float("inf"), 1e200):
+        A = matrix_operator(torch.full((5, 4), value, dtype=torch.float64))
+        assert not bool(torch.isfinite(bidiagonalized(A, random_block(A, 1, seed=0), 3).B).all())
 
 
 def test_the_papers_variant_agrees() -> None:
