@@ -33,11 +33,12 @@ _CHEAP = 1.2e7  # multiply-adds of an application
 _GPU_EVERY, _AT_ONCE = 2, 8  # on a GPU, from one round of looks to the next, and layers that are looked at in it
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
-_MOST_FORESEEN = 0.05  # of growth
+_MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth unseen until the next look, by a look and by a power step
+_CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.01, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
-_STATE = ("bias", "rate", "looked", "compared", "allowed", "resting", "share", "sensed")
+_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -51,6 +52,7 @@ class HeldLayer:
         bias: Norm of the whole over that of the small one.
         rate: By how much, relative to its target, the norm has been growing past it unseen, in a step; it rises at once and
             falls slowly.
+        foreseen: By how much, relative to its target, it will have grown unseen by the next look.
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
@@ -64,6 +66,7 @@ class HeldLayer:
     small: TrackedLayer
     bias: float = 1.0
     rate: float = 0.0
+    foreseen: float = 0.0
     looked: int = 0
     compared: int = 0
     allowed: float = math.inf
@@ -126,7 +129,7 @@ class HeldLayer:
     def restore(self, entry: dict[str, Any]) -> None:
         """Go on from the entry of a clipper's state dict."""
         for key in _STATE:
-            setattr(self, key, entry[key])
+            setattr(self, key, entry.get(key, getattr(self, key)))
         self.whole.restore(entry["whole"])
         if self.small is self.whole:
             self.bias = 1.0
@@ -146,8 +149,11 @@ class HeldLayer:
         return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
     def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
-        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target."""
-        target = target / missed
+        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target.
+
+        Nor is that used up, where more grows unseen than is found.
+        """
+        target = target / missed / (1 + min(self.foreseen, _MOST_SPARED))
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
             tracked.hold_(target)
         tracked.forget()
@@ -179,24 +185,24 @@ class HeldLayer:
         norm = self.sensed * self.share
         return norm / target(self, norm)
 
-    def glance(self, step: int, target: Target, found: float | None = None) -> Asking[None]:
+    def glance(self, step: int, target: Target, usual: float, found: float | None = None) -> Asking[None]:
         """A closer look at the small one; what a power step just before it found tells what such steps miss."""
         searched = yield from look(self.small, _LOOK, step, self._toward())
         self._share(searched * self.bias)
         allowed = target(self, searched * self.bias)
         if found is not None:
             self.small.learn(found, searched)
-            allowed = self._foreseen(searched * self.bias, allowed, step)
+            allowed = self._with_growth(searched * self.bias, allowed, step, usual)
         self.hold(self.small, searched, self.bias, allowed)
 
-    def look(self, step: int, target: Target) -> Asking[None]:
+    def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
         found = yield from look(self.small, _LOOK, step, self._toward())
         searched = yield from look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
         self._share(searched)
         self.compared = step
         self._learn(found, searched)
-        self.hold(self.whole, searched, 1.0, self._foreseen(searched, target(self, searched), step))
+        self.hold(self.whole, searched, 1.0, self._with_growth(searched, target(self, searched), step, usual))
 
     def _found_on_small(self) -> Tensor:
         """What the small one has found, on the whole map: inside zeros, and where there is no stride also spread over it.
@@ -221,13 +227,17 @@ class HeldLayer:
         if self.sensed > 0:
             self.share = min(1.0, norm / self.sensed)
 
-    def _foreseen(self, norm: float, allowed: float, step: int) -> float:
-        """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed."""
+    def _with_growth(self, norm: float, allowed: float, step: int, usual: float) -> float:
+        """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed.
+
+        A layer that has not grown so may begin to: it is taken to grow at the ``usual`` rate of all layers.
+        """
         waited, self.looked = max(1, step - self.looked), step
         grown = max(0.0, norm / self.allowed - 1) / waited
         self.rate = max(grown, (self.rate + grown) / 2)
         self.allowed = allowed
-        return allowed / (1 + min(self.rate * waited, _MOST_FORESEEN))
+        self.foreseen = min(_CAUTION * max(self.rate, usual) * waited, _MOST_FORESEEN)
+        return allowed / (1 + self.foreseen)
 
     def _learn(self, found: float, searched: float) -> None:
         """Quick to believe that the small one falls short, slow to forget it: a short search of the whole finds too little."""
@@ -283,9 +293,10 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
     far = [held for held, excess in zip(due, excesses, strict=True) if excess > held.far]
     growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > held.far]
-    looks = [held.glance(step, target) for held in (*far, *growing)]
-    looks += [held.glance(step, target, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
-    looks += [held.look(step, target) for held in whole]
+    usual = sum(held.rate for held in layers) / len(layers)
+    looks = [held.glance(step, target, usual) for held in (*far, *growing)]
+    looks += [held.glance(step, target, usual, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
+    looks += [held.look(step, target, usual) for held in whole]
     yield from together(looks, [held.whole.home for held in (*far, *growing, *glanced, *whole)])
     return most
 
@@ -306,15 +317,13 @@ def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> l
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """By turns the one that has waited longest for a closer look, and that whose norm has grown unseen most since its own.
+    """The one that has waited longest for a closer look, and that whose norm has grown unseen most since its own.
 
     On a GPU now and then the few that have waited longest.
     """
-    if not layers:
-        return []
-    if layers[0].on_gpu:  # many at once take hardly longer than one
+    if layers and layers[0].on_gpu:  # many at once take hardly longer than one
         return sorted(layers, key=lambda held: held.looked)[:_AT_ONCE] if step % _GPU_EVERY == 0 else []
-    if step % 2:
-        return [min(layers, key=lambda held: held.looked)]
-    usual = sum(held.rate for held in layers) / len(layers) + 1e-12
-    return [max(layers, key=lambda held: (step - held.looked) * (held.rate + usual))]
+    usual = sum(held.rate for held in layers) / max(1, len(layers)) + 1e-12
+    first = sorted(layers, key=lambda held: held.looked)[:1]
+    others = [held for held in layers if held not in first]
+    return first + sorted(others, key=lambda held: (held.looked - step) * (held.rate + usual))[:1]
