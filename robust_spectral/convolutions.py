@@ -30,7 +30,7 @@ def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
     A circular padding wraps phases onto themselves only where the stride divides the input; elsewhere the stride is left out,
     which drops rows and is a bound all the same. A transposed convolution is the adjoint of one.
     """
-    for axis, (stride, dilation) in enumerate(zip(_periods(module, in_shape), module.dilation, strict=True)):
+    for axis, (stride, dilation) in enumerate(zip(periods(module, in_shape), module.dilation, strict=True)):
         if stride > 1:
             weight = _phases(weight, 2 + axis, stride, dilation)
     gain, wraps = _padding_gain(module, in_shape), module.padding_mode == "circular"
@@ -39,15 +39,15 @@ def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
 
 
 def phases_of_taps(module: _ConvNd, in_shape: Shape) -> Tensor:
-    """Which of the phases that `bounding_kernel` turns into channels each tap of a window sees: (taps, phases), 1 or 0."""
+    """Which of the phases of all `periods` each tap of a window sees: (taps, phases), 1 or 0."""
     table = torch.ones(1, 1, device="cpu")
-    for stride, dilation, window in zip(_periods(module, in_shape), module.dilation, module.kernel_size, strict=True):
+    for stride, dilation, window in zip(periods(module, in_shape), module.dilation, module.kernel_size, strict=True):
         table = torch.kron(table, F.one_hot(torch.arange(window, device="cpu") * dilation % stride, stride))
     return table
 
 
-def _periods(module: _ConvNd, in_shape: Shape) -> list[int]:
-    """The stride of each axis, 1 where it is left out."""
+def periods(module: _ConvNd, in_shape: Shape) -> list[int]:
+    """The phases that `bounding_kernel` turns into channels along each axis: its stride, 1 where that is left out."""
     wraps = module.padding_mode == "circular"
     return [1 if wraps and size % stride else stride for size, stride in zip(in_shape[1:], module.stride, strict=True)]
 

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import batchnorm_scale
 from .asking import to_device
 from .coarse import kernel_map
-from .convolutions import phases_of_taps
+from .convolutions import periods, phases_of_taps
 from .krylov import to_groups
 from .layers import LinearLayer
 
@@ -30,7 +30,9 @@ class SlowDirections:
     def __init__(self, layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> None:
         self.layer, self._batchnorm = layer, layer.batchnorm if composite else None
         self._groups, module = int(getattr(layer.module, "groups", 1)), layer.module
-        self._phases = (phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1)).to(like)
+        phases = phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1)
+        self._seen = phases.any(0)  # a window shorter than the stride misses some
+        self._phases = phases[:, self._seen].to(like)
         channels = self._matrix(like).shape[2]
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
@@ -64,15 +66,17 @@ class SlowDirections:
         if isinstance(self.layer.module, nn.Linear):
             return to_groups(top.expand(1, *in_shape), 1) / math.prod(in_shape[:-1]) ** 0.5
         module: Any = self.layer.module
-        phases = module.stride if top.numel() > in_shape[0] else (1,) * (len(in_shape) - 1)
-        X = top.reshape(in_shape[0], *phases)
+        phases = [1] * len(module.stride) if module.transposed else periods(module, in_shape)
+        X = top.new_zeros(in_shape[0], math.prod(phases))
+        X[:, slice(None) if module.transposed else self._seen] = top.reshape(in_shape[0], -1)
+        X = X.reshape(in_shape[0], *phases)
         for axis, (size, period) in enumerate(zip(in_shape[1:], phases, strict=True), 1):
             X = X.index_select(axis, (torch.arange(size, device=X.device) + _before(module, axis - 1)) % period)
         rows = to_groups(X[None], self._groups)
         return rows / rows.norm(dim=2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
     def _matrix(self, like: Tensor) -> Tensor:
-        """The matrix of channels, (groups, outputs / groups, inputs / groups), with every phase of a stride as a channel."""
+        """The matrix of channels, (groups, outputs / groups, inputs / groups), with the phases of a stride as channels."""
         weight: Any = self.layer.module.weight
         weight = weight.detach().to(like)
         matrix = weight.flatten(1)

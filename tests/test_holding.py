@@ -42,6 +42,7 @@ CIRCULAR = {"padding": 1, "padding_mode": "circular", "dtype": torch.float64}
         (nn.Conv2d(5, 8, 3, **CIRCULAR), (5, 8, 8)),
         (nn.Conv2d(5, 8, 3, 2, **CIRCULAR), (5, 8, 8)),
         (nn.Conv2d(6, 8, 3, (2, 1), groups=2, **CIRCULAR), (6, 8, 4)),
+        (nn.Conv2d(6, 8, 1, 2, groups=2, dtype=torch.float64), (6, 5, 6)),
         (nn.Conv2d(5, 8, 3, 3, dilation=2, **CIRCULAR | {"padding": 2}), (5, 9, 9)),
         (nn.Conv1d(3, 5, 3, **CIRCULAR), (3, 7)),
         (nn.ConvTranspose2d(4, 6, 2, 2, groups=2, dtype=torch.float64), (4, 5, 5)),
@@ -59,6 +60,15 @@ def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_
     assert rows.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * len(rows))
     assert float(images.norm(dim=2).max()) == pytest.approx(gain, rel=1e-6)
     assert gain <= norm(module, in_shape) * (1 + 1e-9)
+
+
+def test_slow_directions_of_a_stride_that_wraps_unevenly_are_those_without_it():
+    layer = LinearLayer("", nn.Conv2d(5, 8, (1, 3), 2, **CIRCULAR | {"padding": (0, 1)}), (5, 5, 6))  # 3 of 5 rows are seen
+    slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
+    for _ in range(200):
+        gain = slow.settle(slow.turn())
+    images = apply_grouped(layer.operator(dtype=torch.float64), slow.rows(layer.in_shape))
+    assert float(images.norm()) == pytest.approx(gain * (3 / 5) ** 0.5, rel=1e-6)
 
 
 def test_slow_directions_of_a_composite_count_the_scale_of_the_normalisation():
