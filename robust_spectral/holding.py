@@ -33,7 +33,7 @@ _CHEAP = 1.2e7  # multiply-adds of an application
 _GPU_EVERY, _AT_ONCE = 2, 8  # on a GPU, from one round of looks to the next, and layers that are looked at in it
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
-_MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth unseen until the next look, by a look and by a power step
+_MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what a look allows for, and any clip
 _CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
@@ -151,7 +151,7 @@ class HeldLayer:
     def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
         """Clip what was just found, if the norm, times what the finding is known to miss, is above the target.
 
-        Nor is that used up, where more grows unseen than is found.
+        A little of the target is left to what is foreseen to grow beside it.
         """
         target = target / missed / (1 + min(self.foreseen, _MOST_SPARED))
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
@@ -293,7 +293,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
     far = [held for held, excess in zip(due, excesses, strict=True) if excess > held.far]
     growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > held.far]
-    usual = sum(held.rate for held in layers) / len(layers)
+    usual = _mean_rate(layers)
     looks = [held.glance(step, target, usual) for held in (*far, *growing)]
     looks += [held.glance(step, target, usual, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
     looks += [held.look(step, target, usual) for held in whole]
@@ -323,7 +323,11 @@ def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
     """
     if layers and layers[0].on_gpu:  # many at once take hardly longer than one
         return sorted(layers, key=lambda held: held.looked)[:_AT_ONCE] if step % _GPU_EVERY == 0 else []
-    usual = sum(held.rate for held in layers) / max(1, len(layers)) + 1e-12
+    usual = _mean_rate(layers) + 1e-12
     first = sorted(layers, key=lambda held: held.looked)[:1]
     others = [held for held in layers if held not in first]
     return first + sorted(others, key=lambda held: (held.looked - step) * (held.rate + usual))[:1]
+
+
+def _mean_rate(layers: Sequence[HeldLayer]) -> float:
+    return sum(held.rate for held in layers) / max(1, len(layers))

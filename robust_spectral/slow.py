@@ -30,9 +30,10 @@ class SlowDirections:
     def __init__(self, layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> None:
         self.layer, self._batchnorm = layer, layer.batchnorm if composite else None
         self._groups, module = int(getattr(layer.module, "groups", 1)), layer.module
-        phases = phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1)
-        self._seen = phases.any(0)  # a window shorter than the stride misses some
-        self._phases = phases[:, self._seen].to(like)
+        phases = phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1, device="cpu")
+        seen = phases.any(0)  # a window shorter than the stride misses some
+        self._phases = phases[:, seen].to(like)  # (taps, phases seen)
+        self._places = torch.eye(len(seen), device="cpu")[seen].to(like)  # (phases seen, phases)
         channels = self._matrix(like).shape[2]
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
@@ -42,7 +43,8 @@ class SlowDirections:
     def turn(self) -> Tensor:
         """Half an iteration: the Gram matrix (g, k, k) of what the block becomes, float64."""
         weight: Any = self.layer.module.weight
-        self.block = self.block.to(weight.device)
+        known = self.block, self._phases, self._places
+        self.block, self._phases, self._places = (tensor.to(weight.device) for tensor in known)
         matrix = self._matrix(self.block)
         self._turned = matrix.mT @ (matrix @ self.block)
         exact = self._turned.double()
@@ -66,9 +68,9 @@ class SlowDirections:
         if isinstance(self.layer.module, nn.Linear):
             return to_groups(top.expand(1, *in_shape), 1) / math.prod(in_shape[:-1]) ** 0.5
         module: Any = self.layer.module
-        phases = [1] * len(module.stride) if module.transposed else periods(module, in_shape)
-        X = top.new_zeros(in_shape[0], math.prod(phases))
-        X[:, slice(None) if module.transposed else self._seen] = top.reshape(in_shape[0], -1)
+        phases, X = [1] * len(module.stride), top.reshape(in_shape[0], -1)
+        if not module.transposed:
+            phases, X = periods(module, in_shape), X @ self._places.to(top)
         X = X.reshape(in_shape[0], *phases)
         for axis, (size, period) in enumerate(zip(in_shape[1:], phases, strict=True), 1):
             X = X.index_select(axis, (torch.arange(size, device=X.device) + _before(module, axis - 1)) % period)
@@ -81,7 +83,7 @@ class SlowDirections:
         weight = weight.detach().to(like)
         matrix = weight.flatten(1)
         if self._phases.numel() > 1:
-            matrix = (weight.flatten(2) @ self._phases.to(like)).flatten(1)
+            matrix = (weight.flatten(2) @ self._phases).flatten(1)
         if self._batchnorm is not None:
             matrix = matrix * batchnorm_scale(self._batchnorm).to(like)[:, None]
         matrix = matrix.unflatten(0, (self._groups, -1))
