@@ -1,6 +1,7 @@
 """How well the hook alone holds the norms: the true norm of every clipped layer at each epoch's end, without `finish`.
 
     python evaluations/benchmarks/held_norms.py --out evaluations/benchmarks/results/held_norms.json
+    python evaluations/benchmarks/held_norms.py --device cuda
 
 A ResNet-18 with a 3 x 3 stem and timm's test_resnet train on MNIST-5k, with SGD and with AdamW, convolutions alone (batch
 normalisations train) and composites (their statistics frozen), everything else at the clipper's defaults. The norms come from
@@ -62,8 +63,9 @@ def held(name: str, optimizer_name: str, composites: bool, options: argparse.Nam
     torch.manual_seed(0)
     data = load_data("mnist5k", options.size)
     pairs = [data.train[i] for i in range(len(data.train))]  # type: ignore[arg-type]
-    images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
-    model = MODELS[name]()
+    images = torch.stack([x for x, _ in pairs]).to(options.device)
+    labels = torch.tensor([int(y) for _, y in pairs], device=options.device)
+    model = MODELS[name]().to(options.device)
     if composites:  # statistics worth freezing come from an epoch without a clipper
         set_mode(model, False)
         first = OPTIMIZERS["adamw"](model.parameters())
@@ -99,11 +101,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=28)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [held(m, o, c, options) for m in options.models for o in OPTIMIZERS for c in WHAT.values()]
     if options.out:
-        write_json(options.out, {"rows": rows, **environment()})
+        write_json(options.out, {"rows": rows, **environment(options.device)})
 
 
 if __name__ == "__main__":

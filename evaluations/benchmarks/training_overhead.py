@@ -2,6 +2,7 @@
 
     python evaluations/benchmarks/training_overhead.py --out evaluations/benchmarks/results/training_overhead.json
     python evaluations/benchmarks/training_overhead.py --reference PATH   # with a checkout of the authors' code
+    python evaluations/benchmarks/training_overhead.py --device cuda   # in bfloat16, with larger batches
 
 Every method trains a model of its own from the same weights on the same random batches; the methods take turns step by step,
 so that a slow moment of the machine hits all of them alike, and the ratio is the median over the rounds. Peak memory comes
