@@ -78,27 +78,32 @@ def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonaliz
         return next(islice(golub_kahan(A, start), steps - 1, None))
     V = start.new_empty(len(start), steps + 1, start.shape[2])
     U = start.new_empty(len(start), steps, prod(A.out_shape) // A.groups)
-    B = start.new_zeros(len(start), steps, steps)
     V[:, :1] = start / start.norm(dim=2, keepdim=True)
+    sizes: list[Tensor] = []
+    couplings = [start.new_zeros(len(start), 1, 1)]
     for i in range(steps):
-        image = apply_grouped(A, V[:, i : i + 1])
-        rest = image - B[:, i - 1 : i, i : i + 1] * U[:, i - 1 : i] if i else image
-        U[:, i : i + 1], size = _unit(rest, image)
-        B[:, i, i] = size[:, 0, 0]
-        image = apply_grouped(A.H, U[:, i : i + 1])
-        rest, known = image - size * V[:, i : i + 1], V[:, : i + 1]
-        V[:, i + 1 : i + 2], coupling = _unit(rest - (rest @ known.mT) @ known, image)
-        if i + 1 < steps:
-            B[:, i, i + 1] = coupling[:, 0, 0]
-    return Bidiagonalization(U, V[:, :steps], B, coupling, 1)
+        u, v, known = U[:, i : i + 1], V[:, i : i + 1], V[:, : i + 1]
+        rest = apply_grouped(A, v)
+        if i:
+            rest = torch.addcmul(rest, couplings[i], U[:, i - 1 : i], value=-1)
+        sizes.append(_unit_into(u, rest, couplings[i]))
+        rest = torch.addcmul(apply_grouped(A.H, u), sizes[i], v, value=-1)
+        rest = torch.baddbmm(rest, rest @ known.mT, known, alpha=-1)
+        couplings.append(_unit_into(V[:, i + 1 : i + 2], rest, sizes[i]))
+    B = torch.diag_embed(torch.cat(sizes, 1)[:, :, 0])
+    B.diagonal(1, 1, 2).copy_(torch.cat(couplings, 1)[:, 1:steps, 0])
+    return Bidiagonalization(U, V[:, :steps], B, couplings[steps], 1)
 
 
-def _unit(rest: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """A row at length 1, and its length; 0 where it is what rounding has left of the image. What is not finite stays so."""
+def _unit_into(place: Tensor, rest: Tensor, taken: Tensor) -> Tensor:
+    """Put a row there at length 1, and give its length; 0 where it is what rounding has left of the part that was taken off it.
+
+    What is not finite stays so.
+    """
     size = rest.norm(dim=2, keepdim=True)
-    finfo = torch.finfo(rest.dtype)
-    spent = size < 20 * finfo.eps * image.norm(dim=2, keepdim=True) + finfo.tiny
-    return torch.where(spent, 0, rest / size), torch.where(spent, 0, size)
+    spent = size <= 20 * torch.finfo(rest.dtype).eps * taken
+    torch.mul(rest, size.reciprocal().masked_fill_(spent, 0), out=place)
+    return size.masked_fill_(spent, 0)
 
 
 class _Basis:
