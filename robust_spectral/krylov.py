@@ -81,27 +81,31 @@ def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonaliz
     V[:, :1] = start / start.norm(dim=2, keepdim=True)
     sizes: list[Tensor] = []
     couplings = [start.new_zeros(len(start), 1, 1)]
+    largest = couplings[0]
     for i in range(steps):
         u, v, known = U[:, i : i + 1], V[:, i : i + 1], V[:, : i + 1]
         rest = apply_grouped(A, v)
         if i:
             rest = torch.addcmul(rest, couplings[i], U[:, i - 1 : i], value=-1)
-        sizes.append(_unit_into(u, rest, couplings[i]))
+        sizes.append(_unit_into(u, rest, largest))
+        largest = torch.maximum(largest, sizes[i])
         rest = torch.addcmul(apply_grouped(A.H, u), sizes[i], v, value=-1)
         rest = torch.baddbmm(rest, rest @ known.mT, known, alpha=-1)
-        couplings.append(_unit_into(V[:, i + 1 : i + 2], rest, sizes[i]))
+        couplings.append(_unit_into(V[:, i + 1 : i + 2], rest, largest))
+        largest = torch.maximum(largest, couplings[i + 1])
     B = torch.diag_embed(torch.cat(sizes, 1)[:, :, 0])
     B.diagonal(1, 1, 2).copy_(torch.cat(couplings, 1)[:, 1:steps, 0])
     return Bidiagonalization(U, V[:, :steps], B, couplings[steps], 1)
 
 
-def _unit_into(place: Tensor, rest: Tensor, taken: Tensor) -> Tensor:
-    """Put a row there at length 1, and give its length; 0 where it is what rounding has left of the part that was taken off it.
+def _unit_into(place: Tensor, rest: Tensor, largest: Tensor) -> Tensor:
+    """Put a row there at length 1, and give its length; 0 where it is so much below the largest so far that it may be rounding.
 
-    What is not finite stays so.
+    Half of the digits are asked for, as the row is then orthogonal to the others to the other half, and no value of B is too
+    large for that. What is not finite stays so.
     """
     size = rest.norm(dim=2, keepdim=True)
-    spent = size <= 20 * torch.finfo(rest.dtype).eps * taken
+    spent = size <= torch.finfo(rest.dtype).eps ** 0.5 * largest
     torch.mul(rest, size.reciprocal().masked_fill_(spent, 0), out=place)
     return size.masked_fill_(spent, 0)
 

@@ -265,6 +265,18 @@ def test_a_run_of_few_steps_bidiagonalises_every_group_until_its_space_is_spent(
     assert float(torch.linalg.svdvals(state.B[1])[0]) == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-3, 1e-2, 0.5])
+@pytest.mark.parametrize("shape", [(8, 2000), (300, 6), (5, 5)], ids=str)
+def test_a_run_past_the_rank_finds_no_value_above_the_norm(shape: tuple[int, int], decay: float) -> None:
+    """In float32, where what is left of a spent space is rounding, from which values of thousands of norms can follow."""
+    A = with_spectrum([decay**i for i in range(min(shape))], *shape).to_dense()
+    for size in (1e-6, 1.0, 1e6):
+        for seed in range(4):
+            scaled = matrix_operator((size * A).float())
+            largest = torch.linalg.svdvals(bidiagonalized(scaled, random_block(scaled, 1, seed), 14).B.double()).max()
+            assert float(largest) == pytest.approx(size, rel=1e-5)
+
+
 def test_a_run_of_few_steps_passes_on_what_is_not_finite() -> None:
     for value in (float("nan"), float("inf"), 1e200):
         A = matrix_operator(torch.full((5, 4), value, dtype=torch.float64))
