@@ -1,13 +1,24 @@
 """One thread and one seed for every test."""
 
+import json
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give ART its settings before there are workers: where two import it at once in a fresh home, one may fail."""
+    folder = Path.home() / ".art"
+    if not hasattr(config, "workerinput") and find_spec("art") and not (folder / "config.json").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"ART_DATA_PATH": str(folder / "data")}))
 
 
 @pytest.fixture(autouse=True)
