@@ -53,7 +53,7 @@ class Setting:
 
 
 CPU = [Setting("test_resnet", 28, 64, 60), Setting("resnet18", 32, 64, 60), Setting("resnet50", 224, 8, 8)]
-CUDA = [Setting("test_resnet", 28, 64, 200), Setting("resnet18", 32, 64, 200), Setting("resnet50", 224, 256, 60)]
+CUDA = [Setting("test_resnet", 28, 64, 200), Setting("resnet18", 32, 64, 200), Setting("resnet50", 224, 256, 120)]
 
 
 def plain(model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
