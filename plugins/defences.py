@@ -178,7 +178,7 @@ class Gouk(NoDefence):
         """One power iteration and one division of every layer; no wait for a device."""
         for tracked in self.tracked:
             for _ in range(2):  # a call is half an iteration
-                norm = tracked.power_step()
+                norm = tracked.power_step().max()
             weight: Any = tracked.layer.module.weight
             weight.div_((norm / self.max_norm).clamp_min(1))
         for module in self.normalisations:

@@ -118,7 +118,7 @@ def convolution_then_batchnorm(
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module is a dense or convolutional layer of torch.nn itself, of no class derived from one."""
-    return type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+    return type(module) in _PLAIN
 
 
 def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
@@ -332,6 +332,7 @@ def _check_weights(module: nn.Module) -> None:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN = {nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED}
 _BATCHNORM_AXES: dict[type[nn.Module], Shape] = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d: (4,)}
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AFFINE = (

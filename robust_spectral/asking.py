@@ -6,7 +6,7 @@ come. `Lanes` lets what belongs to different layers run side by side on a GPU, w
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Generic, TypeVar
@@ -18,6 +18,7 @@ T = TypeVar("T")
 Asking = Generator[list[Tensor], list[Tensor], T]
 Home = tuple[int, torch.device]  # a number and the device of what stays with one lane
 
+NO_HOME: Home = (0, torch.device("cpu"))  # of what goes through the lanes of others, or none
 _STREAMS = 4
 
 
@@ -36,16 +37,27 @@ def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[l
     while answers:
         wanted: dict[int, list[Tensor]] = {}
         with Lanes() as lane:
-            for index, given in answers.items():
-                try:
-                    with lane(homes[index]):
-                        wanted[index] = next(all_asking[index]) if given is None else all_asking[index].send(given)
-                except StopIteration as end:
-                    results[index] = end.value
+            for home, those in _by_lane(answers, homes).items():
+                with lane(home):
+                    for index in those:
+                        given = answers[index]
+                        try:
+                            wanted[index] = next(all_asking[index]) if given is None else all_asking[index].send(given)
+                        except StopIteration as end:
+                            results[index] = end.value
         came = (yield [tensor for tensors in wanted.values() for tensor in tensors]) if wanted else []
         split = iter(came)
         answers = {index: [next(split) for _ in tensors] for index, tensors in wanted.items()}
     return [results[index] for index in range(len(all_asking))]
+
+
+def _by_lane(indices: Iterable[int], homes: Sequence[Home]) -> dict[Home, list[int]]:
+    """Those whose homes are in the same lane together, as a change of lanes takes a moment."""
+    found: dict[Home, list[int]] = {}
+    for index in indices:
+        number, device = homes[index]
+        found.setdefault((number % _STREAMS, device), []).append(index)
+    return found
 
 
 class Later(Generic[T]):
@@ -100,9 +112,10 @@ class _Copies:
 
 
 def to_device(tensor: Tensor, like: Tensor) -> Tensor:
-    """A small tensor of the host in another's type on its device, without a wait."""
+    """A small tensor in another's type on its device; of the host without a wait."""
     tensor = tensor.to(like.dtype)
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+    waits = tensor.is_cuda or not like.is_cuda
+    return tensor.to(like.device) if waits else tensor.pin_memory().to(like.device, non_blocking=True)
 
 
 class Lanes:

@@ -151,10 +151,10 @@ def _descend_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
     parameters = tracked.move.parameters(tracked.layer)
     step = 2 * _PAPER_STEP / math.prod(tracked.operator.out_shape[2:])
     for done in range(_PAPER_ROUNDS):
-        largest = [float(tracked.power_step()) for _ in range(_PAPER_POWER_STEPS)][-1]
+        largest = [float(tracked.power_step().max()) for _ in range(_PAPER_POWER_STEPS)][-1]
         if not largest > max_norm:
             return done
-        excess = (tracked.ritz.values - max_norm).clamp_min(0)
+        excess = (tracked.found.values - max_norm).clamp_min(0)
         add_by_groups_(parameters, (-step * excess[:, None] @ tracked.gradients())[:, 0])
     return _PAPER_ROUNDS
 

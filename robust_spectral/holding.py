@@ -10,7 +10,7 @@ learned whenever both are at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from .asking import Asking, Lanes, together
+from .asking import NO_HOME, Asking, Lanes, together
 from .krylov import from_groups, to_groups
 from .layers import LinearLayer
 from .looking import look, measured, not_finite
-from .slow import SlowDirections, slow_directions
+from .slow import SlowDirections, settle, slow_directions
 from .spectrum import unit_rows
 from .tracking import TrackedLayer, between
 
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
-_GPU_EVERY, _AT_ONCE = 2, 8  # on a GPU, from one round of looks to the next, and layers that are looked at in it
+_CHEAP_EVERY, _AT_ONCE = 4, 6  # steps from one look at a cheap layer to the next on average, and looks at most at a time
+_GPU_EVERY, _GPU_AT_ONCE = 2, 8  # on a GPU, where a turn takes two steps; as many more may follow at once
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what a look allows for, and any clip
@@ -167,19 +168,6 @@ class HeldLayer:
         self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
         return norm * missed / allowed
 
-    def sense(self) -> Asking[None]:
-        """Find the gain on slow directions, where the kernel is known.
-
-        Raises:
-            NotFiniteError: the weights are not finite.
-        """
-        if self.slow is None:
-            return
-        gain = self.slow.settle((yield [self.slow.turn()])[0])
-        if not math.isfinite(gain):
-            raise not_finite(self.whole)
-        self.sensed = gain
-
     def gains(self, target: Target) -> float:
         """By which factor the norm is above its target, as far as slow directions tell."""
         norm = self.sensed * self.share
@@ -281,24 +269,43 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         held.resting = max(0, held.resting - 1)
     due = awake
     in_turn = [held for i, held in enumerate(layers) if (step + i) % ((3 if held.cheap else 8) * every) == 0]
-    sensed = [held for held in layers if held in (*in_turn, *glanced, *whole)]
     followed = [held.small for held in (*due, *glanced)]
-    rounds: list[Asking[Any]] = [*(measured(tracked, step) for tracked in followed), *(held.sense() for held in sensed)]
-    homes = [tracked.home for tracked in (*followed, *(held.whole for held in sensed))]
-    found = (yield from together(rounds, homes))[: len(followed)]
+    rounds: list[Asking[Any]] = [*(measured(tracked, step) for tracked in followed), sense({*in_turn, *glanced, *whole})]
+    *found, _ = yield from together(rounds, [*(tracked.home for tracked in followed), NO_HOME])
     excesses = _clip(due, found[: len(due)], target)
     most = max(excesses, default=1.0)
     for _ in range(sweeps - 1):
         again = [measured(held.small, step) for held in due]
         excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
-    far = [held for held, excess in zip(due, excesses, strict=True) if excess > held.far]
-    growing = [held for held in layers if held not in (*far, *glanced, *whole) and held.gains(target) > held.far]
+    excess_of = dict(zip(due, excesses, strict=True))
+    at_once = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
+    at_once += [held for held in layers if held not in (*at_once, *glanced, *whole) and held.gains(target) > held.far]
+    if layers[0].on_gpu:
+        at_once = at_once[:_GPU_AT_ONCE]  # the others' turn comes
     usual = _mean_rate(layers)
-    looks = [held.glance(step, target, usual) for held in (*far, *growing)]
+    looks = [held.glance(step, target, usual) for held in at_once]
     looks += [held.glance(step, target, usual, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
     looks += [held.look(step, target, usual) for held in whole]
-    yield from together(looks, [held.whole.home for held in (*far, *growing, *glanced, *whole)])
+    yield from together(looks, [held.whole.home for held in (*at_once, *glanced, *whole)])
     return most
+
+
+def sense(layers: Collection[HeldLayer]) -> Asking[None]:
+    """Find the gain of layers on slow directions, where the kernel is known.
+
+    Raises:
+        NotFiniteError: the weights of one are not finite.
+    """
+    known = [(held, held.slow) for held in sorted(layers, key=lambda held: held.whole.number) if held.slow is not None]
+    grams = []
+    with Lanes() as lane:
+        for held, slow in known:
+            with lane(held.whole.home):
+                grams.append(slow.turn())
+    for (held, _), gain in zip(known, settle([slow for _, slow in known], (yield grams)), strict=True):
+        if not math.isfinite(gain):
+            raise not_finite(held.whole)
+        held.sensed = gain
 
 
 def _clip(layers: Sequence[HeldLayer], found: Sequence[float], target: Target) -> list[float]:
@@ -317,16 +324,12 @@ def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> l
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """The one that has waited longest for a closer look, and that whose norm has grown unseen most since its own.
-
-    On a GPU now and then the few that have waited longest.
-    """
-    if layers and layers[0].on_gpu:  # many at once take hardly longer than one
-        return sorted(layers, key=lambda held: held.looked)[:_AT_ONCE] if step % _GPU_EVERY == 0 else []
-    usual = _mean_rate(layers) + 1e-12
-    first = sorted(layers, key=lambda held: held.looked)[:1]
+    """A few: half of them have waited longest for a closer look, the others' norms have grown unseen most since theirs."""
+    every, most = (_GPU_EVERY, _GPU_AT_ONCE) if layers and layers[0].on_gpu else (_CHEAP_EVERY, _AT_ONCE)
+    usual, count = _mean_rate(layers) + 1e-12, min(max(2, math.ceil(len(layers) / every)), most)
+    first = sorted(layers, key=lambda held: held.looked)[: math.ceil(count / 2)]
     others = [held for held in layers if held not in first]
-    return first + sorted(others, key=lambda held: (held.looked - step) * (held.rate + usual))[:1]
+    return first + sorted(others, key=lambda held: (held.looked - step) * (held.rate + usual))[: count - len(first)]
 
 
 def _mean_rate(layers: Sequence[HeldLayer]) -> float:

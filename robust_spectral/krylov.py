@@ -78,36 +78,42 @@ def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonaliz
         return next(islice(golub_kahan(A, start), steps - 1, None))
     V = start.new_empty(len(start), steps + 1, start.shape[2])
     U = start.new_empty(len(start), steps, prod(A.out_shape) // A.groups)
-    V[:, :1] = start / start.norm(dim=2, keepdim=True)
-    sizes: list[Tensor] = []
-    couplings = [start.new_zeros(len(start), 1, 1)]
-    largest = couplings[0]
+    lengths = start.new_empty(len(start), 2 * steps + 1, 1)  # of what each row was made from: v, u, v, …, v
+    left, right, sizes, adjoint = U.split(1, 1), V.split(1, 1), lengths.split(1, 1), A.H
+    _unit_into(right[0], start, sizes[0])
     for i in range(steps):
-        u, v, known = U[:, i : i + 1], V[:, i : i + 1], V[:, : i + 1]
-        rest = apply_grouped(A, v)
+        rest = apply_grouped(A, right[i])
         if i:
-            rest = torch.addcmul(rest, couplings[i], U[:, i - 1 : i], value=-1)
-        sizes.append(_unit_into(u, rest, largest))
-        largest = torch.maximum(largest, sizes[i])
-        rest = torch.addcmul(apply_grouped(A.H, u), sizes[i], v, value=-1)
+            rest = torch.addcmul(rest, sizes[2 * i], left[i - 1], value=-1)
+        _unit_into(left[i], rest, sizes[2 * i + 1])
+        known = V[:, : i + 1]
+        rest = torch.addcmul(apply_grouped(adjoint, left[i]), sizes[2 * i + 1], right[i], value=-1)
         rest = torch.baddbmm(rest, rest @ known.mT, known, alpha=-1)
-        couplings.append(_unit_into(V[:, i + 1 : i + 2], rest, largest))
-        largest = torch.maximum(largest, couplings[i + 1])
-    B = torch.diag_embed(torch.cat(sizes, 1)[:, :, 0])
-    B.diagonal(1, 1, 2).copy_(torch.cat(couplings, 1)[:, 1:steps, 0])
-    return Bidiagonalization(U, V[:, :steps], B, couplings[steps], 1)
+        _unit_into(right[i + 1], rest, sizes[2 * i + 2])
+    spent = _spent(lengths[:, 1:])
+    lengths[:, 1:].masked_fill_(spent, 0)
+    U.masked_fill_(spent[:, ::2], 0)
+    V[:, 1:].masked_fill_(spent[:, 1::2], 0)
+    B = torch.diag_embed(lengths[:, 1::2, 0])
+    B.diagonal(1, 1, 2).copy_(lengths[:, 2:-1:2, 0])
+    return Bidiagonalization(U, V[:, :steps], B, sizes[-1], 1)
 
 
-def _unit_into(place: Tensor, rest: Tensor, largest: Tensor) -> Tensor:
-    """Put a row there at length 1, and give its length; 0 where it is so much below the largest so far that it may be rounding.
+def _unit_into(place: Tensor, rest: Tensor, length: Tensor) -> None:
+    """Put a row there at length 1, and its length beside it. A row of zeros becomes NaN, as do those that follow from it."""
+    torch.linalg.vector_norm(rest, dim=2, keepdim=True, out=length)
+    torch.div(rest, length, out=place)
 
-    Half of the digits are asked for, as the row is then orthogonal to the others to the other half, and no value of B is too
-    large for that. What is not finite stays so.
+
+def _spent(lengths: Tensor) -> Tensor:
+    """Where the space is spent: from the first length on that is so much below the largest before that it may be rounding.
+
+    Half of the digits are asked for, as a row is then orthogonal to the others to the other half, and no value of B is too
+    large for that. A length that is not finite is not taken for one.
     """
-    size = rest.norm(dim=2, keepdim=True)
-    spent = size <= torch.finfo(rest.dtype).eps ** 0.5 * largest
-    torch.mul(rest, size.reciprocal().masked_fill_(spent, 0), out=place)
-    return size.masked_fill_(spent, 0)
+    limits = torch.finfo(lengths.dtype)
+    small = lengths < limits.eps**0.5 * lengths.cummax(1).values + limits.tiny
+    return small.cumsum(1) > 0
 
 
 class _Basis:
@@ -192,9 +198,13 @@ def apply_grouped(A: LinearOperator, X: Tensor) -> Tensor:
 
 def to_groups(X: Tensor, groups: int) -> Tensor:
     """(k, channels, ...) -> (g, k, elements / g)."""
+    if groups == 1 or len(X) == 1:  # the same in one view
+        return X.reshape(groups, len(X), -1)
     return X.reshape(len(X), groups, -1).transpose(0, 1)
 
 
 def from_groups(X: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(g, k, elements / g) -> (k, *shape)."""
+    if 1 in X.shape[:2]:
+        return X.reshape(X.shape[1], *shape)
     return X.transpose(0, 1).reshape(X.shape[1], *shape)

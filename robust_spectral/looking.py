@@ -31,10 +31,10 @@ def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
     """
     tracked.note_changes()
     try:
-        value = tracked.power_step()
+        values = tracked.power_step()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise not_finite(tracked) from None
-    norm = float((yield [value])[0])
+    norm = tracked.know((yield [values])[0])
     if not math.isfinite(norm):
         raise not_finite(tracked)
     tracked.estimate, tracked.seen = norm, step

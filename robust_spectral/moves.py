@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from .affine import batchnorm_scale, evaluating, is_batchnorm, is_plain, unchecked_operator
+from .asking import to_device
 from .convolutions import convolution_settings
 from .krylov import to_groups
 from .layers import LinearLayer
@@ -129,6 +130,9 @@ def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Paramet
     Raises:
         NotImplementedError: nothing of the layer has its norm follow it.
     """
+    weight: Any = module._parameters.get("weight")
+    if is_plain(module) and type(weight) is nn.Parameter:  # as it is of nearly every layer, and asked at every step
+        return {"weight": weight}
     kind, where = type(module).__name__, f"clipping '{name or type(module).__name__}' ({type(module).__name__})"
     if parametrize.is_parametrized(module, "weight"):
         holding = [type(part).__name__ for part in module.parametrizations.weight if type(part).__name__ in _HOLDING]  # type: ignore
@@ -143,7 +147,7 @@ def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Paramet
         return {"gain": gain}
     if "StdConv2d" in kind:
         raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
-    weight: Any = getattr(module, "weight", None)
+    weight = getattr(module, "weight", None)
     if hasattr(weight, "full_tensor"):  # a DTensor, whose package is not imported for this
         raise NotImplementedError(f"{where}: its weight is sharded (FSDP, tensor parallel); train under DDP to clip")
     if not isinstance(weight, nn.Parameter):
@@ -178,7 +182,8 @@ def _plain_gradients(module: nn.Module, weight: Tensor, X: Tensor, U: Tensor) ->
         return None
     pairs, only_weight = zip(U.split(1), X.split(1), strict=True), [False, True, False]
     backward = torch.ops.aten.convolution_backward
-    return torch.stack([backward(u, x, weight, None, *settings, only_weight)[1] for u, x in pairs])
+    found = [backward(u, x, weight, None, *settings, only_weight)[1] for u, x in pairs]
+    return torch.stack(found) if len(found) > 1 else found[0][None]
 
 
 def _through_batchnorm(layer: LinearLayer, U: Tensor) -> Tensor:
@@ -193,15 +198,24 @@ def by_groups(gradients: Sequence[Tensor], groups: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor) -> None:
-    """Add a change (groups, numbers / groups) to parameters that lie beside each other as in `by_groups`."""
+def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor, over: Tensor | None = None, times: float = 1.0) -> None:
+    """Add ``times`` a change (groups, numbers / groups) ``over`` a number to parameters beside each other as in `by_groups`."""
     parts = change.split([p.numel() // len(change) for p in parameters], dim=1)
     for parameter, part in zip(parameters, parts, strict=True):
-        parameter.add_(part.reshape(parameter.shape).to(parameter.dtype))
+        part = part.reshape(parameter.shape)
+        if over is None:
+            parameter.add_(part, alpha=times)
+        else:
+            parameter.addcdiv_(part, over, value=times)
 
 
 def multiply_by_groups_(parameters: Sequence[nn.Parameter], factors: Tensor) -> None:
-    """Multiply each group's part of the parameters by its factor, (groups, 1)."""
+    """Multiply each group's part of the parameters by its factor, (groups, 1), on the host."""
+    if float(factors.min()) == 1 == float(factors.max()):
+        return
     for parameter in parameters:
-        each = factors.to(parameter.dtype).expand(len(factors), parameter.numel() // len(factors))
-        parameter.mul_(each.reshape(parameter.shape))
+        if len(factors) == 1:
+            parameter.mul_(float(factors))
+        else:
+            each = to_device(factors, parameter).expand(len(factors), parameter.numel() // len(factors))
+            parameter.mul_(each.reshape(parameter.shape))

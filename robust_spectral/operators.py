@@ -83,8 +83,7 @@ class LinearOperator:
             ValueError: X is of another shape or type.
         """
         self._check("matmat", X, self.in_shape)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.forward(X)
+        return self._in_full(self.forward, X)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Apply the adjoint to k outputs Y: (k, *out_shape) -> (k, *in_shape). Costs k applications.
@@ -93,8 +92,7 @@ class LinearOperator:
             ValueError: Y is of another shape or type.
         """
         self._check("rmatmat", Y, self.out_shape)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.adjoint(Y)
+        return self._in_full(self.adjoint, Y)
 
     @property
     def H(self) -> LinearOperator:
@@ -175,6 +173,13 @@ class LinearOperator:
         n = prod(self.in_shape)
         eye = torch.eye(n, dtype=self.dtype, device=self.device).reshape(n, *self.in_shape)
         return torch.cat([self.matmat(chunk).flatten(1) for chunk in eye.split(1024)]).T
+
+    def _in_full(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        """What a function makes of X without gradients or autocast, whose contexts are entered only where they do something."""
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
+            return function(X)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return function(X)
 
     def _check(self, call: str, X: Tensor, shape: Shape) -> None:
         if tuple(X.shape[1:]) != shape or X.dtype != self.dtype:

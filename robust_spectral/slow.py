@@ -7,6 +7,7 @@ overtakes the others in training is nearly one of them. Behind a stride "constan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .coarse import kernel_map
 from .convolutions import periods, phases_of_taps
 from .krylov import to_groups
 from .layers import LinearLayer
+from .spectrum import unit_rows
 
 _NOISE = 1e-4  # of the largest squared gain
 _BLOCK = 4  # directions that are followed, so that a new one is among them before it is the largest
@@ -38,28 +40,18 @@ class SlowDirections:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
         self.block = torch.linalg.qr(start.to(like))[0]  # (g, in, k)
+        self._phase_at: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @torch.no_grad()
     def turn(self) -> Tensor:
-        """Half an iteration: the Gram matrix (g, k, k) of what the block becomes, float64."""
+        """Half an iteration: the Gram matrix (g, k, k) of what the block becomes, float64; `settle` does the other half."""
         weight: Any = self.layer.module.weight
         known = self.block, self._phases, self._places
         self.block, self._phases, self._places = (tensor.to(weight.device) for tensor in known)
         matrix = self._matrix(self.block)
-        self._turned = matrix.mT @ (matrix @ self.block)
-        exact = self._turned.double()
+        self.turned = matrix.mT @ (matrix @ self.block)
+        exact = self.turned.double()
         return exact.mT @ exact
-
-    def settle(self, gram: Tensor) -> float:
-        """The other half, given that matrix on the host; the largest gain found."""
-        if not bool(torch.isfinite(gram).all()):
-            return math.nan
-        squares, vectors = torch.linalg.eigh(gram)
-        lengths = squares.clamp_min(0).sqrt()  # squared gains
-        largest = lengths.amax(1, keepdim=True)
-        shorten = 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny + _NOISE * largest)  # what is noise gets no length
-        self.block = self._turned @ to_device((vectors * shorten[:, None]).flip(2), self._turned)  # the largest first
-        return math.sqrt(float(largest.max()))
 
     def rows(self, in_shape: tuple[int, ...]) -> Tensor:
         """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups)."""
@@ -67,15 +59,22 @@ class SlowDirections:
         top = self.block[:, :, 0].to(weight.device)
         if isinstance(self.layer.module, nn.Linear):
             return to_groups(top.expand(1, *in_shape), 1) / math.prod(in_shape[:-1]) ** 0.5
+        X = top.reshape(in_shape[0], -1)
+        if self._places.numel() > 1 and not self.layer.module.transposed:
+            X = X @ self._places.to(top)
+        if (in_shape, top.device) not in self._phase_at:
+            self._phase_at[in_shape, top.device] = self._phases_of_map(in_shape).to(top.device)
+        rows = to_groups(X[:, self._phase_at[in_shape, top.device]][None], self._groups)
+        return unit_rows(rows)[0]
+
+    def _phases_of_map(self, in_shape: tuple[int, ...]) -> Tensor:
+        """The phase of each position of a map, all of them in a row."""
         module: Any = self.layer.module
-        phases, X = [1] * len(module.stride), top.reshape(in_shape[0], -1)
-        if not module.transposed:
-            phases, X = periods(module, in_shape), X @ self._places.to(top)
-        X = X.reshape(in_shape[0], *phases)
-        for axis, (size, period) in enumerate(zip(in_shape[1:], phases, strict=True), 1):
-            X = X.index_select(axis, (torch.arange(size, device=X.device) + _before(module, axis - 1)) % period)
-        rows = to_groups(X[None], self._groups)
-        return rows / rows.norm(dim=2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        at = torch.zeros(1, dtype=torch.long, device="cpu")
+        lengths = [1] * len(module.stride) if module.transposed else periods(module, in_shape)
+        for axis, (size, period) in enumerate(zip(in_shape[1:], lengths, strict=True)):
+            at = (at[:, None] * period + (torch.arange(size, device="cpu") + _before(module, axis)) % period).flatten()
+        return at
 
     def _matrix(self, like: Tensor) -> Tensor:
         """The matrix of channels, (groups, outputs / groups, inputs / groups), with the phases of a stride as channels."""
@@ -93,6 +92,26 @@ class SlowDirections:
 def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> SlowDirections | None:
     """Those of a layer, from random ones on; None of one whose kernel is not known."""
     return None if kernel_map(layer, composite) is None else SlowDirections(layer, composite, like, seed)
+
+
+def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[float]:
+    """End the turn of several, given their matrices on the host; the largest gain of each, NaN where it is not finite."""
+    gains = [math.nan] * len(turned)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, (slow, gram) in enumerate(zip(turned, grams, strict=True)):
+        if bool(torch.isfinite(gram).all()):
+            alike.setdefault((slow.turned.device, slow.turned.dtype, gram.shape[2]), []).append(index)
+    for places in alike.values():
+        squares, vectors = torch.linalg.eigh(torch.cat([grams[i] for i in places]))
+        lengths = squares.clamp_min(0).sqrt()  # squared gains
+        largest = lengths.amax(1, keepdim=True)
+        shorten = 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny + _NOISE * largest)  # what is noise gets no length
+        factors = to_device((vectors * shorten[:, None]).flip(2), turned[places[0]].turned)  # the largest first
+        groups = [len(grams[i]) for i in places]
+        for i, factor, size in zip(places, factors.split(groups), largest.split(groups), strict=True):
+            turned[i].block = turned[i].turned @ factor
+            gains[i] = math.sqrt(float(size.max()))
+    return gains
 
 
 def _before(module: Any, axis: int) -> int:

@@ -99,10 +99,10 @@ class Lanczos:
                 waiting = _open(factors[1][:, :k], _residuals(state, factors[0][:, :, :k]), self.rtol, self.each_group)
                 if last or not bool(waiting.any()):
                     break
-        return ritz_of(state, factors, k, step)
+        return _ritz_of(state, factors, k, step)
 
 
-def ritz_of(state: Bidiagonalization, factors: Sequence[Tensor], k: int, steps: int) -> Ritz:
+def _ritz_of(state: Bidiagonalization, factors: Sequence[Tensor], k: int, steps: int) -> Ritz:
     """The k leading Ritz triplets, from the singular value decomposition of B."""
     left, values, rightH = factors[0][:, :, :k], factors[1][:, :k], factors[2][:, :k]
     return Ritz(values, left.mT @ state.U, rightH @ state.V, _residuals(state, left), steps)
@@ -255,9 +255,10 @@ def next_block(image: Tensor, previous: Tensor) -> Tensor:
 
 def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows (g, k, n) at unit length, the fallback (or zeros) where they vanish, and their lengths (g, k, 1)."""
-    size = image.norm(dim=2, keepdim=True)
-    unit = image / size.clamp_min(torch.finfo(image.dtype).tiny)
-    return (unit if fallback is None else torch.where(size == 0, fallback, unit)), size
+    size = torch.linalg.vector_norm(image, dim=2, keepdim=True)
+    if fallback is None:
+        return image / size.clamp_min(torch.finfo(image.dtype).tiny), size
+    return torch.where(size == 0, fallback, image / size), size
 
 
 def _qr_rows(X: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
 from .operators import LinearOperator
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, ritz_of, unit_rows
+from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions found
@@ -31,6 +31,15 @@ _STIR = 0.1  # of a random vector in a search, so that it is blind to no directi
 _AT_ONCE = 4  # directions that a search finds, all of which are clipped
 _MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
+
+
+@dataclass(frozen=True)
+class Found:
+    """Triplets of each group: values (g, k), on the host once they were asked for, left (g, k, out/g), right (g, k, in/g)."""
+
+    values: Tensor
+    left: Tensor
+    right: Tensor
 
 
 @dataclass(eq=False)
@@ -50,7 +59,7 @@ class TrackedLayer:
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
     number: int = field(default=0)  # among the layers of a model
-    ritz: Ritz = field(init=False)  # what the last power step or search found
+    found: Found = field(init=False)  # by the last power step or search
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
 
@@ -82,7 +91,7 @@ class TrackedLayer:
     @property
     def moved(self) -> bool:
         """Whether the layer has gone to another device since it was last looked at."""
-        return self.vectors.device != next(self.layer.module.parameters()).device
+        return self.vectors.device != self.move.parameters(self.layer)[0].device
 
     def follow_device(self) -> None:
         """Go there, too."""
@@ -146,10 +155,12 @@ class TrackedLayer:
         if not bool(torch.isfinite(B).all()):
             return math.nan
         left, values, rightH = torch.linalg.svd(B)
-        k = self.vectors.shape[1]
-        ritz = ritz_of(state, [to_device(factor, state.U) for factor in (left, values, rightH)], max(k, _AT_ONCE), 0)
-        self._follow(ritz, next_block(ritz.right[:, :k], self.vectors))
-        return float(values.max()) * self.scale
+        k = max(self.vectors.shape[1], _AT_ONCE)
+        factors = to_device(torch.stack([left[:, :, :k].mT, rightH[:, :k]]), state.U)
+        triplets = Found(values[:, :k], factors[0] @ state.U, factors[1] @ state.V)
+        right = triplets.right[:, : self.vectors.shape[1]]
+        self._follow(triplets, right if right.shape[1] == 1 else next_block(right, self.vectors))
+        return float(self.found.values.max())
 
     def learn(self, found: float, searched: float) -> None:
         """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
@@ -160,7 +171,7 @@ class TrackedLayer:
         self.missed = max(1 + 0.9 * (self.missed - 1), short)
 
     def power_step(self) -> Tensor:
-        """A warm power step; the largest value found, as a tensor without a sync.
+        """A warm power step; the values found, (groups, k), without a wait for the device.
 
         A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
         pair u, v and a value ⟨u, A v⟩ of the weights as they are.
@@ -168,47 +179,56 @@ class TrackedLayer:
         self.follow_device()
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
-            return self._follow(ritz, next_block(image, self.vectors))
+            return self._follow(_found(ritz), next_block(image, self.vectors))
         if self.left is None:
             right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
         else:
             left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
-        ritz = Ritz(size[..., 0], left, right, torch.zeros_like(size[..., 0]), 1)
-        return self._follow(ritz, right, forward=self.left is None)
+        return self._follow(Found(size[..., 0], left, right), right, forward=self.left is None)
+
+    def know(self, values: Tensor) -> float:
+        """Take over the values of the last power step, given on the host; the largest."""
+        self.found = replace(self.found, values=values)
+        return float(values.max())
 
     @torch.no_grad()
     def hold_(self, target: float) -> None:
-        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
+        """Take what was just found, and is known on the host, down to the target: most by a rescale, the last bit along it.
 
         What is far above the target is spread over more directions than are found, as it is where training starts. Each
         group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
         """
+        values = self.found.values
         if not parametrize.is_parametrized(self.layer.module, "weight"):
-            largest = self.ritz.values.amax(1, keepdim=True)
+            largest = values.amax(1, keepdim=True)
             factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
             multiply_by_groups_(self.move.rescaled(self.layer), factors)
-            self.ritz = replace(self.ritz, values=self.ritz.values * factors)
-        if not self.ritz.values.is_cuda:  # there to ask would be a wait
-            self.ritz = _leading(self.ritz, int((self.ritz.values > target).sum(1).max()))
+            values = values * factors
+        above = max(1, int((values > target).sum(1).max()))
+        self.found = Found(values[:, :above], self.found.left[:, :above], self.found.right[:, :above])
         self.clip_directions_(target)
         self.seen = -1  # measured again when asked for
 
     @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:
         """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
-        excess = (self.ritz.values - max_norm).clamp_min(0)  # (g, k)
-        G = self.gradients()
-        a = _smallest_change(G, excess)
-        add_by_groups_(self.move.parameters(self.layer), (-a[:, None] @ G)[:, 0])
+        excess, G = (self.found.values - max_norm).clamp_min(0), self.gradients()  # (g, k), (g, k, numbers / g)
+        parameters = self.move.parameters(self.layer)
+        if excess.numel() == 1:  # as for most layers in most steps, so in few computations
+            square = torch.linalg.vector_norm(G).square().clamp_min(torch.finfo(G.dtype).tiny)
+            add_by_groups_(parameters, G[:, 0], over=square, times=-float(excess))
+        else:
+            a = _smallest_change(G, to_device(excess, G))
+            add_by_groups_(parameters, (-a[:, None] @ G)[:, 0])
 
     def forget(self) -> None:
         """Let go of what was last found; the vectors stay. On large maps it would take the memory of some activations."""
-        self.__dict__.pop("ritz", None)
+        self.__dict__.pop("found", None)
 
     def gradients(self) -> Tensor:
         """Those of the values just found by what moves, (groups, k, numbers / groups)."""
         A = self.operator
-        X, U = from_groups(self.ritz.right, A.in_shape), from_groups(self.ritz.left, A.out_shape)
+        X, U = from_groups(self.found.right, A.in_shape), from_groups(self.found.left, A.out_shape)
         return by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)
 
     def _scaled(self) -> LinearOperator:
@@ -235,24 +255,24 @@ class TrackedLayer:
         """
         if dense_work(self.operator) <= _SMALL:
             ritz = dense_ritz(self._scaled(), 64)
-            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]))
-        largest = float(self.power_step())
+            return float(self._follow(_found(ritz), ritz.right[:, : self.vectors.shape[1]]).max())
+        largest = float(self.power_step().max())
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
         steps = 32 if self.operator.groups == 1 else 12
         search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
-        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT))
+        return float(self._follow(_found(ritz), torch.linalg.qr(ritz.right.mT)[0].mT).max())
 
-    def _follow(self, ritz: Ritz, vectors: Tensor, forward: bool = False) -> Tensor:
+    def _follow(self, found: Found, vectors: Tensor, forward: bool = False) -> Tensor:
         """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
 
-        Returns the largest value.
+        Returns the values.
         """
-        self.ritz, self.vectors = ritz if self.scale == 1 else replace(ritz, values=ritz.values * self.scale), vectors
-        self.left = ritz.left if forward else None
-        return self.ritz.values.max()
+        self.found, self.vectors = found if self.scale == 1 else replace(found, values=found.values * self.scale), vectors
+        self.left = found.left if forward else None
+        return self.found.values
 
 
 @dataclass(frozen=True)
@@ -271,15 +291,14 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     )
 
 
-def _leading(ritz: Ritz, k: int) -> Ritz:
-    """The first k triplets of each group, at least one."""
-    k = max(k, 1)
-    return Ritz(ritz.values[:, :k], ritz.left[:, :k], ritz.right[:, :k], ritz.residuals[:, :k], ritz.steps)
+def _found(ritz: Ritz) -> Found:
+    return Found(ritz.values, ritz.left, ritz.right)
 
 
 def between(own: Tensor, other: Tensor) -> Tensor:
     """Unit rows half way from each row to the other's, or to its opposite where that is nearer."""
-    return unit_rows(own + torch.where((own * other).sum(2, keepdim=True) < 0, -other, other))[0]
+    sign = torch.where((own * other).sum(2, keepdim=True) < 0, -1.0, 1.0).to(own.dtype)
+    return unit_rows(torch.addcmul(own, other, sign))[0]
 
 
 def _smallest_change(G: Tensor, excess: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from .asking import Later, answered
 from .holding import HeldLayer, Target, hold
 from .looking import NotFiniteError, measure
@@ -38,6 +40,7 @@ class Turns:
         self._under_way: Later[float] | None = None
         self._before: Known = []
 
+    @torch.no_grad()
     def advance(self, prepare: Callable[[], None], every: int, sweeps: int, target: Target) -> bool:
         """Go on with the turn that is under way, and once it has ended begin the next; whether one has ended.
 

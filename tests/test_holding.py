@@ -7,13 +7,17 @@ import pytest
 import torch
 from reference import norm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import robust_spectral as rs
 from robust_spectral import holding
+from robust_spectral.asking import answered
 from robust_spectral.holding import on_small_map
 from robust_spectral.krylov import apply_grouped
 from robust_spectral.layers import LinearLayer
-from robust_spectral.slow import slow_directions
+from robust_spectral.looking import look, measured
+from robust_spectral.slow import settle, slow_directions
+from robust_spectral.tracking import TrackedLayer
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_
     layer = LinearLayer("", module, in_shape)
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
     for _ in range(200):
-        gain = slow.settle(slow.turn())
+        gain = settle([slow], [slow.turn()])[0]
     rows = slow.rows(in_shape)
     images = apply_grouped(layer.operator(dtype=torch.float64), rows)
     assert rows.norm(dim=2).flatten().tolist() == pytest.approx([1.0] * len(rows))
@@ -66,7 +70,7 @@ def test_slow_directions_of_a_stride_that_wraps_unevenly_are_those_without_it():
     layer = LinearLayer("", nn.Conv2d(5, 8, (1, 3), 2, **CIRCULAR | {"padding": (0, 1)}), (5, 5, 6))  # 3 of 5 rows are seen
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
     for _ in range(200):
-        gain = slow.settle(slow.turn())
+        gain = settle([slow], [slow.turn()])[0]
     images = apply_grouped(layer.operator(dtype=torch.float64), slow.rows(layer.in_shape))
     assert float(images.norm()) == pytest.approx(gain * (3 / 5) ** 0.5, rel=1e-6)
 
@@ -77,7 +81,7 @@ def test_slow_directions_of_a_composite_count_the_scale_of_the_normalisation():
     layer = LinearLayer("", convolution, (3, 4, 4), batchnorm)
     slow = slow_directions(layer, True, torch.zeros(1), seed=0)
     for _ in range(200):
-        gain = slow.settle(slow.turn())
+        gain = settle([slow], [slow.turn()])[0]
     assert gain == pytest.approx(norm(nn.Sequential(convolution, batchnorm), (3, 4, 4)), rel=1e-4)
 
 
@@ -145,6 +149,47 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
             clipper.step()
     looked = {call.args[0].layer.name for call in looks.call_args_list if call.args[1] == holding._LOOK}
     assert looked == {str(i) for i in range(9)}
+
+
+@pytest.mark.parametrize(("on_gpu", "most"), [(False, 6), (True, 16)])
+def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most):
+    net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
+    with mock.patch.object(holding.HeldLayer, "on_gpu", on_gpu):
+        clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
+        counts = []
+        for step in range(12):
+            with torch.no_grad():
+                for module in net:
+                    module.weight.mul_(1.02 if on_gpu else 1.0)
+            with mock.patch.object(holding, "look", side_effect=holding.look) as looks:
+                clipper.step()
+            if step:  # the first look at each
+                counts.append(looks.call_count)
+    assert max(counts) == most
+
+
+class Computations(TorchDispatchMode):
+    """Counts what is computed while it is on, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+def test_what_follows_a_step_starts_few_computations():
+    """On a GPU the host needs as long to start a small one as a large one, and it is what training has to spare."""
+    layer = LinearLayer("", nn.Conv2d(8, 8, 3, padding=1), (8, 6, 6))
+    tracked = TrackedLayer.of(layer, vectors=1, composite=False, seed=0)
+    counts = []
+    for asking in (measured(tracked, 1), measured(tracked, 2), look(tracked, 7, 3)):
+        with torch.no_grad(), Computations() as computations:
+            answered(asking)
+        counts.append(computations.count)
+    with torch.no_grad(), Computations() as computations:
+        tracked.hold_(0.5)
+    assert counts[0] <= 7 and counts[1] <= 10 and counts[2] <= 125 and computations.count <= 24
 
 
 def test_what_is_held_goes_on_from_a_saved_state():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "caller", "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum",
-    "kernel_bounds", "norms", "layers", "folding", "moves", "coarse", "asking", "slow", "tracking", "clipping", "targets",
+    "kernel_bounds", "norms", "layers", "folding", "asking", "moves", "coarse", "slow", "tracking", "clipping", "targets",
     "graph", "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
     "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "looking", "holding", "turns", "fastclip", "certify",
 ]  # fmt: skip
