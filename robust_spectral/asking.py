@@ -37,7 +37,7 @@ def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[l
     while answers:
         wanted: dict[int, list[Tensor]] = {}
         with Lanes() as lane:
-            for home, those in _by_lane(answers, homes).items():
+            for home, those in by_lane(answers, homes).items():
                 with lane(home):
                     for index in those:
                         given = answers[index]
@@ -51,7 +51,7 @@ def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[l
     return [results[index] for index in range(len(all_asking))]
 
 
-def _by_lane(indices: Iterable[int], homes: Sequence[Home]) -> dict[Home, list[int]]:
+def by_lane(indices: Iterable[int], homes: Sequence[Home]) -> dict[Home, list[int]]:
     """Those whose homes are in the same lane together, as a change of lanes takes a moment."""
     found: dict[Home, list[int]] = {}
     for index in indices:
@@ -114,8 +114,8 @@ class _Copies:
 def to_device(tensor: Tensor, like: Tensor) -> Tensor:
     """A small tensor in another's type on its device; of the host without a wait."""
     tensor = tensor.to(like.dtype)
-    waits = tensor.is_cuda or not like.is_cuda
-    return tensor.to(like.device) if waits else tensor.pin_memory().to(like.device, non_blocking=True)
+    pinned = like.is_cuda and not tensor.is_cuda
+    return tensor.pin_memory().to(like.device, non_blocking=True) if pinned else tensor.to(like.device)
 
 
 class Lanes:

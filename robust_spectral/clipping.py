@@ -20,7 +20,7 @@ from .layers import LinearLayer
 from .moves import MoveWeight, add_by_groups_
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
-from .operators import Shape
+from .operators import Shape, in_full
 from .projection import projected_weight
 from .tracking import TOLERANCE, TrackedLayer
 
@@ -85,6 +85,7 @@ def clip_(
     return clip_until_proved_(tracked, max_norm, failure_probability, method)
 
 
+@in_full()
 def clip_until_proved_(
     tracked: TrackedLayer, max_norm: float, failure_probability: float, method: Method = "update"
 ) -> ClipResult:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .asking import answered
 from .budget import norm_for
 from .caller import counted, warn
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
@@ -285,7 +284,7 @@ class FastClip:
             for part in held.parts:
                 part.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
             if not self.off:
-                answered(held.start())
+                self._turns.start(held)
             if self._relative and not math.isinf(tracked.target):
                 own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
                 tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by

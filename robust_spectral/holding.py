@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from .asking import NO_HOME, Asking, Lanes, together
+from .asking import NO_HOME, Asking, Lanes, by_lane, together
 from .krylov import from_groups, to_groups
 from .layers import LinearLayer
 from .looking import look, measured, not_finite
@@ -30,8 +30,8 @@ from .tracking import TrackedLayer, between
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
-_CHEAP_EVERY, _AT_ONCE = 4, 6  # steps from one look at a cheap layer to the next on average, and looks at most at a time
-_GPU_EVERY, _GPU_AT_ONCE = 2, 8  # on a GPU, where a turn takes two steps; as many more may follow at once
+_CHEAP_EVERY, _MOST = 4, 6  # turns from one look at a cheap layer to the next, on average, and looks in turn at most
+_GPU_EVERY, _GPU_MOST = 2, 8  # the same on a GPU, where a turn takes two steps, and as many that are far get one at once
 _SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what a look allows for, and any clip
@@ -281,7 +281,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     at_once = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
     at_once += [held for held in layers if held not in (*at_once, *glanced, *whole) and held.gains(target) > held.far]
     if layers[0].on_gpu:
-        at_once = at_once[:_GPU_AT_ONCE]  # the others' turn comes
+        at_once = at_once[:_GPU_MOST]  # the others' turn comes
     usual = _mean_rate(layers)
     looks = [held.glance(step, target, usual) for held in at_once]
     looks += [held.glance(step, target, usual, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
@@ -297,12 +297,15 @@ def sense(layers: Collection[HeldLayer]) -> Asking[None]:
         NotFiniteError: the weights of one are not finite.
     """
     known = [(held, held.slow) for held in sorted(layers, key=lambda held: held.whole.number) if held.slow is not None]
-    grams = []
+    if not known:
+        return
+    grams: dict[int, Tensor] = {}
     with Lanes() as lane:
-        for held, slow in known:
-            with lane(held.whole.home):
-                grams.append(slow.turn())
-    for (held, _), gain in zip(known, settle([slow for _, slow in known], (yield grams)), strict=True):
+        for home, those in by_lane(range(len(known)), [held.whole.home for held, _ in known]).items():
+            with lane(home):
+                grams |= {index: known[index][1].turn() for index in those}
+    came = yield [grams[index] for index in range(len(known))]
+    for (held, _), gain in zip(known, settle([slow for _, slow in known], came), strict=True):
         if not math.isfinite(gain):
             raise not_finite(held.whole)
         held.sensed = gain
@@ -325,7 +328,7 @@ def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> l
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
     """A few: half of them have waited longest for a closer look, the others' norms have grown unseen most since theirs."""
-    every, most = (_GPU_EVERY, _GPU_AT_ONCE) if layers and layers[0].on_gpu else (_CHEAP_EVERY, _AT_ONCE)
+    every, most = (_GPU_EVERY, _GPU_MOST) if layers and layers[0].on_gpu else (_CHEAP_EVERY, _MOST)
     usual, count = _mean_rate(layers) + 1e-12, min(max(2, math.ceil(len(layers) / every)), most)
     first = sorted(layers, key=lambda held: held.looked)[: math.ceil(count / 2)]
     others = [held for held in layers if held not in first]

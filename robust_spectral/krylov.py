@@ -100,9 +100,12 @@ def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonaliz
 
 
 def _unit_into(place: Tensor, rest: Tensor, length: Tensor) -> None:
-    """Put a row there at length 1, and its length beside it. A row of zeros becomes NaN, as do those that follow from it."""
+    """Put a row there at length 1, and its length beside it. A row of zeros becomes NaN, as do those that follow from it.
+
+    Beside other groups it stays zero, as they share each application.
+    """
     torch.linalg.vector_norm(rest, dim=2, keepdim=True, out=length)
-    torch.div(rest, length, out=place)
+    torch.div(rest, length if len(rest) == 1 else length.clamp_min(torch.finfo(rest.dtype).tiny), out=place)
 
 
 def _spent(lengths: Tensor) -> Tensor:

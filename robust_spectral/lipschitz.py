@@ -24,6 +24,7 @@ from . import rules as rules
 from .affine import evaluating
 from .caller import warn
 from .graph import RULES, Walk, composed, times, where
+from .operators import in_full
 from .rounding import forward_error
 from .tracing import Tracer
 
@@ -112,7 +113,7 @@ def lipschitz_bound(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
     example = pair_of(example_input)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), in_full():
         try:
             model(example.clone())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

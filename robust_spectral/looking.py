@@ -32,9 +32,13 @@ def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
     tracked.note_changes()
     try:
         values = tracked.power_step()
+        found = tracked.found
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise not_finite(tracked) from None
-    norm = tracked.know((yield [values])[0])
+    values = (yield [values])[0]
+    if tracked.found is found:  # none was asked for in between
+        tracked.know(values)
+    norm = float(values.max())
     if not math.isfinite(norm):
         raise not_finite(tracked)
     tracked.estimate, tracked.seen = norm, step

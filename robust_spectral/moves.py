@@ -210,7 +210,7 @@ def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor, over: Ten
 
 
 def multiply_by_groups_(parameters: Sequence[nn.Parameter], factors: Tensor) -> None:
-    """Multiply each group's part of the parameters by its factor, (groups, 1), on the host."""
+    """Multiply each group's part of the parameters by its factor; these, (groups, 1), are on the host."""
     if float(factors.min()) == 1 == float(factors.max()):
         return
     for parameter in parameters:

@@ -19,7 +19,7 @@ import torch
 from .kernel_bounds import SYMBOL_WORK, fourier_norm, frobenius_bound, schur_bound, symbol_bound
 from .krylov import golub_kahan, random_block
 from .numerics import largest_singular_value, power_of_two, round_down, round_up
-from .operators import LinearOperator, check_operator, direct_sum
+from .operators import LinearOperator, check_operator, direct_sum, in_full
 from .spectrum import dense_blocks, dense_work, size_of
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -48,6 +48,7 @@ class NormInterval:
         return self.lower <= value <= self.upper
 
 
+@in_full()
 def spectral_norm(
     A: LinearOperator, failure_probability: float = 1e-9, *, rtol: float = 1e-2, max_steps: int = 200, seed: int = 0
 ) -> NormInterval:
@@ -74,6 +75,7 @@ def spectral_norm(
     return norm_intervals([A], failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)[0]
 
 
+@in_full()
 def norm_intervals(
     operators: Sequence[LinearOperator], failure_probability: float = 1e-9, *, rtol: float = 1e-2, max_steps: int = 200,
     seed: int = 0, together: bool | None = None,

@@ -5,7 +5,8 @@ An operator that acts separately on equal, contiguous slices of the channel axis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+_KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that may be under autocast
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class LinearOperator:
         """What a function makes of X without gradients or autocast, whose contexts are entered only where they do something."""
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
             return function(X)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with in_full():
             return function(X)
 
     def _check(self, call: str, X: Tensor, shape: Shape) -> None:
@@ -190,6 +193,16 @@ class LinearOperator:
 
     def __repr__(self) -> str:
         return f"<{self.label}: {self.in_shape} -> {self.out_shape}, {self.dtype}>"
+
+
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Neither gradients nor autocast, whatever is around; for a ``with`` block, or a function as ``@in_full()``."""
+    with torch.no_grad(), ExitStack() as stack:
+        for kind in _KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def check_operator(call: str, A: object) -> None:

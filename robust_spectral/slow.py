@@ -27,7 +27,12 @@ _BLOCK = 4  # directions that are followed, so that a new one is among them befo
 
 
 class SlowDirections:
-    """The top singular directions of a layer's matrix of channels, followed by a step of subspace iteration at a time."""
+    """The top singular directions of a layer's matrix of channels, followed by a step of subspace iteration at a time.
+
+    Attributes:
+        block: The directions of each group, (groups, inputs / groups, k), the largest first.
+        turned: What a turn that is under way has made of it so far.
+    """
 
     def __init__(self, layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> None:
         self.layer, self._batchnorm = layer, layer.batchnorm if composite else None
@@ -39,7 +44,7 @@ class SlowDirections:
         channels = self._matrix(like).shape[2]
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
-        self.block = torch.linalg.qr(start.to(like))[0]  # (g, in, k)
+        self.block = self.turned = torch.linalg.qr(start.to(like))[0]
         self._phase_at: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @torch.no_grad()
@@ -63,17 +68,17 @@ class SlowDirections:
         if self._places.numel() > 1 and not self.layer.module.transposed:
             X = X @ self._places.to(top)
         if (in_shape, top.device) not in self._phase_at:
-            self._phase_at[in_shape, top.device] = self._phases_of_map(in_shape).to(top.device)
+            self._phase_at[in_shape, top.device] = self._phases_of_map(in_shape, top.device)
         rows = to_groups(X[:, self._phase_at[in_shape, top.device]][None], self._groups)
         return unit_rows(rows)[0]
 
-    def _phases_of_map(self, in_shape: tuple[int, ...]) -> Tensor:
+    def _phases_of_map(self, in_shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The phase of each position of a map, all of them in a row."""
         module: Any = self.layer.module
-        at = torch.zeros(1, dtype=torch.long, device="cpu")
+        at = torch.zeros(1, dtype=torch.long, device=device)
         lengths = [1] * len(module.stride) if module.transposed else periods(module, in_shape)
         for axis, (size, period) in enumerate(zip(in_shape[1:], lengths, strict=True)):
-            at = (at[:, None] * period + (torch.arange(size, device="cpu") + _before(module, axis)) % period).flatten()
+            at = (at[:, None] * period + (torch.arange(size, device=device) + _before(module, axis)) % period).flatten()
         return at
 
     def _matrix(self, like: Tensor) -> Tensor:
@@ -95,7 +100,10 @@ def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int
 
 
 def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[float]:
-    """End the turn of several, given their matrices on the host; the largest gain of each, NaN where it is not finite."""
+    """End the turn of several, given their matrices on the host; the largest gain of each, NaN where it is not finite.
+
+    Where a group's weights are zero, or next to it, its directions stay as they were.
+    """
     gains = [math.nan] * len(turned)
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (slow, gram) in enumerate(zip(turned, grams, strict=True)):
@@ -105,11 +113,14 @@ def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[fl
         squares, vectors = torch.linalg.eigh(torch.cat([grams[i] for i in places]))
         lengths = squares.clamp_min(0).sqrt()  # squared gains
         largest = lengths.amax(1, keepdim=True)
-        shorten = 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny + _NOISE * largest)  # what is noise gets no length
+        least = torch.finfo(turned[places[0]].turned.dtype).tiny / _NOISE
+        shorten = 1 / lengths.clamp_min(_NOISE * largest.clamp_min(least))  # what is noise gets no length
         factors = to_device((vectors * shorten[:, None]).flip(2), turned[places[0]].turned)  # the largest first
         groups = [len(grams[i]) for i in places]
         for i, factor, size in zip(places, factors.split(groups), largest.split(groups), strict=True):
-            turned[i].block = turned[i].turned @ factor
+            slow, usable = turned[i], size[..., None] > least
+            found = slow.turned @ factor
+            slow.block = found if bool(usable.all()) else torch.where(to_device(usable, found) > 0, found, slow.block)
             gains[i] = math.sqrt(float(size.max()))
     return gains
 

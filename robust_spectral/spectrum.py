@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .krylov import Bidiagonalization, apply_grouped, from_groups, golub_kahan, orthonormal_rows, random_block, to_groups
 from .numerics import power_of_two
-from .operators import LinearOperator, check_operator
+from .operators import LinearOperator, check_operator, in_full
 
 _STIR = 1e-3  # of a random vector in a warm start, so that it is blind to no direction
 
@@ -159,6 +159,7 @@ def _open(values: Tensor, residuals: Tensor, rtol: float, each_group: bool = Fal
     return unconverged & (values + residuals >= values.flatten().topk(values.shape[1]).values[-1])
 
 
+@in_full()
 def top_singular(
     A: LinearOperator, k: int = 1, solver: Solver | None = None, *, right: Tensor | None = None, seed: int = 0
 ) -> SingularTriplets:

@@ -59,7 +59,7 @@ class TrackedLayer:
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
     number: int = field(default=0)  # among the layers of a model
-    found: Found = field(init=False)  # by the last power step or search
+    found: Found = field(init=False, repr=False)  # by the last power step or search
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
 
@@ -75,6 +75,14 @@ class TrackedLayer:
         size = math.prod(layer.in_shape) // operator.groups
         rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
         return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target, number=seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what holds on to this very module: a copy follows the copy of the layer."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("operator", "found")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.operator = _operator(self.layer, bool(self.composite))
 
     @property
     def kind(self) -> str:
@@ -186,17 +194,16 @@ class TrackedLayer:
             left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
         return self._follow(Found(size[..., 0], left, right), right, forward=self.left is None)
 
-    def know(self, values: Tensor) -> float:
-        """Take over the values of the last power step, given on the host; the largest."""
+    def know(self, values: Tensor) -> None:
+        """Take over the values of the last power step, given on the host."""
         self.found = replace(self.found, values=values)
-        return float(values.max())
 
     @torch.no_grad()
     def hold_(self, target: float) -> None:
-        """Take what was just found, and is known on the host, down to the target: most by a rescale, the last bit along it.
+        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
 
-        What is far above the target is spread over more directions than are found, as it is where training starts. Each
-        group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
+        Its values are known on the host. What is far above the target is spread over more directions than are found, as it is
+        where training starts. Each group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
         """
         values = self.found.values
         if not parametrize.is_parametrized(self.layer.module, "weight"):

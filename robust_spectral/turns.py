@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from .asking import Later, answered
 from .holding import HeldLayer, Target, hold
 from .looking import NotFiniteError, measure
+from .operators import in_full
 from .tracking import TrackedLayer
 
 Known = list[tuple[Any, dict[str, Any]]]  # attributes by their owners
@@ -40,7 +39,12 @@ class Turns:
         self._under_way: Later[float] | None = None
         self._before: Known = []
 
-    @torch.no_grad()
+    @in_full()
+    def start(self, held: HeldLayer) -> None:
+        """A first, long look at a layer."""
+        answered(held.start())
+
+    @in_full()
     def advance(self, prepare: Callable[[], None], every: int, sweeps: int, target: Target) -> bool:
         """Go on with the turn that is under way, and once it has ended begin the next; whether one has ended.
 
@@ -77,7 +81,8 @@ class Turns:
         """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
         before = self._known()
         try:
-            yield
+            with in_full():
+                yield
         except NotFiniteError:
             self._put_back(before)
             raise

@@ -1,6 +1,7 @@
 """Computations that ask for numbers of the device: in rounds, at once or a call later."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from unittest import mock
 
@@ -170,6 +171,35 @@ def test_a_copy_of_a_clipper_with_a_turn_under_way_begins_its_own(a_step_late: N
     for _ in range(8):
         both[1].step()
     assert max(both[1].norms().values()) <= 1.02 and both[1].steps == 29
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deep", "pickled"])
+def test_a_copy_of_a_clipper_follows_the_copy_of_its_model(copied) -> None:
+    model = convolutions()
+    twin, clipper = copied((model, trained(model, 5)))
+    for _ in range(12):
+        with torch.no_grad():
+            twin[2].weight.mul_(1.05)
+        clipper.step()
+    assert norm(copy.deepcopy(twin[2]), SHAPES[2]) <= 1.02
+
+
+def test_norms_that_are_asked_for_between_two_steps_do_no_harm(a_step_late: None) -> None:
+    net = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(40)])
+    for layer in net:
+        nn.init.orthogonal_(layer.weight)
+    clipper = rs.FastClip(net, torch.rand(1, 8))
+    for _ in range(12):
+        clipper.step()
+    kept = copy.deepcopy(net.state_dict())
+    with torch.no_grad():
+        for layer in net:
+            layer.weight.mul_(1.5)
+    clipper.step()
+    net.load_state_dict(kept)
+    clipper.norms()
+    clipper.step()
+    assert min(norm(layer, (8,)) for layer in net) > 0.8
 
 
 def test_weights_that_are_put_back_after_norms_that_were_not_finite_stay_finite(a_step_late: None) -> None:

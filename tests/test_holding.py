@@ -151,6 +151,42 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
     assert looked == {str(i) for i in range(9)}
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_a_step_that_is_taken_under_autocast_is_clipped_in_full_precision(vectors):
+    net, _ = convolutions()
+    clipper = rs.FastClip(net, torch.randn(1, 8, 24, 24), vectors=vectors)
+    for _ in range(30):
+        with torch.no_grad():
+            net[0].weight.mul_(1.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            clipper.step()
+    assert norm(net[0], (8, 24, 24)) <= 1.02
+    with torch.autocast("cpu", torch.bfloat16):
+        clipper.finish()
+    assert norm(net[0], (8, 24, 24)) <= 1.001
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-19])
+@pytest.mark.parametrize(
+    "module, in_shape",
+    [(nn.Linear(6, 5), (6,)), (nn.Conv2d(4, 4, 3, padding=1), (4, 8, 8)), (nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))],
+    ids=["dense", "convolution", "grouped"],
+)
+def test_a_layer_that_starts_at_zero_is_held_once_it_is_not(module, in_shape, size):
+    module = copy.deepcopy(module)
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.mul_(size)
+    clipper = rs.FastClip(module, torch.rand(1, *in_shape))
+    for _ in range(14):
+        clipper.step()
+    for step in range(20):
+        with torch.no_grad():
+            module.weight.add_(0.1 * start * (step + 1))
+        clipper.step()
+    assert clipper.skipped == 0 and 0.9 < norm(module, in_shape) <= 1.02
+
+
 @pytest.mark.parametrize(("on_gpu", "most"), [(False, 6), (True, 16)])
 def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most):
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])

@@ -480,3 +480,16 @@ def test_a_chain_whose_parts_cancel_is_enclosed_down_to_its_roundings() -> None:
     exact = abs(sum(Fraction(a) * Fraction(b) for a, b in weights))
     found = rs.spectral_norm(rs.linear_operator(nn.Sequential(first, second), (1,)))
     assert Fraction(found.lower) <= exact <= Fraction(found.upper) < Fraction(1, 10**12)
+
+
+def test_norms_clips_and_bounds_are_the_same_under_autocast(convnet: nn.Module, images: Tensor) -> None:
+    A = rs.linear_operator(nn.Conv2d(6, 8, 3, padding=1), (6, 20, 20))
+    found = []
+    for enabled in (False, True):
+        module = nn.Linear(60, 50)
+        nn.init.constant_(module.weight, 0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            bound = rs.lipschitz_bound(convnet, images, box=None).value
+            clipped = rs.clip_(module, (60,), 1.0).after
+            found.append((rs.spectral_norm(A), rs.top_singular(A, 2).values.tolist(), clipped, bound))
+    assert found[0] == found[1] and math.isfinite(found[0][3])
