@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 
+_PASSED_OVER = (__package__, "torch", "contextlib")  # the last one calls what it decorates
+
 
 def warn(message: str) -> None:
     """Warn with a `UserWarning` at the nearest line that belongs to neither this package nor torch."""
     frame, level = sys._getframe(), 1
-    while (caller := frame.f_back) is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "torch"):
+    while (caller := frame.f_back) is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_OVER:
         frame, level = caller, level + 1
     warnings.warn(message, stacklevel=level)
 
