@@ -1,13 +1,15 @@
 """Computations that now and then need a few numbers of the device, as generators that yield tensors and are sent them back.
 
 `answered` waits for the device each time. `Later` does not: it goes on from one call to the next, by when the numbers have
-come. `Lanes` lets what belongs to different layers run side by side on a GPU, where each alone would leave it idle.
+come. One that yields no tensors says where it may rest: up to the next tensors it only reads what others may read meanwhile.
+`Lanes` lets what belongs to different layers run side by side on a GPU, where each alone would leave it idle, and `beside` all
+of it beside what else the GPU does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -20,6 +22,7 @@ Home = tuple[int, torch.device]  # a number and the device of what stays with on
 
 NO_HOME: Home = (0, torch.device("cpu"))  # of what goes through the lanes of others, or none
 _STREAMS = 4
+_FIRST = -1  # the priority of small computations beside large ones, which would let them wait at each
 
 
 def answered(asking: Asking[T]) -> T:
@@ -31,7 +34,7 @@ def answered(asking: Asking[T]) -> T:
 
 
 def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[list[T]]:
-    """Several at once, each in its own lane, with one round for all in place of one for each; their results."""
+    """Several that never rest, each in its own lane, with one round for all in place of one for each; their results."""
     results: dict[int, T] = {}
     answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(all_asking)))
     while answers:
@@ -55,22 +58,27 @@ def by_lane(indices: Iterable[int], homes: Sequence[Home]) -> dict[Home, list[in
     """Those whose homes are in the same lane together, as a change of lanes takes a moment."""
     found: dict[Home, list[int]] = {}
     for index in indices:
-        number, device = homes[index]
-        found.setdefault((number % _STREAMS, device), []).append(index)
+        found.setdefault(_lane(homes[index]), []).append(index)
     return found
+
+
+def _lane(home: Home) -> Home:
+    return home[0] % _STREAMS, home[1]
 
 
 class Later(Generic[T]):
     """Runs up to where numbers are asked for, and on from there when told to.
 
     Attributes:
-        result: Once it has ended.
+        done: Whether it has ended.
+        result: Once it has.
+        resting: Whether it rests, and asks for nothing.
     """
 
     result: T
 
     def __init__(self, asking: Asking[T]) -> None:
-        self._asking, self.done = asking, False
+        self._asking, self.done, self.resting = asking, False, False
         self._copies: _Copies | None = None
         self.go_on()
 
@@ -80,9 +88,9 @@ class Later(Generic[T]):
             return
         try:
             wanted = next(self._asking) if self._copies is None else self._asking.send(self._copies.arrived())
-            self._copies = _Copies(wanted)
+            self._copies, self.resting = _Copies(wanted), not wanted
         except StopIteration as end:
-            self.result, self.done = end.value, True
+            self.result, self.done, self.resting = end.value, True, False
 
 
 class _Copies:
@@ -129,10 +137,10 @@ class Lanes:
 
     def __call__(self, home: Home) -> AbstractContextManager[object]:
         """The lane of a home, always the same one, as the memory of tensors made in it belongs to it."""
-        number, device = home
+        number, device = _lane(home)
         if device.type != "cuda":
             return nullcontext()
-        lane = _streams(device)[number % _STREAMS]
+        lane = _streams(device)[number]
         if lane not in self._used:
             self._used[lane] = torch.cuda.current_stream(device)
             lane.wait_stream(self._used[lane])
@@ -143,6 +151,29 @@ class Lanes:
             current.wait_stream(lane)
 
 
+def branch_off(devices: Iterable[torch.device]) -> None:
+    """What `beside` runs from now on comes after all that has been started by now."""
+    for device in devices:
+        if device.type == "cuda":
+            _beside(device).wait_stream(torch.cuda.current_stream(device))
+
+
+@contextmanager
+def beside(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Start computations that run after what came before `branch_off`, and before what is started next, on these GPUs."""
+    used = {_beside(device): torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
+    with ExitStack() as stack:
+        for stream, current in used.items():
+            stack.callback(current.wait_stream, stream)
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, _FIRST)
+
+
 @cache
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(_STREAMS)]
+    return [torch.cuda.Stream(device, _FIRST) for _ in range(_STREAMS)]

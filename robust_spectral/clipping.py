@@ -146,7 +146,6 @@ def _project_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
     return _replace_(tracked, projected_weight(layer.module, layer.in_shape, max_norm))
 
 
-@torch.no_grad()
 def _descend_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
     """The paper's gradient descent on ‖A v - (c / σ) A₀ v‖², averaged as its code does; rounds taken."""
     parameters = tracked.move.parameters(tracked.layer)
@@ -161,15 +160,13 @@ def _descend_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
 
 
 def _replace_(tracked: TrackedLayer, weight: Tensor) -> int:
-    with torch.no_grad():
-        tracked.move.parameters(tracked.layer)[0].copy_(weight)
+    tracked.move.parameters(tracked.layer)[0].copy_(weight)
     return 1
 
 
 def _put_back_(parameters: list[nn.Parameter], originals: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.copy_(original)
+    for parameter, original in zip(parameters, originals, strict=True):
+        parameter.copy_(original)
 
 
 def _decided(tracked: TrackedLayer, max_norm: float, failure_probability: float) -> NormInterval:
@@ -193,9 +190,8 @@ def _rescale_(tracked: TrackedLayer, max_norm: float, failure_probability: float
         if after.upper <= (1 + TOLERANCE) * max_norm:
             return after, times
         factor = min(max_norm * (1 + 0.9 * TOLERANCE) / after.upper, smallest)
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.mul_(factor)
+        for parameter in parameters:
+            parameter.mul_(factor)
         after = tracked.enclosure(failure_probability)
     return after, most
 

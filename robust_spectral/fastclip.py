@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -15,6 +16,7 @@ from .budget import norm_for
 from .caller import counted, warn
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
 from .holding import HeldLayer
+from .hooks import alive, captured, dead, hooked
 from .layers import LinearLayer, linear_layers
 from .lipschitz import lipschitz_bound
 from .looking import NotFiniteError, not_finite
@@ -86,8 +88,7 @@ class FastClip:
         self.max_norm = max_norm
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self._composites, self._move = composites, move or MoveWeight()
-        self._relative, self._warmup_steps, self._every, self._sweeps = relative, warmup_steps, every, sweeps
-        self._failure_probability = failure_probability
+        self._relative, self._warmup_steps, self._failure_probability = relative, warmup_steps, failure_probability
         if lipschitz_target is not None:
             check_max_norm("FastClip", lipschitz_target, "lipschitz_target")
         self._lipschitz_target, self._network = lipschitz_target, (model, example_input[:1].detach().clone())
@@ -104,7 +105,7 @@ class FastClip:
             if layer.name in targets
         }  # fmt: skip
         self._held = {name: HeldLayer.of(tracked, seed) for name, tracked in self._tracked.items()}
-        self._turns = Turns(list(self._held.values()))
+        self._turns = Turns(list(self._held.values()), self._resolve, every, sweeps, self._target)
         self._note_weights()
 
     @property
@@ -120,7 +121,11 @@ class FastClip:
     @property
     def attached(self) -> bool:
         """Whether an optimizer that is still alive calls this clipper."""
-        return any(_alive(handle) for handle in self._handles)
+        return any(alive(handle) for handle in self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, no optimizer calls the hooks."""
+        return self.__dict__ | {"_handles": dead(len(self._handles))}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Clip after every step of an optimizer; ``remove()`` of the handle ends it.
@@ -142,39 +147,49 @@ class FastClip:
                 )
         for tracked in self._tracked.values():
             _HELD_BY[tracked.layer.module] = ref(self)
-        handle: RemovableHandle = _with_hooks(optimizer).register_step_post_hook(lambda *_: self._follow_step())
-        self._handles = [*(h for h in self._handles if _alive(h)), handle]
+        handle = hooked(optimizer, self._precede_step, self._follow_step)
+        self._handles = [*(h for h in self._handles if alive(h)), handle]
         self._note_weights()
         return handle
 
+    def _precede_step(self) -> None:
+        with self._skipping():
+            self._turns.start_early()
+
     def _follow_step(self) -> None:
-        """What the optimizer's hook calls."""
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            warn(
-                "FastClip: a step of the optimizer is being captured; call the clipper's step() after each replay of the graph"
-            )
-        else:
-            self.step()
+        if not captured():
+            self._step(early=True)
+            return
+        warn("FastClip: a step of the optimizer is being captured; call the clipper's step() after each replay of the graph")
 
     def step(self) -> None:
         """One warm power step on every layer that is due, then a clip of the directions above its target.
 
-        On a GPU no step waits: what one measures is clipped in the next.
+        On a GPU no step waits once norms have settled: what one measures is clipped in the next.
 
         Raises:
             ValueError: a layer's weights were not finite for the tenth time in a row. Nothing is clipped in such steps.
         """
+        self._step(early=False)
+
+    def _step(self, early: bool) -> None:
         self.steps += 1
         if self.off:
             return
-        try:
-            if self._turns.advance(self._resolve, self._every, self._sweeps, self._target):
+        with self._skipping():
+            if self._turns.advance(early):
                 self._skipped_in_a_row = 0
+        self._note_weights()
+
+    @contextmanager
+    def _skipping(self) -> Iterator[None]:
+        """Count a turn whose weights are not finite as skipped."""
+        try:
+            yield
         except NotFiniteError:
             self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
             if self._skipped_in_a_row >= _MOST_SKIPPED:
                 raise
-        self._note_weights()
 
     def norms(self) -> dict[str, float]:
         """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
@@ -184,7 +199,7 @@ class FastClip:
         """
         with self._turns.unharmed():
             self._resolve()
-            self._turns.measure(list(self._tracked.values()), self._every)
+            self._turns.measure(list(self._tracked.values()))
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
@@ -333,17 +348,3 @@ class FastClip:
 def _after(first: ClipResult, last: ClipResult) -> ClipResult:
     """Two clips in a row as one; what moved is at most the sum."""
     return ClipResult(first.before, last.after, first.distortion + last.distortion, first.steps + last.steps)
-
-
-def _with_hooks(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer, or the one inside of a wrapper that has no hooks."""
-    inner = getattr(optimizer, "optimizer", None)
-    if hasattr(optimizer, "_optimizer_step_post_hooks") or not isinstance(inner, torch.optim.Optimizer):
-        return optimizer
-    return _with_hooks(inner)
-
-
-def _alive(handle: RemovableHandle) -> bool:
-    """Whether the optimizer of a hook still lives, and the hook in it."""
-    hooks = handle.hooks_dict_ref()
-    return hooks is not None and handle.id in hooks

@@ -22,10 +22,10 @@ from torch.nn.modules.conv import _ConvNd
 from .asking import NO_HOME, Asking, Lanes, by_lane, together
 from .krylov import from_groups, to_groups
 from .layers import LinearLayer
-from .looking import look, measured, not_finite
+from .looking import look, looks, measured, not_finite
 from .slow import SlowDirections, settle, slow_directions
-from .spectrum import unit_rows
-from .tracking import TrackedLayer, between
+from .spectrum import between, unit_rows
+from .tracking import TrackedLayer
 
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
@@ -112,10 +112,11 @@ class HeldLayer:
         return [self.whole] if self.small is self.whole else [self.whole, self.small]
 
     def start(self) -> Asking[None]:
-        """A first, long look."""
+        """A first, long look, behind a power step, whose value tells it the scale."""
         self._find_slow()
         found = []
         for tracked in self.parts:
+            yield from measured(tracked, 0)
             found.append((yield from look(tracked, 2 * _LOOK, 0)))
         self._learn(found[-1], found[0])
         for tracked in self.parts:
@@ -146,7 +147,8 @@ class HeldLayer:
     def _find_slow(self) -> None:
         self.slow = slow_directions(self.whole.layer, bool(self.whole.composite), self.whole.vectors, 0)
 
-    def _toward(self) -> Tensor | None:
+    def toward(self) -> Tensor | None:
+        """Where on the small map a direction may have grown."""
         return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
     def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
@@ -173,9 +175,8 @@ class HeldLayer:
         norm = self.sensed * self.share
         return norm / target(self, norm)
 
-    def glance(self, step: int, target: Target, usual: float, found: float | None = None) -> Asking[None]:
-        """A closer look at the small one; what a power step just before it found tells what such steps miss."""
-        searched = yield from look(self.small, _LOOK, step, self._toward())
+    def act_upon(self, searched: float, step: int, target: Target, usual: float, found: float | None = None) -> None:
+        """Do what a closer look at the small one asks for; what a power step just before found tells what such steps miss."""
         self._share(searched * self.bias)
         allowed = target(self, searched * self.bias)
         if found is not None:
@@ -185,7 +186,9 @@ class HeldLayer:
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
-        found = yield from look(self.small, _LOOK, step, self._toward())
+        found = yield from look(self.small, _LOOK, step, self.toward())
+        self.whole.estimate = found * self.bias
+        yield []
         searched = yield from look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
         self._share(searched)
         self.compared = step
@@ -209,7 +212,7 @@ class HeldLayer:
         if set(module.stride) != {1}:
             return inside
         spread = F.interpolate(X, outer[1:], mode=_SMOOTH[len(outer) - 2])
-        return between(inside, unit_rows(to_groups(spread, self.whole.operator.groups))[0])
+        return unit_rows(between(inside, unit_rows(to_groups(spread, self.whole.operator.groups))[0]))[0]
 
     def _share(self, norm: float) -> None:
         if self.sensed > 0:
@@ -275,6 +278,9 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     excesses = _clip(due, found[: len(due)], target)
     most = max(excesses, default=1.0)
     for _ in range(sweeps - 1):
+        if not due:
+            break
+        yield []  # what follows can wait until before the next step, here and below
         again = [measured(held.small, step) for held in due]
         excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
     excess_of = dict(zip(due, excesses, strict=True))
@@ -283,10 +289,15 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     if layers[0].on_gpu:
         at_once = at_once[:_GPU_MOST]  # the others' turn comes
     usual = _mean_rate(layers)
-    looks = [held.glance(step, target, usual) for held in at_once]
-    looks += [held.glance(step, target, usual, norm) for held, norm in zip(glanced, found[len(due) :], strict=True)]
-    looks += [held.look(step, target, usual) for held in whole]
-    yield from together(looks, [held.whole.home for held in (*at_once, *glanced, *whole)])
+    closely = dict.fromkeys(at_once, None) | dict(zip(glanced, found[len(due) :], strict=True))
+    if closely:
+        yield []
+        searched = yield from looks([held.small for held in closely], _LOOK, step, [held.toward() for held in closely])
+        for (held, norm), value in zip(closely.items(), searched, strict=True):
+            held.act_upon(value, step, target, usual, norm)
+    for held in whole:
+        yield []
+        yield from held.look(step, target, usual)
     return most
 
 

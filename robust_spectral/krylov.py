@@ -1,4 +1,6 @@
-"""Block Golub-Kahan bidiagonalisation of an operator, all of its groups at once, with full reorthogonalisation.
+"""Krylov spaces of an operator, all of its groups at once, with full reorthogonalisation.
+
+Block Golub-Kahan bidiagonalisation goes on for as long as it is asked to; a run of a few steps leaves all decisions to the end.
 
 Blocks are kept as (groups, k, elements / groups), one row a vector; a grouped operator takes those of all groups in one
 application.
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .operators import LinearOperator
+
+_ROW = 0.1  # of its length, squared, that a row keeps beside the others where it is one of its own
 
 NOT_FINITE = "the operator returned NaN or infinite values, or they overflow"
 
@@ -68,55 +72,66 @@ def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> I
             B = torch.diag_embed(values[:, :kept])
 
 
-def bidiagonalized(A: LinearOperator, start: Tensor, steps: int) -> Bidiagonalization:
-    """The state after so few steps that all is known in advance: no more memory than they take, and the device is not asked.
+@dataclass(frozen=True)
+class KrylovSpace:
+    """Nearly orthonormal rows of each group and their images; rows from where the space is spent on mean nothing."""
 
-    Where the Krylov space is spent zero vectors follow. Single vectors are orthogonalised once, and left ones against
-    the one before only: they are as orthogonal as the right ones are (Simon and Zha 2000).
+    V: Tensor  # (g, m, in/g)
+    images: Tensor  # (g, m, out/g)
+    lengths: Tensor  # (g, m), what each row was divided by
+
+    def numbers(self) -> list[Tensor]:
+        """All that `rayleigh_ritz` needs to know on the host."""
+        return [self.lengths, self.V @ self.V.mT, self.images @ self.images.mT]
+
+
+def krylov_space(A: LinearOperator, start: Tensor, steps: int) -> KrylovSpace:
+    """That of A.H A after so few steps that all is known in advance: the device is not asked, and rows are orthogonalised once.
+
+    What they have along the last two goes first, as it is large: less of it left over would still count beside a short rest.
+    The values of A on it are those of as many steps of bidiagonalisation, for fewer computations.
     """
     if start.shape[1] > 1:
-        return next(islice(golub_kahan(A, start), steps - 1, None))
-    V = start.new_empty(len(start), steps + 1, start.shape[2])
-    U = start.new_empty(len(start), steps, prod(A.out_shape) // A.groups)
-    lengths = start.new_empty(len(start), 2 * steps + 1, 1)  # of what each row was made from: v, u, v, …, v
-    left, right, sizes, adjoint = U.split(1, 1), V.split(1, 1), lengths.split(1, 1), A.H
-    _unit_into(right[0], start, sizes[0])
+        state = next(islice(golub_kahan(A, start), steps - 1, None))
+        unknown = torch.full_like(state.V[:, :, 0], math.inf)  # rows that are spent are zero
+        return KrylovSpace(state.V, state.B.mT @ state.U, unknown)
+    V = start.new_empty(len(start), steps, start.shape[2])
+    lengths = start.new_empty(len(start), steps, 1)
+    rows, sizes, adjoint = V.split(1, 1), lengths.split(1, 1), A.H
+    images: list[Tensor] = []
     for i in range(steps):
-        rest = apply_grouped(A, right[i])
         if i:
-            rest = torch.addcmul(rest, sizes[2 * i], left[i - 1], value=-1)
-        _unit_into(left[i], rest, sizes[2 * i + 1])
-        known = V[:, : i + 1]
-        rest = torch.addcmul(apply_grouped(adjoint, left[i]), sizes[2 * i + 1], right[i], value=-1)
-        rest = torch.baddbmm(rest, rest @ known.mT, known, alpha=-1)
-        _unit_into(right[i + 1], rest, sizes[2 * i + 2])
-    spent = _spent(lengths[:, 1:])
-    lengths[:, 1:].masked_fill_(spent, 0)
-    U.masked_fill_(spent[:, ::2], 0)
-    V[:, 1:].masked_fill_(spent[:, 1::2], 0)
-    B = torch.diag_embed(lengths[:, 1::2, 0])
-    B.diagonal(1, 1, 2).copy_(lengths[:, 2:-1:2, 0])
-    return Bidiagonalization(U, V[:, :steps], B, sizes[-1], 1)
+            start = apply_grouped(adjoint, images[-1])
+            for known in (V[:, max(i - 2, 0) : i], V[:, :i]):
+                start = torch.baddbmm(start, torch.bmm(start, known.mT), known, alpha=-1)
+        torch.linalg.vector_norm(start, dim=2, keepdim=True, out=sizes[i])
+        tiny = torch.finfo(V.dtype).tiny  # rows of zeros may become NaN, but for those of groups, which share applications
+        torch.div(start, sizes[i] if len(V) == 1 else sizes[i].clamp_min(tiny), out=rows[i])
+        images.append(apply_grouped(A, rows[i]))
+    return KrylovSpace(V, torch.cat(images, 1), lengths[..., 0])
 
 
-def _unit_into(place: Tensor, rest: Tensor, length: Tensor) -> None:
-    """Put a row there at length 1, and its length beside it. A row of zeros becomes NaN, as do those that follow from it.
+def rayleigh_ritz(lengths: Tensor, rows: Tensor, images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The values of each group, the largest first, and the rows' coefficients in the right vectors, (g, m) and (g, m, m).
 
-    Beside other groups it stays zero, as they share each application.
+    All from `KrylovSpace.numbers` on the host, in float64; the coefficients of left vectors are those over the values. NaN
+    in a group where something is not finite. The space is spent where so little was left of a row that it may be rounding:
+    half of the digits ``eps`` are asked for. The rows' own Gram matrix takes out of the values what they lack in orthogonality.
     """
-    torch.linalg.vector_norm(rest, dim=2, keepdim=True, out=length)
-    torch.div(rest, length if len(rest) == 1 else length.clamp_min(torch.finfo(rest.dtype).tiny), out=place)
-
-
-def _spent(lengths: Tensor) -> Tensor:
-    """Where the space is spent: from the first length on that is so much below the largest before that it may be rounding.
-
-    Half of the digits are asked for, as a row is then orthogonal to the others to the other half, and no value of B is too
-    large for that. A length that is not finite is not taken for one.
-    """
-    limits = torch.finfo(lengths.dtype)
-    small = lengths < limits.eps**0.5 * lengths.cummax(1).values + limits.tiny
-    return small.cumsum(1) > 0
+    lengths, S, G = lengths.double(), rows.double(), images.double()
+    most = G.diagonal(dim1=1, dim2=2).cummax(1).values[:, :-1]
+    spent = torch.zeros_like(lengths, dtype=torch.bool)
+    spent[:, 1:] = (lengths[:, 1:] <= eps**0.5 * most).cumsum(1) > 0
+    spent |= S.diagonal(dim1=1, dim2=2) == 0
+    known = ~(spent[:, :, None] | spent[:, None])
+    S, G = torch.where(known, S, 0), torch.where(known, G, 0)
+    finite = (torch.isfinite(S) & torch.isfinite(G)).all(1, keepdim=True).all(2, keepdim=True)
+    sizes, P = torch.linalg.eigh(torch.where(finite, S, 0))
+    P *= torch.where(sizes > _ROW, sizes.clamp_min(_ROW).rsqrt(), 0)[:, None]  # orthonormal combinations of the rows
+    squares, Q = torch.linalg.eigh(P.mT @ torch.where(finite, G, 0) @ P)
+    coefficients = torch.where(spent[:, None], 0, (P @ Q).mT.flip(1))
+    coefficients *= torch.where(coefficients[:, :, :1] < 0, -1.0, 1.0)  # of two opposite ones, the nearer to the start
+    return torch.where(finite[:, 0], squares.flip(1).clamp_min(0).sqrt(), math.nan), coefficients
 
 
 class _Basis:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .asking import Asking, together
+from .asking import Asking, Lanes, by_lane, together
+from .krylov import KrylovSpace, rayleigh_ritz
 from .tracking import TrackedLayer
 
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
@@ -51,11 +53,44 @@ def look(tracked: TrackedLayer, steps: int, seed: int, toward: Tensor | None = N
     Raises:
         NotFiniteError: its weights are not finite.
     """
-    tracked.note_changes()
-    state = tracked.search(steps, seed, toward)
-    found = tracked.settle(state, (yield [state.B])[0])
-    if not math.isfinite(found):
-        raise not_finite(tracked)
+    return (yield from looks([tracked], steps, seed, [toward]))[0]
+
+
+def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, toward: Sequence[Tensor | None]) -> Asking[list[float]]:
+    """Closer looks at several.
+
+    Raises:
+        NotFiniteError: the weights of one are not finite.
+    """
+    spaces: dict[int, KrylovSpace] = {}
+    with Lanes() as lane:
+        for home, those in by_lane(range(len(layers)), [tracked.home for tracked in layers]).items():
+            with lane(home):
+                for index in those:
+                    layers[index].note_changes()
+                    spaces[index] = layers[index].search(steps, seed, toward[index])
+    came = yield [tensor for index in range(len(layers)) for tensor in spaces[index].numbers()]
+    found = {}
+    with Lanes() as lane:
+        for index, (values, coefficients) in _ritz_of([came[i : i + 3] for i in range(0, len(came), 3)]).items():
+            with lane(layers[index].home):
+                found[index] = layers[index].estimate = layers[index].settle(spaces[index], values, coefficients)
+            if not math.isfinite(found[index]):
+                raise not_finite(layers[index])
+    return [found[index] for index in range(len(layers))]
+
+
+def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """What `rayleigh_ritz` makes of the numbers of several spaces, by their indices; together of those that are alike."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, (lengths, *_) in enumerate(numbers):
+        alike.setdefault((lengths.dtype, lengths.shape[1]), []).append(index)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for (dtype, _), those in alike.items():
+        lengths, rows, images = (torch.cat(parts) for parts in zip(*(numbers[i] for i in those), strict=True))
+        values, coefficients = rayleigh_ritz(lengths, rows, images, torch.finfo(dtype).eps)
+        groups = [len(numbers[i][0]) for i in those]
+        found |= dict(zip(those, zip(values.split(groups), coefficients.split(groups), strict=True), strict=True))
     return found
 
 

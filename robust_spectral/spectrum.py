@@ -45,12 +45,18 @@ class SingularTriplets:
 
 
 @dataclass(frozen=True)
-class Ritz:
-    """Approximate triplets of each group: values (g, k), left (g, k, out/g), right (g, k, in/g), residuals (g, k)."""
+class Found:
+    """Approximate triplets of each group: values (g, k), left (g, k, out/g), right (g, k, in/g)."""
 
     values: Tensor
     left: Tensor
     right: Tensor
+
+
+@dataclass(frozen=True)
+class Ritz(Found):
+    """And residuals (g, k), after so many steps."""
+
     residuals: Tensor
     steps: int
 
@@ -260,6 +266,11 @@ def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Te
     if fallback is None:
         return image / size.clamp_min(torch.finfo(image.dtype).tiny), size
     return torch.where(size == 0, fallback, image / size), size
+
+
+def between(own: Tensor, other: Tensor) -> Tensor:
+    """A row (g, 1, n) plus another or its opposite, whichever is nearer: half way between them where they are as long."""
+    return torch.addcmul(own, other, torch.copysign(own.new_ones(()), torch.bmm(own, other.mT)))
 
 
 def _qr_rows(X: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,33 +13,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .affine import is_plain
 from .asking import Home, to_device
-from .krylov import Bidiagonalization, apply_grouped, bidiagonalized, from_groups, random_block
+from .krylov import KrylovSpace, apply_grouped, from_groups, krylov_space, random_block
 from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
 from .norms import NormInterval, spectral_norm
+from .numerics import power_of_two
 from .operators import LinearOperator
-from .spectrum import Lanczos, Ritz, dense_ritz, dense_work, next_block, power_step, unit_rows
+from .spectrum import Found, Lanczos, between, dense_ritz, dense_work, next_block, power_step, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions found
-_STIR = 0.1  # of a random vector in a search, so that it is blind to no direction
+_STIR = 0.1  # of a random vector beside one or two in a search, so that it is blind to no direction
+_EASY = 1e4  # up to this norm, and down to one over it, fourth powers are far from the limits of float32
 _AT_ONCE = 4  # directions that a search finds, all of which are clipped
 _MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
-
-
-@dataclass(frozen=True)
-class Found:
-    """Triplets of each group: values (g, k), on the host once they were asked for, left (g, k, out/g), right (g, k, in/g)."""
-
-    values: Tensor
-    left: Tensor
-    right: Tensor
 
 
 @dataclass(eq=False)
@@ -59,7 +52,7 @@ class TrackedLayer:
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
     number: int = field(default=0)  # among the layers of a model
-    found: Found = field(init=False, repr=False)  # by the last power step or search
+    found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
 
@@ -99,7 +92,12 @@ class TrackedLayer:
     @property
     def moved(self) -> bool:
         """Whether the layer has gone to another device since it was last looked at."""
-        return self.vectors.device != self.move.parameters(self.layer)[0].device
+        return self.vectors.device != self.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is now."""
+        return self.move.parameters(self.layer)[0].device
 
     def follow_device(self) -> None:
         """Go there, too."""
@@ -147,25 +145,44 @@ class TrackedLayer:
         """How often a parameter has been changed in place since they had these versions."""
         return max(now - then for now, then in zip(self.versions, versions, strict=True))
 
-    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> Bidiagonalization:
+    @property
+    def weights_now(self) -> list[tuple[int, int]]:
+        """What tells whether what the operator reads has been replaced or, as far as torch counts it, changed in place."""
+        module, norm = self.layer.module, self.layer.batchnorm if self.composite else None
+        parts: list[nn.Module] = [*module.modules()] if parametrize.is_parametrized(module) else [module]
+        parts += [] if norm is None else [norm]
+        read = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+        return [(t._version, t.data_ptr()) for t in read if t is not None]
+
+    @property
+    def changes_in_passes(self) -> bool:
+        """Whether a pass forward changes the operator, as it does where a normalisation's statistics follow the batches."""
+        return bool(self.composite) and self.layer.batchnorm is not None and self.layer.batchnorm.training
+
+    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> KrylovSpace:
         """A short Krylov run, from which `settle` turns the vectors towards the top singular directions.
 
         The run starts from where the vectors are, stirred, so that it is blind to no direction, and ``toward`` a direction of
         each group, (groups, 1, inputs / groups), that may have grown beside them.
         """
         self.follow_device()
-        start = self.vectors if toward is None else torch.cat([self.vectors[:, :-1], between(self.vectors[:, -1:], toward)], 1)
-        stir = random_block(self.operator, start.shape[1], seed, start.device)
-        return bidiagonalized(self._scaled(), start + _STIR * stir / start.shape[2] ** 0.5, steps)
+        known = 0 < self.estimate < math.inf and not 1 / _EASY < self.estimate < _EASY
+        self.scale = power_of_two(self.estimate) if known else 1.0
+        start, stir = self.vectors, random_block(self.operator, self.vectors.shape[1], seed, self.vectors.device)
+        if toward is not None:
+            start = torch.cat([start[:, :-1], between(start[:, -1:], toward)], 1)
+        return krylov_space(self._scaled(), torch.add(start, stir, alpha=_STIR / start.shape[2] ** 0.5), steps)
 
-    def settle(self, state: Bidiagonalization, B: Tensor) -> float:
-        """Follow what a search found, given its B on the host; the largest value, NaN where it is not finite."""
-        if not bool(torch.isfinite(B).all()):
+    def settle(self, space: KrylovSpace, values: Tensor, coefficients: Tensor) -> float:
+        """Follow what a search found, given what `rayleigh_ritz` made of its numbers; the largest value, NaN if not finite."""
+        if not bool(torch.isfinite(values).all()):
             return math.nan
-        left, values, rightH = torch.linalg.svd(B)
         k = max(self.vectors.shape[1], _AT_ONCE)
-        factors = to_device(torch.stack([left[:, :, :k].mT, rightH[:, :k]]), state.U)
-        triplets = Found(values[:, :k], factors[0] @ state.U, factors[1] @ state.V)
+        values, C = values[:, :k], coefficients[:, :k]
+        left = C / values[..., None].clamp_min(torch.finfo(space.V.dtype).tiny)
+        m = int((C != 0).any(1).any(0).nonzero().amax()) + 1 if bool(C.any()) else 1  # rows beyond may be NaN
+        factors = to_device(torch.stack([left, C])[..., :m], space.V)
+        triplets = Found(values.to(space.V.dtype), factors[0] @ space.images[:, :m], factors[1] @ space.V[:, :m])
         right = triplets.right[:, : self.vectors.shape[1]]
         self._follow(triplets, right if right.shape[1] == 1 else next_block(right, self.vectors))
         return float(self.found.values.max())
@@ -187,7 +204,7 @@ class TrackedLayer:
         self.follow_device()
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
-            return self._follow(_found(ritz), next_block(image, self.vectors))
+            return self._follow(ritz, next_block(image, self.vectors))
         if self.left is None:
             right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
         else:
@@ -198,7 +215,6 @@ class TrackedLayer:
         """Take over the values of the last power step, given on the host."""
         self.found = replace(self.found, values=values)
 
-    @torch.no_grad()
     def hold_(self, target: float) -> None:
         """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
 
@@ -216,7 +232,6 @@ class TrackedLayer:
         self.clip_directions_(target)
         self.seen = -1  # measured again when asked for
 
-    @torch.no_grad()
     def clip_directions_(self, max_norm: float) -> None:
         """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
         excess, G = (self.found.values - max_norm).clamp_min(0), self.gradients()  # (g, k), (g, k, numbers / g)
@@ -262,7 +277,7 @@ class TrackedLayer:
         """
         if dense_work(self.operator) <= _SMALL:
             ritz = dense_ritz(self._scaled(), 64)
-            return float(self._follow(_found(ritz), ritz.right[:, : self.vectors.shape[1]]).max())
+            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]).max())
         largest = float(self.power_step().max())
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
@@ -270,7 +285,7 @@ class TrackedLayer:
         search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
-        return float(self._follow(_found(ritz), torch.linalg.qr(ritz.right.mT)[0].mT).max())
+        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT).max())
 
     def _follow(self, found: Found, vectors: Tensor, forward: bool = False) -> Tensor:
         """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
@@ -296,16 +311,6 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
-
-
-def _found(ritz: Ritz) -> Found:
-    return Found(ritz.values, ritz.left, ritz.right)
-
-
-def between(own: Tensor, other: Tensor) -> Tensor:
-    """Unit rows half way from each row to the other's, or to its opposite where that is nearer."""
-    sign = torch.where((own * other).sum(2, keepdim=True) < 0, -1.0, 1.0).to(own.dtype)
-    return unit_rows(torch.addcmul(own, other, sign))[0]
 
 
 def _smallest_change(G: Tensor, excess: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The turns of a clipper: one behind every optimizer step. On a GPU one ends in the steps that follow, so that none waits.
 
-While norms run away, as they may where training starts, there is a wait all the same: what is clipped a step late has
-passed through all layers once more by then.
+There, what only reads weights is started before a step and not behind the last, as weights are the same then and the GPU has
+the pass backwards to do, beside which it finds the time. While norms run away, as they may where training starts, all is done
+behind the step: what is clipped a step late has passed through all layers once more by then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .asking import Later, answered
+import torch
+
+from .asking import Asking, Later, answered, beside, branch_off
 from .holding import HeldLayer, Target, hold
 from .looking import NotFiniteError, measure
 from .operators import in_full
@@ -24,19 +27,29 @@ _RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without s
 class Turns:
     """Holds layers at their targets, a turn after the other.
 
+    Args:
+        layers: All that are held.
+        prepare: Called before a turn begins.
+        every: Each layer is due once in so many turns.
+        sweeps: Power steps and clips of a layer that is due.
+        target: From a layer and its norm to the norm allowed now.
+
     Attributes:
         count: How many have begun.
     """
 
-    def __init__(self, layers: Sequence[HeldLayer]) -> None:
-        self._layers = layers
+    def __init__(
+        self, layers: Sequence[HeldLayer], prepare: Callable[[], None], every: int, sweeps: int, target: Target
+    ) -> None:  # fmt: skip
+        self._layers, self._prepare, self._every, self._sweeps, self._target = layers, prepare, every, sweeps, target
         self._parts = [part for held in layers for part in held.parts]
         self.restart(0)
 
     def restart(self, count: int) -> None:
         """Forget what is under way."""
-        self.count, self._calm = count, 0
+        self.count, self._calm, self._waits, self._started = count, 0, False, False
         self._under_way: Later[float] | None = None
+        self._weights: list[Any] = []
         self._before: Known = []
 
     @in_full()
@@ -45,36 +58,48 @@ class Turns:
         answered(held.start())
 
     @in_full()
-    def advance(self, prepare: Callable[[], None], every: int, sweeps: int, target: Target) -> bool:
-        """Go on with the turn that is under way, and once it has ended begin the next; whether one has ended.
+    def advance(self, early: bool = False) -> bool:
+        """Behind a step: go on with the turn that is under way, or begin the next; whether one has ended.
 
         Args:
-            prepare: Called before a turn begins.
-            every: Each layer is due once in so many turns.
-            sweeps: Power steps and clips of a layer that is due.
-            target: From a layer and its norm to the norm allowed now.
+            early: Whether `start_early` was called before the step, and will be before the next.
 
         Raises:
             NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
         """
-        try:
-            ended = self._under_way is not None
-            if self._goes_on():
-                return False
-            self._before = self._known()
-            for part in self._parts:
-                part.follow_device()
-            prepare()
-            self.count += 1
-            turn = hold(self._layers, self.count, every, sweeps, target)
-            if self._calm < _CALM or not self._layers[0].on_gpu:
-                self._note(answered(turn))
-                return True
-            self._under_way = Later(turn)
+        if self._started and not early:
+            self._under_way = None  # the step that it was started before has not come
+        early, self._started = early and not self._waits, False  # or else nobody called it
+        with self._or_back():
+            ended = self._act()
+            if self._at_once() and (self._under_way is None or not self._layers[0].on_gpu):
+                ended = self._to_the_end()
+                if self._at_once():
+                    return ended
+            self._waits = early
+            if early:
+                self._weights = self._weights_now()
+                branch_off(self._devices())
+            else:
+                self._start()
             return ended
-        except NotFiniteError:
-            self._put_back(self._before)
-            raise
+
+    @in_full()
+    def start_early(self) -> None:
+        """Before a step: start what only reads weights, beside the pass backwards unless they have changed since the last.
+
+        Raises:
+            NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
+        """
+        if self._started:
+            self._under_way = None
+        if not self._waits:
+            return
+        self._waits, self._started = False, True
+        if self._weights_now() != self._weights or any(part.changes_in_passes for part in self._parts):
+            branch_off(self._devices())
+        with self._or_back(), beside(self._devices()):
+            self._start()
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
@@ -87,29 +112,82 @@ class Turns:
             self._put_back(before)
             raise
 
-    def measure(self, layers: Sequence[TrackedLayer], every: int) -> None:
+    def measure(self, layers: Sequence[TrackedLayer]) -> None:
         """A power step, now, on each of those layers that were not measured in the last turns."""
-        oldest = max(0, self.count - every + 1)
+        oldest = max(0, self.count - self._every + 1)
         answered(measure([tracked for tracked in layers if tracked.seen < oldest], self.count))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""
-        return self.__dict__ | {"_under_way": None, "_before": []}
+        return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False, "_before": []}
 
-    def _goes_on(self) -> bool:
-        """Go on with the turn that is under way; whether it still is then. Of layers that moved elsewhere it is given up."""
-        if self._under_way is not None and not any(part.moved for part in self._parts):
-            for part in self._parts:
-                part.note_changes()  # those of the optimizer
+    def _at_once(self) -> bool:
+        """Whether turns are to end behind the step that they begin behind."""
+        return self._calm < _CALM or not self._layers[0].on_gpu
+
+    def _act(self) -> bool:
+        """Act upon the numbers that have come; whether the turn has ended with them."""
+        if self._under_way is None or self._under_way.resting or self._given_up():
+            return False
+        for part in self._parts:
+            part.note_changes()  # those of the optimizer
+        self._under_way.go_on()
+        return self._end()
+
+    def _to_the_end(self) -> bool:
+        """All of a turn; True."""
+        self._under_way = self._under_way or Later(self._next())
+        while not self._end():
             self._under_way.go_on()
-            if not self._under_way.done:
-                return True
-            self._note(self._under_way.result)
-        self._under_way = None
-        return False
+        return True
 
-    def _note(self, excess: float) -> None:
-        self._calm = self._calm + 1 if excess <= _RUNNING_AWAY else 0
+    def _end(self) -> bool:
+        """Forget the turn if it has ended; whether it has."""
+        if self._under_way is None or not self._under_way.done:
+            return False
+        self._calm = self._calm + 1 if self._under_way.result <= _RUNNING_AWAY else 0
+        self._under_way = None
+        return True
+
+    def _start(self) -> None:
+        """Go on with a turn that rests, or begin the next."""
+        if self._under_way is None or self._given_up():
+            self._under_way = Later(self._next())
+        elif self._under_way.resting:
+            self._under_way.go_on()
+
+    def _given_up(self) -> bool:
+        """Give up what is under way of layers that moved elsewhere; whether they have."""
+        moved = any(part.moved for part in self._parts)
+        if moved:
+            self._under_way = None
+        return moved
+
+    def _next(self) -> Asking[float]:
+        self._before = self._known()
+        for part in self._parts:
+            part.follow_device()
+        self._prepare()
+        self.count += 1
+        return hold(self._layers, self.count, self._every, self._sweeps, self._target)
+
+    def _weights_now(self) -> list[Any]:
+        return [part.weights_now for part in self._parts]
+
+    def _devices(self) -> set[torch.device]:
+        return {part.device for part in self._parts}
+
+    @contextmanager
+    def _or_back(self) -> Iterator[None]:
+        """To before the turn where weights are not finite; whatever the error, the turn is given up."""
+        try:
+            yield
+        except NotFiniteError:
+            self._put_back(self._before)
+            raise
+        except BaseException:
+            self._under_way = None
+            raise
 
     def _known(self) -> Known:
         """What is known of the layers now."""

@@ -1,0 +1,44 @@
+"""What an optimizer calls before and behind each of its steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+Hook = Callable[[], None]
+
+
+def hooked(optimizer: Any, before: Hook, behind: Hook) -> RemovableHandle:
+    """Call these at every step of an optimizer, or of the one inside a wrapper without hooks; one handle removes both.
+
+    ``before`` is left out of steps that are being captured, and by wrappers with nothing but `register_step_post_hook`.
+    """
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return hooked(inner, before, behind)
+        return optimizer.register_step_post_hook(lambda *_: behind())
+    hooks = optimizer._optimizer_step_post_hooks, optimizer._optimizer_step_pre_hooks
+    handle = RemovableHandle(hooks[0], extra_dict=hooks[1])
+    hooks[0][handle.id], hooks[1][handle.id] = lambda *_: behind(), lambda *_: None if captured() else before()
+    return handle
+
+
+def alive(handle: RemovableHandle) -> bool:
+    """Whether the optimizer of a handle still lives, and the hooks in it."""
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
+
+
+def dead(count: int) -> list[RemovableHandle]:
+    """So many handles of optimizers that are gone."""
+    return [RemovableHandle(OrderedDict()) for _ in range(count)]
+
+
+def captured() -> bool:
+    """Whether what is called now is only recorded, in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
