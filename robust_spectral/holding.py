@@ -4,27 +4,23 @@ A power step is slow to notice a direction that grows beside the one it follows,
 runs) in turn, and at once where a norm has jumped or where the gain on inputs that are constant over the map has. Where its map
 is large a layer is followed on a smaller one, where an application costs a fraction: the top directions vary slowly over the
 map and are nearly the same there. How much the norm falls short on the smaller map, and a power step short of a closer look, is
-learned whenever both are at hand.
+learned whenever both are at hand; where the gain on constant inputs has jumped, both are looked at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
 from .asking import NO_HOME, Asking, Lanes, by_lane, together
-from .krylov import from_groups, to_groups
-from .layers import LinearLayer
 from .looking import look, looks, measured, not_finite
 from .slow import SlowDirections, settle, slow_directions
-from .spectrum import between, unit_rows
+from .small_maps import on_small_map, on_whole_map
 from .tracking import TrackedLayer
 
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
@@ -32,13 +28,11 @@ _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer t
 _CHEAP = 1.2e7  # multiply-adds of an application
 _CHEAP_EVERY, _MOST = 4, 6  # turns from one look at a cheap layer to the next, on average, and looks in turn at most
 _GPU_EVERY, _GPU_MOST = 2, 8  # the same on a GPU, where a turn takes two steps, and as many that are far get one at once
-_SMALL_MAP = 8  # length of a side, at least, and twice the filter's
 _IDLE = 2e-3  # above its target, what is not worth a clip
 _MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what a look allows for, and any clip
 _CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
-_SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
 _STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "resting", "share", "sensed")
 Target = Callable[["HeldLayer", float], float]
 
@@ -78,12 +72,12 @@ class HeldLayer:
 
     @classmethod
     def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
-        """A layer with its smaller twin, where there is one that pays; none does on a GPU."""
-        layer = on_small_map(whole.layer)
-        if whole.vectors.is_cuda or math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
-            return cls(whole, whole)
+        """A layer with its smaller twin, where there is one that pays; none does on a GPU, nor of what is cheap as it is."""
+        layer, alone = on_small_map(whole.layer), cls(whole, whole)
+        if alone.cheap or math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
+            return alone
         small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
-        small.number = whole.number
+        small.number, whole.remembers = whole.number, False
         return cls(whole, small)
 
     @property
@@ -147,8 +141,8 @@ class HeldLayer:
     def _find_slow(self) -> None:
         self.slow = slow_directions(self.whole.layer, bool(self.whole.composite), self.whole.vectors, 0)
 
-    def toward(self) -> Tensor | None:
-        """Where on the small map a direction may have grown."""
+    def beside(self) -> Tensor | None:
+        """Where on the small map a direction may have grown beside the one that is followed."""
         return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
     def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
@@ -159,6 +153,7 @@ class HeldLayer:
         target = target / missed / (1 + min(self.foreseen, _MOST_SPARED))
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
             tracked.hold_(target)
+            self.sensed *= target / norm
         tracked.forget()
 
     def hold_found(self, norm: float, target: Target) -> float:
@@ -177,7 +172,8 @@ class HeldLayer:
 
     def act_upon(self, searched: float, step: int, target: Target, usual: float, found: float | None = None) -> None:
         """Do what a closer look at the small one asks for; what a power step just before found tells what such steps miss."""
-        self._share(searched * self.bias)
+        if self.small is self.whole:  # the small one tells less of it than its gain on slow directions does
+            self._share(searched)
         allowed = target(self, searched * self.bias)
         if found is not None:
             self.small.learn(found, searched)
@@ -186,33 +182,15 @@ class HeldLayer:
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
-        found = yield from look(self.small, _LOOK, step, self.toward())
+        found = yield from look(self.small, _LOOK, step, self.beside())
         self.whole.estimate = found * self.bias
         yield []
-        searched = yield from look(self.whole, _WHOLE_LOOK, step, self._found_on_small())
+        on_whole = on_whole_map(self.small.vectors[:, :1], self.small.operator, self.whole.operator, self.whole.layer)
+        searched = yield from look(self.whole, _WHOLE_LOOK, step, on_whole)
         self._share(searched)
         self.compared = step
         self._learn(found, searched)
         self.hold(self.whole, searched, 1.0, self._with_growth(searched, target(self, searched), step, usual))
-
-    def _found_on_small(self) -> Tensor:
-        """What the small one has found, on the whole map: inside zeros, and where there is no stride also spread over it.
-
-        With padding by zeros the image of the one is at least as long as on the small map; that of the other is longer where
-        the direction varies slowly.
-        """
-        inner, outer = self.small.operator.in_shape, self.whole.operator.in_shape
-        module: Any = self.whole.layer.module
-        margins: list[int] = []
-        for small, large, stride in zip(inner[1:], outer[1:], module.stride, strict=True):
-            before = (large - small) // 2 // stride * stride
-            margins = [before, large - small - before, *margins]
-        X = from_groups(self.small.vectors[:, :1], inner)
-        inside = to_groups(F.pad(X, margins), self.whole.operator.groups)
-        if set(module.stride) != {1}:
-            return inside
-        spread = F.interpolate(X, outer[1:], mode=_SMOOTH[len(outer) - 2])
-        return unit_rows(between(inside, unit_rows(to_groups(spread, self.whole.operator.groups))[0]))[0]
 
     def _share(self, norm: float) -> None:
         if self.sensed > 0:
@@ -234,20 +212,6 @@ class HeldLayer:
         """Quick to believe that the small one falls short, slow to forget it: a short search of the whole finds too little."""
         bias = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
         self.bias = max(bias, (self.bias + bias) / 2)
-
-
-def on_small_map(layer: LinearLayer) -> LinearLayer:
-    """A convolution on a map of about `_SMALL_MAP` positions a side, any other layer as it is."""
-    module = layer.module
-    if not isinstance(module, _ConvNd) or len(layer.in_shape) != 1 + len(module.kernel_size):
-        return layer
-    axes = []
-    for size, window, stride, dilation in zip(
-        layer.in_shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
-    ):
-        smaller = max(_SMALL_MAP, 2 * (dilation * (window - 1) + 1))
-        axes.append(min(size, smaller + (size - smaller) % stride))  # strides fall as they do on the whole map
-    return replace(layer, in_shape=(layer.in_shape[0], *axes))
 
 
 def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[float]:
@@ -285,14 +249,17 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
     excess_of = dict(zip(due, excesses, strict=True))
     at_once = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
-    at_once += [held for held in layers if held not in (*at_once, *glanced, *whole) and held.gains(target) > held.far]
+    by_gain = [held for held in layers if held not in whole and held.gains(target) > held.far]
+    at_once += [held for held in by_gain if held.small is held.whole and held not in (*at_once, *glanced)]
+    whole = whole or sorted((h for h in by_gain if h.small is not h.whole), key=lambda held: held.gains(target))[-1:]
     if layers[0].on_gpu:
         at_once = at_once[:_GPU_MOST]  # the others' turn comes
     usual = _mean_rate(layers)
     closely = dict.fromkeys(at_once, None) | dict(zip(glanced, found[len(due) :], strict=True))
+    closely = {held: norm for held, norm in closely.items() if held not in whole}
     if closely:
         yield []
-        searched = yield from looks([held.small for held in closely], _LOOK, step, [held.toward() for held in closely])
+        searched = yield from looks([held.small for held in closely], _LOOK, step, [held.beside() for held in closely])
         for (held, norm), value in zip(closely.items(), searched, strict=True):
             held.act_upon(value, step, target, usual, norm)
     for held in whole:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .operators import LinearOperator
 
-_ROW = 0.1  # of its length, squared, that a row keeps beside the others where it is one of its own
+_ROW = 3e-3  # of its length, squared, that a row keeps beside the others where it is one of its own
+_ROW_NOISE = 16  # units of rounding that this is, at least
 
 NOT_FINITE = "the operator returned NaN or infinite values, or they overflow"
 
@@ -74,27 +75,30 @@ def golub_kahan(A: LinearOperator, start: Tensor, basis: int | None = None) -> I
 
 @dataclass(frozen=True)
 class KrylovSpace:
-    """Nearly orthonormal rows of each group and their images; rows from where the space is spent on mean nothing."""
+    """Rows of each group and their images: any, then nearly orthonormal ones that mean nothing from where they are spent on."""
 
     V: Tensor  # (g, m, in/g)
     images: Tensor  # (g, m, out/g)
-    lengths: Tensor  # (g, m), what each row was divided by
+    lengths: Tensor  # (g, nearly orthonormal rows), what each of those was divided by
 
     def numbers(self) -> list[Tensor]:
         """All that `rayleigh_ritz` needs to know on the host."""
         return [self.lengths, self.V @ self.V.mT, self.images @ self.images.mT]
 
 
-def krylov_space(A: LinearOperator, start: Tensor, steps: int) -> KrylovSpace:
+def krylov_space(A: LinearOperator, start: Tensor, steps: int, beside: Tensor | None = None) -> KrylovSpace:
     """That of A.H A after so few steps that all is known in advance: the device is not asked, and rows are orthogonalised once.
 
     What they have along the last two goes first, as it is large: less of it left over would still count beside a short rest.
-    The values of A on it are those of as many steps of bidiagonalisation, for fewer computations.
+    The values of A on it are those of as many steps of bidiagonalisation, for fewer computations. Rows ``beside`` it, of length
+    1 or 0, are taken in as they are; in the start they might take out of it what it is to find.
     """
+    beside = start[:, :0] if beside is None else beside
+    seen = [apply_grouped(A, beside)] if beside.shape[1] else []
     if start.shape[1] > 1:
         state = next(islice(golub_kahan(A, start), steps - 1, None))
         unknown = torch.full_like(state.V[:, :, 0], math.inf)  # rows that are spent are zero
-        return KrylovSpace(state.V, state.B.mT @ state.U, unknown)
+        return KrylovSpace(torch.cat([beside, state.V], 1), torch.cat([*seen, state.B.mT @ state.U], 1), unknown)
     V = start.new_empty(len(start), steps, start.shape[2])
     lengths = start.new_empty(len(start), steps, 1)
     rows, sizes, adjoint = V.split(1, 1), lengths.split(1, 1), A.H
@@ -108,7 +112,7 @@ def krylov_space(A: LinearOperator, start: Tensor, steps: int) -> KrylovSpace:
         tiny = torch.finfo(V.dtype).tiny  # rows of zeros may become NaN, but for those of groups, which share applications
         torch.div(start, sizes[i] if len(V) == 1 else sizes[i].clamp_min(tiny), out=rows[i])
         images.append(apply_grouped(A, rows[i]))
-    return KrylovSpace(V, torch.cat(images, 1), lengths[..., 0])
+    return KrylovSpace(torch.cat([beside, V], 1) if seen else V, torch.cat(seen + images, 1), lengths[..., 0])
 
 
 def rayleigh_ritz(lengths: Tensor, rows: Tensor, images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -120,17 +124,19 @@ def rayleigh_ritz(lengths: Tensor, rows: Tensor, images: Tensor, eps: float) -> 
     """
     lengths, S, G = lengths.double(), rows.double(), images.double()
     most = G.diagonal(dim1=1, dim2=2).cummax(1).values[:, :-1]
-    spent = torch.zeros_like(lengths, dtype=torch.bool)
-    spent[:, 1:] = (lengths[:, 1:] <= eps**0.5 * most).cumsum(1) > 0
+    spent, first = torch.zeros_like(S[:, 0], dtype=torch.bool), S.shape[1] - lengths.shape[1]
+    spent[:, first + 1 :] = (lengths[:, 1:] <= eps**0.5 * most[:, first:]).cumsum(1) > 0
     spent |= S.diagonal(dim1=1, dim2=2) == 0
     known = ~(spent[:, :, None] | spent[:, None])
     S, G = torch.where(known, S, 0), torch.where(known, G, 0)
     finite = (torch.isfinite(S) & torch.isfinite(G)).all(1, keepdim=True).all(2, keepdim=True)
     sizes, P = torch.linalg.eigh(torch.where(finite, S, 0))
-    P *= torch.where(sizes > _ROW, sizes.clamp_min(_ROW).rsqrt(), 0)[:, None]  # orthonormal combinations of the rows
+    least = max(_ROW, _ROW_NOISE * eps)
+    P *= torch.where(sizes > least, sizes.clamp_min(least).rsqrt(), 0)[:, None]  # orthonormal combinations of the rows
     squares, Q = torch.linalg.eigh(P.mT @ torch.where(finite, G, 0) @ P)
     coefficients = torch.where(spent[:, None], 0, (P @ Q).mT.flip(1))
-    coefficients *= torch.where(coefficients[:, :, :1] < 0, -1.0, 1.0)  # of two opposite ones, the nearer to the start
+    to_start = coefficients[:, :, first : first + 1]
+    coefficients = torch.where(to_start < 0, -coefficients, coefficients)  # of two opposite ones, the nearer to the start
     return torch.where(finite[:, 0], squares.flip(1).clamp_min(0).sqrt(), math.nan), coefficients
 
 

@@ -47,16 +47,16 @@ def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
     return norm
 
 
-def look(tracked: TrackedLayer, steps: int, seed: int, toward: Tensor | None = None) -> Asking[float]:
+def look(tracked: TrackedLayer, steps: int, seed: int, beside: Tensor | None = None) -> Asking[float]:
     """A closer look at one layer: what a short Krylov run finds.
 
     Raises:
         NotFiniteError: its weights are not finite.
     """
-    return (yield from looks([tracked], steps, seed, [toward]))[0]
+    return (yield from looks([tracked], steps, seed, [beside]))[0]
 
 
-def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, toward: Sequence[Tensor | None]) -> Asking[list[float]]:
+def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, beside: Sequence[Tensor | None]) -> Asking[list[float]]:
     """Closer looks at several.
 
     Raises:
@@ -68,7 +68,7 @@ def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, toward: Sequenc
             with lane(home):
                 for index in those:
                     layers[index].note_changes()
-                    spaces[index] = layers[index].search(steps, seed, toward[index])
+                    spaces[index] = layers[index].search(steps, seed, beside[index])
     came = yield [tensor for index in range(len(layers)) for tensor in spaces[index].numbers()]
     found = {}
     with Lanes() as lane:
@@ -83,10 +83,10 @@ def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, toward: Sequenc
 def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
     """What `rayleigh_ritz` makes of the numbers of several spaces, by their indices; together of those that are alike."""
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, (lengths, *_) in enumerate(numbers):
-        alike.setdefault((lengths.dtype, lengths.shape[1]), []).append(index)
+    for index, (lengths, rows, _) in enumerate(numbers):
+        alike.setdefault((lengths.dtype, lengths.shape[1], rows.shape[1]), []).append(index)
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for (dtype, _), those in alike.items():
+    for (dtype, *_), those in alike.items():
         lengths, rows, images = (torch.cat(parts) for parts in zip(*(numbers[i] for i in those), strict=True))
         values, coefficients = rayleigh_ritz(lengths, rows, images, torch.finfo(dtype).eps)
         groups = [len(numbers[i][0]) for i in those]

@@ -268,11 +268,6 @@ def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Te
     return torch.where(size == 0, fallback, image / size), size
 
 
-def between(own: Tensor, other: Tensor) -> Tensor:
-    """A row (g, 1, n) plus another or its opposite, whichever is nearer: half way between them where they are as long."""
-    return torch.addcmul(own, other, torch.copysign(own.new_ones(()), torch.bmm(own, other.mT)))
-
-
 def _qr_rows(X: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
     """Q and the diagonal of R of X's rows; rows stay as they were where the operator is zero."""
     Q, R = torch.linalg.qr(X.mT)

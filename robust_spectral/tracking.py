@@ -24,7 +24,7 @@ from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_grou
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator
-from .spectrum import Found, Lanczos, between, dense_ritz, dense_work, next_block, power_step, unit_rows
+from .spectrum import Found, Lanczos, dense_ritz, dense_work, next_block, power_step, unit_rows
 
 _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
 _REACH = 5e-3  # above its target, what a training step takes down along the directions found
@@ -44,6 +44,7 @@ class TrackedLayer:
     vectors: Tensor  # (groups, k, in / groups), orthonormal rows
     composite: bool | None  # None until settled
     operator: LinearOperator
+    next: Tensor | None = field(default=None)  # (groups, n, in / groups), what the last search found next to them
     left: Tensor | None = field(default=None)  # (groups, 1, out / groups) where the last half of a power step was forward
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
@@ -51,6 +52,7 @@ class TrackedLayer:
     missed: float = field(default=1.0)  # factor by which power steps fall short
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
+    remembers: bool = field(default=True)  # what is found next to the vectors, in their memory three times
     number: int = field(default=0)  # among the layers of a model
     found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
     _proved: _Proved | None = field(default=None)
@@ -88,6 +90,7 @@ class TrackedLayer:
         self.operator = _operator(self.layer, self.composite)
         self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
         self.left = None if self.left is None else self.left.to(self.operator.device, self.operator.dtype)
+        self.next = None if self.next is None else self.next.to(self.operator.device, self.operator.dtype)
 
     @property
     def moved(self) -> bool:
@@ -108,6 +111,7 @@ class TrackedLayer:
         """What `restore` needs: plain values and a tensor."""
         return {
             "vectors": self.vectors.clone(), "left": None if self.left is None else self.left.clone(),
+            "next": None if self.next is None else self.next.clone(),
             "composite": self.composite, "estimate": self.estimate, "seen": self.seen,
             "initial": self.initial, "target": self.target, "missed": self.missed,
         }  # fmt: skip
@@ -119,6 +123,7 @@ class TrackedLayer:
             self.resolve(self.composite)
         self.vectors = entry["vectors"].to(self.vectors)
         self.left = None if entry["left"] is None else entry["left"].to(self.vectors)
+        self.next = entry["next"].to(self.vectors) if self.remembers and entry.get("next") is not None else None
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
         self.target, self.missed = entry["target"], entry["missed"]
 
@@ -159,19 +164,19 @@ class TrackedLayer:
         """Whether a pass forward changes the operator, as it does where a normalisation's statistics follow the batches."""
         return bool(self.composite) and self.layer.batchnorm is not None and self.layer.batchnorm.training
 
-    def search(self, steps: int, seed: int, toward: Tensor | None = None) -> KrylovSpace:
+    def search(self, steps: int, seed: int, beside: Tensor | None = None) -> KrylovSpace:
         """A short Krylov run, from which `settle` turns the vectors towards the top singular directions.
 
-        The run starts from where the vectors are, stirred, so that it is blind to no direction, and ``toward`` a direction of
-        each group, (groups, 1, inputs / groups), that may have grown beside them.
+        The run starts from where the vectors are, stirred, so that it is blind to no direction. What the last one found next to
+        them is taken in, and directions ``beside`` of each group, (groups, any number, inputs / groups), that may have grown.
         """
         self.follow_device()
         known = 0 < self.estimate < math.inf and not 1 / _EASY < self.estimate < _EASY
         self.scale = power_of_two(self.estimate) if known else 1.0
         start, stir = self.vectors, random_block(self.operator, self.vectors.shape[1], seed, self.vectors.device)
-        if toward is not None:
-            start = torch.cat([start[:, :-1], between(start[:, -1:], toward)], 1)
-        return krylov_space(self._scaled(), torch.add(start, stir, alpha=_STIR / start.shape[2] ** 0.5), steps)
+        rows = [row for row in (beside, self.next) if row is not None]
+        others = torch.cat(rows, 1) if rows else None
+        return krylov_space(self._scaled(), torch.add(start, stir, alpha=_STIR / start.shape[2] ** 0.5), steps, others)
 
     def settle(self, space: KrylovSpace, values: Tensor, coefficients: Tensor) -> float:
         """Follow what a search found, given what `rayleigh_ritz` made of its numbers; the largest value, NaN if not finite."""
@@ -184,6 +189,8 @@ class TrackedLayer:
         factors = to_device(torch.stack([left, C])[..., :m], space.V)
         triplets = Found(values.to(space.V.dtype), factors[0] @ space.images[:, :m], factors[1] @ space.V[:, :m])
         right = triplets.right[:, : self.vectors.shape[1]]
+        if self.remembers:
+            self.next = triplets.right[:, right.shape[1] :]
         self._follow(triplets, right if right.shape[1] == 1 else next_block(right, self.vectors))
         return float(self.found.values.max())
 

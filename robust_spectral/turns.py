@@ -191,7 +191,7 @@ class Turns:
 
     def _known(self) -> Known:
         """What is known of the layers now."""
-        of_parts = [(p, {"vectors": p.vectors, "left": p.left, "estimate": p.estimate}) for p in self._parts]
+        of_parts = [(p, {"vectors": p.vectors, "left": p.left, "next": p.next, "estimate": p.estimate}) for p in self._parts]
         return [*of_parts, *((held.slow, {"block": held.slow.block}) for held in self._layers if held.slow is not None)]
 
     def _put_back(self, known: Known) -> None:

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import robust_spectral as rs
 from robust_spectral import holding
 from robust_spectral.asking import answered
-from robust_spectral.holding import on_small_map
 from robust_spectral.krylov import apply_grouped
 from robust_spectral.layers import LinearLayer
-from robust_spectral.looking import looks
+from robust_spectral.looking import look, looks
 from robust_spectral.slow import settle, slow_directions
+from robust_spectral.small_maps import on_small_map
 from robust_spectral.tracking import TrackedLayer
 
 
@@ -90,6 +90,12 @@ def test_a_parametrised_layer_has_no_slow_directions():
     assert slow_directions(LinearLayer("", module, (3, 8, 8)), False, torch.zeros(1), seed=0) is None
 
 
+@pytest.fixture(autouse=True)
+def _small_maps_pay(monkeypatch):
+    """Of layers as small as those of these tests, too."""
+    monkeypatch.setattr(holding, "_CHEAP", 1e5)
+
+
 def convolutions(seed=0):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False))
@@ -122,6 +128,41 @@ def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
             net[0].weight.add_(0.004 * torch.outer(u, v)[:, :, None, None] / 9)
         clipper.step()
     assert norm(net[0], (8, 24, 24)) <= 1.015
+
+
+def test_a_direction_that_is_constant_over_the_map_gets_a_look_at_the_whole_map_at_once():
+    net, clipper = convolutions()
+    for _ in range(12):
+        clipper.step()
+    torch.manual_seed(5)
+    u, v = (nn.functional.normalize(torch.randn(8), dim=0) for _ in range(2))
+    held = clipper._held["0"]
+    with torch.no_grad():
+        net[0].weight.add_(0.8 * torch.outer(u, v)[:, :, None, None] / 9)
+    for _ in range(3):  # within which the gain is found anew
+        clipper.step()
+        if held.compared > 12:
+            break
+    assert held.compared == clipper.steps and clipper.report()[0]["upper"] <= 1.01
+
+
+def test_a_layer_that_is_cheap_as_it_is_has_no_small_map(monkeypatch):
+    monkeypatch.setattr(holding, "_CHEAP", 1e6)
+    assert all(held.small is held.whole for held in convolutions()[1]._held.values())
+
+
+def test_a_look_takes_in_what_the_last_one_found_next_to_its_vector():
+    torch.manual_seed(0)
+    tracked = TrackedLayer.of(LinearLayer("", nn.Linear(400, 300), (400,)), vectors=1, composite=False, seed=3)
+    answered(look(tracked, 7, 0))
+    assert tracked.next is not None and tracked.next.shape == (1, 3, 400)
+    weight = tracked.layer.module.weight
+    U, values, Vh = torch.linalg.svd(weight.detach().double())
+    tracked.next[0, 1], tracked.vectors[0, 0] = Vh[40].float(), Vh[50].float()
+    with torch.no_grad():  # a direction that the next one would not see grows past all others
+        weight.add_((1.05 * values[0] - values[40]) * torch.outer(U[:, 40], Vh[40]))
+    assert answered(look(tracked, 2, 1)) == pytest.approx(1.05 * float(values[0]), rel=1e-5)
+    assert abs(float(tracked.vectors[0, 0].double() @ Vh[40])) > 1 - 1e-5
 
 
 def test_a_norm_that_jumps_is_down_after_the_step():

@@ -275,6 +275,25 @@ def test_a_run_of_few_steps_finds_triplets_of_every_group_until_its_space_is_spe
     assert values[1, :3].tolist() == pytest.approx([3.0, 2.0, 1.0])
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_run_of_few_steps_takes_in_rows_beside_it(block: int) -> None:
+    """Of any angle to the rest, twice the same and zeros among them."""
+    parts = [torch.randn(12, 10, dtype=torch.float64) for _ in range(2)]
+    A = replace(matrix_operator(torch.block_diag(*parts)), groups=2)
+    beside = torch.nn.functional.normalize(torch.randn(2, 2, 10, dtype=torch.float64), dim=2)
+    beside = torch.cat([beside, beside[:, :1], torch.zeros_like(beside[:, :1])], 1)
+    start = random_block(A, block, 0)
+    space = krylov_space(A, start, 3, beside)
+    values, coefficients = rayleigh_ritz(*space.numbers(), torch.finfo(A.dtype).eps)
+    for M, size, V in zip(parts, values, coefficients @ space.V, strict=True):
+        rank = 3 * block + 2
+        torch.testing.assert_close(V[:rank] @ V[:rank].T, torch.eye(rank, dtype=A.dtype), rtol=0, atol=1e-10)
+        torch.testing.assert_close((M @ V.T).norm(dim=0)[:rank], size[:rank])
+    whole = [torch.cat([V, rows]) for V, rows in zip(krylov_space(A, start, 3).V, beside[:, :2], strict=True)]
+    spans = [torch.linalg.svdvals(M @ torch.linalg.qr(rows.T)[0]) for M, rows in zip(parts, whole, strict=True)]
+    torch.testing.assert_close(values[:, : 3 * block + 2], torch.stack(spans))
+
+
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 1e-2, 0.5])
 @pytest.mark.parametrize("shape", [(8, 2000), (300, 6), (5, 5)], ids=str)
 def test_a_run_past_the_rank_finds_no_value_above_the_norm(shape: tuple[int, int], decay: float) -> None:
