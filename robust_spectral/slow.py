@@ -45,7 +45,7 @@ class SlowDirections:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(self._groups, channels, min(_BLOCK, channels), generator=generator, device="cpu")
         self.block = self.turned = torch.linalg.qr(start.to(like))[0]
-        self._phase_at: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._on_map: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def turn(self) -> Tensor:
@@ -59,7 +59,10 @@ class SlowDirections:
         return exact.mT @ exact
 
     def rows(self, in_shape: tuple[int, ...]) -> Tensor:
-        """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups)."""
+        """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups).
+
+        Where zeros are behind the borders it fades towards them, so that less of its image is lost there.
+        """
         weight: Any = self.layer.module.weight
         top = self.block[:, :, 0].to(weight.device)
         if isinstance(self.layer.module, nn.Linear):
@@ -67,10 +70,10 @@ class SlowDirections:
         X = top.reshape(in_shape[0], -1)
         if self._places.numel() > 1 and not self.layer.module.transposed:
             X = X @ self._places.to(top)
-        if (in_shape, top.device) not in self._phase_at:
-            self._phase_at[in_shape, top.device] = self._phases_of_map(in_shape, top.device)
-        rows = to_groups(X[:, self._phase_at[in_shape, top.device]][None], self._groups)
-        return unit_rows(rows)[0]
+        if (in_shape, top.device) not in self._on_map:
+            self._on_map[in_shape, top.device] = self._phases_of_map(in_shape, top.device), self._window(in_shape).to(top)
+        phases, window = self._on_map[in_shape, top.device]
+        return unit_rows(to_groups((X[:, phases] * window)[None], self._groups))[0]
 
     def _phases_of_map(self, in_shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The phase of each position of a map, all of them in a row."""
@@ -80,6 +83,18 @@ class SlowDirections:
         for axis, (size, period) in enumerate(zip(in_shape[1:], lengths, strict=True)):
             at = (at[:, None] * period + (torch.arange(size, device=device) + _before(module, axis)) % period).flatten()
         return at
+
+    def _window(self, in_shape: tuple[int, ...]) -> Tensor:
+        """What loses least at the borders of a map, all its positions in a row: half a wave where zeros are behind them."""
+        module: Any = self.layer.module
+        window = torch.ones(1, device="cpu")
+        for size in in_shape[1:]:
+            places = torch.arange(1, size + 1, device="cpu")
+            wave = (
+                torch.sin(math.pi * places / (size + 1)) if module.padding_mode == "zeros" else torch.ones(size, device="cpu")
+            )
+            window = torch.outer(window, wave).flatten()
+        return window
 
     def _matrix(self, like: Tensor) -> Tensor:
         """The matrix of channels, (groups, outputs / groups, inputs / groups), with the phases of a stride as channels."""

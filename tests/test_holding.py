@@ -66,6 +66,16 @@ def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_
     assert gain <= norm(module, in_shape) * (1 + 1e-9)
 
 
+def test_a_slow_direction_fades_towards_borders_with_zeros_behind_them():
+    layer = LinearLayer("", nn.Conv2d(3, 4, 3, padding=1), (3, 14, 14))
+    layer.module.weight.data.copy_(torch.rand_like(layer.module.weight))
+    slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
+    for _ in range(50):
+        settle([slow], [slow.turn()])
+    image = apply_grouped(layer.operator(dtype=torch.float64), slow.rows(layer.in_shape))
+    assert float(image.norm()) == pytest.approx(norm(layer.module, layer.in_shape), rel=1e-3)
+
+
 def test_slow_directions_of_a_stride_that_wraps_unevenly_are_those_without_it():
     layer = LinearLayer("", nn.Conv2d(5, 8, (1, 3), 2, **CIRCULAR | {"padding": (0, 1)}), (5, 5, 6))  # 3 of 5 rows are seen
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
