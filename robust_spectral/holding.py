@@ -26,6 +26,7 @@ from .tracking import TrackedLayer
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
+_FEW = 2**16  # inputs
 _CHEAP_EVERY, _MOST = 4, 6  # turns from one look at a cheap layer to the next, on average, and looks in turn at most
 _GPU_EVERY, _GPU_MOST = 2, 8  # the same on a GPU, where a turn takes two steps, and as many that are far get one at once
 _IDLE = 2e-3  # above its target, what is not worth a clip
@@ -73,8 +74,8 @@ class HeldLayer:
     @classmethod
     def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
         """A layer with its smaller twin, where there is one that pays; none does on a GPU, nor of what is cheap as it is."""
-        layer, alone = on_small_map(whole.layer), cls(whole, whole)
-        if alone.cheap or math.prod(layer.in_shape) > 0.6 * math.prod(whole.layer.in_shape):
+        layer, alone, size = on_small_map(whole.layer), cls(whole, whole), math.prod(whole.layer.in_shape)
+        if alone.on_gpu or (alone.cheap and size <= _FEW) or math.prod(layer.in_shape) > 0.6 * size:
             return alone
         small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
         small.number, whole.remembers = whole.number, False

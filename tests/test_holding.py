@@ -156,9 +156,12 @@ def test_a_direction_that_is_constant_over_the_map_gets_a_look_at_the_whole_map_
     assert held.compared == clipper.steps and clipper.report()[0]["upper"] <= 1.01
 
 
-def test_a_layer_that_is_cheap_as_it_is_has_no_small_map(monkeypatch):
-    monkeypatch.setattr(holding, "_CHEAP", 1e6)
-    assert all(held.small is held.whole for held in convolutions()[1]._held.values())
+@pytest.mark.parametrize(("channels", "size", "groups", "alone"), [(8, 24, 1, True), (64, 24, 1, False), (32, 64, 32, False)])
+def test_only_what_is_cheap_as_it_is_has_no_small_map(channels, size, groups, alone, monkeypatch):
+    monkeypatch.undo()
+    convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=groups)
+    held = rs.FastClip(convolution, torch.rand(1, channels, size, size))._held[""]
+    assert (held.small is held.whole) == alone
 
 
 def test_a_look_takes_in_what_the_last_one_found_next_to_its_vector():
