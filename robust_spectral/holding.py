@@ -167,7 +167,9 @@ class HeldLayer:
         return norm * missed / allowed
 
     def gains(self, target: Target) -> float:
-        """By which factor the norm is above its target, as far as slow directions tell."""
+        """By which factor the norm is above its target, as far as slow directions tell; 0 of a layer not looked at yet."""
+        if math.isinf(self.allowed):  # whose first norm, from which a target may start, is still to be found
+            return 0.0
         norm = self.sensed * self.share
         return norm / target(self, norm)
 

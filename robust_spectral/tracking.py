@@ -30,6 +30,7 @@ _SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a se
 _REACH = 5e-3  # above its target, what a training step takes down along the directions found
 _STIR = 0.1  # of a random vector beside one or two in a search, so that it is blind to no direction
 _EASY = 1e4  # up to this norm, and down to one over it, fourth powers are far from the limits of float32
+_MOST_OF_A_ROW = 64  # more than any coefficient of `rayleigh_ritz`
 _AT_ONCE = 4  # directions that a search finds, all of which are clipped
 _MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
@@ -184,7 +185,7 @@ class TrackedLayer:
             return math.nan
         k = max(self.vectors.shape[1], _AT_ONCE)
         values, C = values[:, :k], coefficients[:, :k]
-        left = C / values[..., None].clamp_min(torch.finfo(space.V.dtype).tiny)
+        left = C / values[..., None].clamp_min(_MOST_OF_A_ROW * torch.finfo(space.V.dtype).tiny)  # of a value of 0 finite
         m = int((C != 0).any(1).any(0).nonzero().amax()) + 1 if bool(C.any()) else 1  # rows beyond may be NaN
         factors = to_device(torch.stack([left, C])[..., :m], space.V)
         triplets = Found(values.to(space.V.dtype), factors[0] @ space.images[:, :m], factors[1] @ space.V[:, :m])

@@ -241,6 +241,37 @@ def test_a_layer_that_starts_at_zero_is_held_once_it_is_not(module, in_shape, si
     assert clipper.skipped == 0 and 0.9 < norm(module, in_shape) <= 1.02
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_that_is_zero_stays_so_beside_one_with_many_values_at_its_target(seed):
+    torch.manual_seed(seed)
+    module = nn.Conv2d(32, 32, 1, groups=2, bias=False)
+    with torch.no_grad():
+        module.weight[:16] = 0
+        module.weight[16:, :, 0, 0] = 0.5 * torch.linalg.qr(torch.randn(16, 16))[0]
+    clipper = rs.FastClip(module, torch.randn(1, 32, 8, 8), 0.5)
+    for _ in range(8):
+        with torch.no_grad():
+            module.weight[16:] *= 1.02
+            module.weight[16:] += 2e-4 * torch.randn(16, 16, 1, 1)
+        clipper.step()
+    assert not module.weight[:16].any() and 0.48 < norm(module, (32, 8, 8)) <= 0.51
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("wrapped", [lambda module: module, nn.utils.parametrizations.weight_norm], ids=["own", "weight_norm"])
+def test_a_warm_up_starts_at_each_layers_own_norm(wrapped, every):
+    net = nn.Sequential(*[wrapped(nn.Linear(30, 30)) for _ in range(4)])
+    with torch.no_grad():
+        for module in net:
+            (module.parametrizations.weight.original0 if hasattr(module, "parametrizations") else module.weight).mul_(5)
+    before = [norm(module, (30,)) for module in net]
+    clipper = rs.FastClip(net, torch.rand(1, 30), 1.0, warmup_steps=1000, every=every)
+    for _ in range(every):
+        clipper.step()
+    for module, start in zip(net, before, strict=True):
+        assert 0.9 * start <= norm(module, (30,)) <= 1.001 * start
+
+
 @pytest.mark.parametrize(("on_gpu", "most"), [(False, 6), (True, 16)])
 def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most):
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
