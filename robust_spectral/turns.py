@@ -113,9 +113,9 @@ class Turns:
             raise
 
     def measure(self, layers: Sequence[TrackedLayer]) -> None:
-        """A power step, now, on each of those layers that were not measured in the last turns."""
+        """A power step, now, on each of those layers that have changed since the last, or had none in the last turns."""
         oldest = max(0, self.count - self._every + 1)
-        answered(measure([tracked for tracked in layers if tracked.seen < oldest], self.count))
+        answered(measure([tracked for tracked in layers if tracked.seen < oldest or tracked.changes_unseen], self.count))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""

@@ -127,15 +127,21 @@ def test_a_layer_that_is_followed_on_a_small_map_is_held_on_the_whole():
         assert 0.97 < norm(module, (8, 24, 24)) <= 1.02
 
 
+def constant_over_the_map():
+    """A direction in a weight of 8 x 8 channels and 3 x 3 taps that acts on inputs that do not vary over the map."""
+    torch.manual_seed(5)
+    u, v = (nn.functional.normalize(torch.randn(8), dim=0) for _ in range(2))
+    return torch.outer(u, v)[:, :, None, None] / 9
+
+
 def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
     net, clipper = convolutions()
     for _ in range(10):
         clipper.step()
-    torch.manual_seed(5)
-    u, v = (nn.functional.normalize(torch.randn(8), dim=0) for _ in range(2))
+    direction = constant_over_the_map()
     for _ in range(100):
         with torch.no_grad():
-            net[0].weight.add_(0.004 * torch.outer(u, v)[:, :, None, None] / 9)
+            net[0].weight.add_(0.004 * direction)
         clipper.step()
     assert norm(net[0], (8, 24, 24)) <= 1.015
 
@@ -144,11 +150,9 @@ def test_a_direction_that_is_constant_over_the_map_gets_a_look_at_the_whole_map_
     net, clipper = convolutions()
     for _ in range(12):
         clipper.step()
-    torch.manual_seed(5)
-    u, v = (nn.functional.normalize(torch.randn(8), dim=0) for _ in range(2))
     held = clipper._held["0"]
     with torch.no_grad():
-        net[0].weight.add_(0.8 * torch.outer(u, v)[:, :, None, None] / 9)
+        net[0].weight.add_(0.8 * constant_over_the_map())
     for _ in range(3):  # within which the gain is found anew
         clipper.step()
         if held.compared > 12:
