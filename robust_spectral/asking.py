@@ -2,14 +2,13 @@
 
 `answered` waits for the device each time. `Later` does not: it goes on from one call to the next, by when the numbers have
 come. One that yields no tensors says where it may rest: up to the next tensors it only reads what others may read meanwhile.
-`Lanes` lets what belongs to different layers run side by side on a GPU, where each alone would leave it idle, and `beside` all
-of it beside what else the GPU does.
+`beside` runs them beside what else a GPU does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -18,10 +17,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Asking = Generator[list[Tensor], list[Tensor], T]
-Home = tuple[int, torch.device]  # a number and the device of what stays with one lane
 
-NO_HOME: Home = (0, torch.device("cpu"))  # of what goes through the lanes of others, or none
-_STREAMS = 4
 _FIRST = -1  # the priority of small computations beside large ones, which would let them wait at each
 
 
@@ -33,37 +29,21 @@ def answered(asking: Asking[T]) -> T:
     return run.result
 
 
-def together(all_asking: Sequence[Asking[T]], homes: Sequence[Home]) -> Asking[list[T]]:
-    """Several that never rest, each in its own lane, with one round for all in place of one for each; their results."""
+def together(all_asking: Sequence[Asking[T]]) -> Asking[list[T]]:
+    """Several that never rest, with one round for all in place of one for each; their results."""
     results: dict[int, T] = {}
     answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(all_asking)))
     while answers:
         wanted: dict[int, list[Tensor]] = {}
-        with Lanes() as lane:
-            for home, those in by_lane(answers, homes).items():
-                with lane(home):
-                    for index in those:
-                        given = answers[index]
-                        try:
-                            wanted[index] = next(all_asking[index]) if given is None else all_asking[index].send(given)
-                        except StopIteration as end:
-                            results[index] = end.value
+        for index, given in answers.items():
+            try:
+                wanted[index] = next(all_asking[index]) if given is None else all_asking[index].send(given)
+            except StopIteration as end:
+                results[index] = end.value
         came = (yield [tensor for tensors in wanted.values() for tensor in tensors]) if wanted else []
         split = iter(came)
         answers = {index: [next(split) for _ in tensors] for index, tensors in wanted.items()}
     return [results[index] for index in range(len(all_asking))]
-
-
-def by_lane(indices: Iterable[int], homes: Sequence[Home]) -> dict[Home, list[int]]:
-    """Those whose homes are in the same lane together, as a change of lanes takes a moment."""
-    found: dict[Home, list[int]] = {}
-    for index in indices:
-        found.setdefault(_lane(homes[index]), []).append(index)
-    return found
-
-
-def _lane(home: Home) -> Home:
-    return home[0] % _STREAMS, home[1]
 
 
 class Later(Generic[T]):
@@ -126,31 +106,6 @@ def to_device(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.pin_memory().to(like.device, non_blocking=True) if pinned else tensor.to(like.device)
 
 
-class Lanes:
-    """Streams beside the current one, joined to it at the end of the ``with`` block; nothing on a CPU."""
-
-    def __init__(self) -> None:
-        self._used: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # and the current one each branched off
-
-    def __enter__(self) -> Lanes:
-        return self
-
-    def __call__(self, home: Home) -> AbstractContextManager[object]:
-        """The lane of a home, always the same one, as the memory of tensors made in it belongs to it."""
-        number, device = _lane(home)
-        if device.type != "cuda":
-            return nullcontext()
-        lane = _streams(device)[number]
-        if lane not in self._used:
-            self._used[lane] = torch.cuda.current_stream(device)
-            lane.wait_stream(self._used[lane])
-        return torch.cuda.stream(lane)
-
-    def __exit__(self, *_: object) -> None:
-        for lane, current in self._used.items():
-            current.wait_stream(lane)
-
-
 def branch_off(devices: Iterable[torch.device]) -> None:
     """What `beside` runs from now on comes after all that has been started by now."""
     for device in devices:
@@ -172,8 +127,3 @@ def beside(devices: Iterable[torch.device]) -> Iterator[None]:
 @cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, _FIRST)
-
-
-@cache
-def _streams(device: torch.device) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device, _FIRST) for _ in range(_STREAMS)]

@@ -104,7 +104,7 @@ class FastClip:
             for index, layer in enumerate(layers)
             if layer.name in targets
         }  # fmt: skip
-        self._held = {name: HeldLayer.of(tracked, seed) for name, tracked in self._tracked.items()}
+        self._held = {name: HeldLayer.of(part, number, seed) for number, (name, part) in enumerate(self._tracked.items())}
         self._turns = Turns(list(self._held.values()), self._resolve, every, sweeps, self._target)
         self._note_weights()
 
@@ -165,7 +165,7 @@ class FastClip:
     def step(self) -> None:
         """One warm power step on every layer that is due, then a clip of the directions above its target.
 
-        On a GPU no step waits once norms have settled: what one measures is clipped in the next.
+        On a GPU a step waits for layers whose norms run away alone: what is measured of others is clipped in the next.
 
         Raises:
             ValueError: a layer's weights were not finite for the tenth time in a row. Nothing is clipped in such steps.

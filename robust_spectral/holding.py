@@ -10,14 +10,14 @@ learned whenever both are at hand; where the gain on constant inputs has jumped,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from .asking import NO_HOME, Asking, Lanes, by_lane, together
+from .asking import Asking, together
 from .looking import look, looks, measured, not_finite
 from .slow import SlowDirections, settle, slow_directions
 from .small_maps import on_small_map, on_whole_map
@@ -34,7 +34,8 @@ _MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what
 _CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
-_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "resting", "share", "sensed")
+_RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm end the hurry
+_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "resting", "share", "sensed", "hurried")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -43,6 +44,7 @@ class HeldLayer:
     """A layer on its whole map and on a smaller one, which are the same object where there is no smaller one.
 
     Attributes:
+        number: Among the layers, which take turns by it.
         whole: The layer as it is applied; what is proved and reported is about it.
         small: What the power steps follow.
         bias: Norm of the whole over that of the small one.
@@ -56,8 +58,10 @@ class HeldLayer:
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
         share: The norm over that gain, at most 1.
+        hurried: In how many turns to come it is to have its own behind the step, as its norm has run away, or may have.
     """
 
+    number: int
     whole: TrackedLayer
     small: TrackedLayer
     bias: float = 1.0
@@ -70,21 +74,27 @@ class HeldLayer:
     slow: SlowDirections | None = None
     sensed: float = 0.0
     share: float = 1.0
+    hurried: int = _CALM
 
     @classmethod
-    def of(cls, whole: TrackedLayer, seed: int) -> HeldLayer:
+    def of(cls, whole: TrackedLayer, number: int, seed: int) -> HeldLayer:
         """A layer with its smaller twin, where there is one that pays; none does on a GPU, nor of what is cheap as it is."""
-        layer, alone, size = on_small_map(whole.layer), cls(whole, whole), math.prod(whole.layer.in_shape)
+        layer, alone, size = on_small_map(whole.layer), cls(number, whole, whole), math.prod(whole.layer.in_shape)
         if alone.on_gpu or (alone.cheap and size <= _FEW) or math.prod(layer.in_shape) > 0.6 * size:
             return alone
         small = TrackedLayer.of(layer, vectors=whole.vectors.shape[1], composite=whole.composite, seed=seed, move=whole.move)
-        small.number, whole.remembers = whole.number, False
-        return cls(whole, small)
+        whole.remembers = False
+        return cls(number, whole, small)
 
     @property
     def on_gpu(self) -> bool:
         """Whether the layer lives on one, where starting a small computation takes the time, not its size."""
         return self.small.vectors.is_cuda
+
+    @property
+    def at_once(self) -> bool:
+        """Whether nothing of its turn may wait for the next step."""
+        return self.hurried > 0 or not self.on_gpu
 
     @property
     def cheap(self) -> bool:
@@ -164,6 +174,7 @@ class HeldLayer:
         self.hold(self.small, norm, missed, allowed)
         slack, pace = 1 + _IDLE - norm * missed / allowed, 2 * self.rate + _IDLE / 8
         self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
+        self._hurry(norm * missed / allowed)
         return norm * missed / allowed
 
     def gains(self, target: Target) -> float:
@@ -178,6 +189,7 @@ class HeldLayer:
         if self.small is self.whole:  # the small one tells less of it than its gain on slow directions does
             self._share(searched)
         allowed = target(self, searched * self.bias)
+        self._hurry(searched * self.bias / allowed)
         if found is not None:
             self.small.learn(found, searched)
             allowed = self._with_growth(searched * self.bias, allowed, step, usual)
@@ -194,6 +206,9 @@ class HeldLayer:
         self.compared = step
         self._learn(found, searched)
         self.hold(self.whole, searched, 1.0, self._with_growth(searched, target(self, searched), step, usual))
+
+    def _hurry(self, excess: float) -> None:
+        self.hurried = _CALM if excess > _RUNNING_AWAY else self.hurried
 
     def _share(self, norm: float) -> None:
         if self.sensed > 0:
@@ -217,7 +232,7 @@ class HeldLayer:
         self.bias = max(bias, (self.bias + bias) / 2)
 
 
-def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[float]:
+def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[None]:
     """All that follows the optimizer's step number ``step``, or some steps one after the other.
 
     Args:
@@ -226,30 +241,31 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         every: Each layer is due once in so many steps.
         sweeps: Power steps and clips of a layer that is due.
         target: From a layer and its norm to the norm allowed now.
-
-    Returns:
-        The largest norm that a power step found, over its target.
     """
+    for held in layers:
+        held.hurried = max(0, held.hurried - 1)
     whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
     glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
     glanced += _in_turn([held for held in layers if not held.cheap and held not in whole], step, _COSTLY_EVERY, "looked")
-    due = [held for index, held in enumerate(layers) if (step + index) % every == 0 and held not in (*glanced, *whole)]
+    due = [held for held in layers if (step + held.number) % every == 0 and held not in (*glanced, *whole)]
     awake = [held for held in due if not held.resting]
     for held in due:
         held.resting = max(0, held.resting - 1)
     due = awake
-    in_turn = [held for i, held in enumerate(layers) if (step + i) % ((3 if held.cheap else 8) * every) == 0]
+    in_turn = [held for held in layers if (step + held.number) % ((3 if held.cheap else 8) * every) == 0]
     followed = [held.small for held in (*due, *glanced)]
-    rounds: list[Asking[Any]] = [*(measured(tracked, step) for tracked in followed), sense({*in_turn, *glanced, *whole})]
-    *found, _ = yield from together(rounds, [*(tracked.home for tracked in followed), NO_HOME])
-    excesses = _clip(due, found[: len(due)], target)
-    most = max(excesses, default=1.0)
+    rounds: list[Asking[Any]] = [
+        *(measured(tracked, step) for tracked in followed),
+        sense(list(dict.fromkeys([*in_turn, *glanced, *whole]))),
+    ]
+    *found, _ = yield from together(rounds)
+    excesses = [held.hold_found(norm, target) for held, norm in zip(due, found, strict=False)]
     for _ in range(sweeps - 1):
         if not due:
             break
         yield []  # what follows can wait until before the next step, here and below
-        again = [measured(held.small, step) for held in due]
-        excesses = _clip(due, (yield from together(again, [held.whole.home for held in due])), target)
+        found_again = yield from together([measured(held.small, step) for held in due])
+        excesses = [held.hold_found(norm, target) for held, norm in zip(due, found_again, strict=True)]
     excess_of = dict(zip(due, excesses, strict=True))
     at_once = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
     by_gain = [held for held in layers if held not in whole and held.gains(target) > held.far]
@@ -268,38 +284,22 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     for held in whole:
         yield []
         yield from held.look(step, target, usual)
-    return most
 
 
-def sense(layers: Collection[HeldLayer]) -> Asking[None]:
+def sense(layers: Sequence[HeldLayer]) -> Asking[None]:
     """Find the gain of layers on slow directions, where the kernel is known.
 
     Raises:
         NotFiniteError: the weights of one are not finite.
     """
-    known = [(held, held.slow) for held in sorted(layers, key=lambda held: held.whole.number) if held.slow is not None]
+    known = [(held, held.slow) for held in layers if held.slow is not None]
     if not known:
         return
-    grams: dict[int, Tensor] = {}
-    with Lanes() as lane:
-        for home, those in by_lane(range(len(known)), [held.whole.home for held, _ in known]).items():
-            with lane(home):
-                grams |= {index: known[index][1].turn() for index in those}
-    came = yield [grams[index] for index in range(len(known))]
+    came = yield [slow.turn() for _, slow in known]
     for (held, _), gain in zip(known, settle([slow for _, slow in known], came), strict=True):
         if not math.isfinite(gain):
             raise not_finite(held.whole)
         held.sensed = gain
-
-
-def _clip(layers: Sequence[HeldLayer], found: Sequence[float], target: Target) -> list[float]:
-    """Clip what power steps found above the targets; by which factor it was."""
-    excesses = []
-    with Lanes() as lane:
-        for held, norm in zip(layers, found, strict=True):
-            with lane(held.whole.home):
-                excesses.append(held.hold_found(norm, target))
-    return excesses
 
 
 def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> list[HeldLayer]:

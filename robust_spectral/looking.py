@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .asking import Asking, Lanes, by_lane, together
-from .krylov import KrylovSpace, rayleigh_ritz
+from .asking import Asking, together
+from .krylov import rayleigh_ritz
 from .tracking import TrackedLayer
 
 _NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
@@ -22,7 +22,7 @@ class NotFiniteError(ValueError):
 
 def measure(layers: Sequence[TrackedLayer], step: int) -> Asking[list[float]]:
     """`measured` of several layers at once."""
-    return together([measured(tracked, step) for tracked in layers], [tracked.home for tracked in layers])
+    return together([measured(tracked, step) for tracked in layers])
 
 
 def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
@@ -62,26 +62,22 @@ def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, beside: Sequenc
     Raises:
         NotFiniteError: the weights of one are not finite.
     """
-    spaces: dict[int, KrylovSpace] = {}
-    with Lanes() as lane:
-        for home, those in by_lane(range(len(layers)), [tracked.home for tracked in layers]).items():
-            with lane(home):
-                for index in those:
-                    layers[index].note_changes()
-                    spaces[index] = layers[index].search(steps, seed, beside[index])
-    came = yield [tensor for index in range(len(layers)) for tensor in spaces[index].numbers()]
-    found = {}
-    with Lanes() as lane:
-        for index, (values, coefficients) in _ritz_of([came[i : i + 3] for i in range(0, len(came), 3)]).items():
-            with lane(layers[index].home):
-                found[index] = layers[index].estimate = layers[index].settle(spaces[index], values, coefficients)
-            if not math.isfinite(found[index]):
-                raise not_finite(layers[index])
-    return [found[index] for index in range(len(layers))]
+    spaces = []
+    for tracked, rows in zip(layers, beside, strict=True):
+        tracked.note_changes()
+        spaces.append(tracked.search(steps, seed, rows))
+    came = yield [tensor for space in spaces for tensor in space.numbers()]
+    found = []
+    for tracked, space, ritz in zip(layers, spaces, _ritz_of([came[i : i + 3] for i in range(0, len(came), 3)]), strict=True):
+        tracked.estimate = tracked.settle(space, *ritz)
+        if not math.isfinite(tracked.estimate):
+            raise not_finite(tracked)
+        found.append(tracked.estimate)
+    return found
 
 
-def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """What `rayleigh_ritz` makes of the numbers of several spaces, by their indices; together of those that are alike."""
+def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """What `rayleigh_ritz` makes of the numbers of several spaces; together of those that are alike."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (lengths, rows, _) in enumerate(numbers):
         alike.setdefault((lengths.dtype, lengths.shape[1], rows.shape[1]), []).append(index)
@@ -91,7 +87,7 @@ def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> dict[int, tuple[Tensor, Ten
         values, coefficients = rayleigh_ritz(lengths, rows, images, torch.finfo(dtype).eps)
         groups = [len(numbers[i][0]) for i in those]
         found |= dict(zip(those, zip(values.split(groups), coefficients.split(groups), strict=True), strict=True))
-    return found
+    return [found[index] for index in range(len(numbers))]
 
 
 def not_finite(tracked: TrackedLayer) -> NotFiniteError:

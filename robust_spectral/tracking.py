@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .affine import is_plain
-from .asking import Home, to_device
+from .asking import to_device
 from .krylov import KrylovSpace, apply_grouped, from_groups, krylov_space, random_block
 from .layers import LinearLayer
 from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
@@ -54,7 +54,6 @@ class TrackedLayer:
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
     remembers: bool = field(default=True)  # what is found next to the vectors, in their memory three times
-    number: int = field(default=0)  # among the layers of a model
     found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
     _proved: _Proved | None = field(default=None)
     _versions: list[int] = field(default_factory=list)
@@ -70,7 +69,7 @@ class TrackedLayer:
         operator = _operator(layer, bool(composite))
         size = math.prod(layer.in_shape) // operator.groups
         rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target, number=seed)
+        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator, target=target)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what holds on to this very module: a copy follows the copy of the layer."""
@@ -127,11 +126,6 @@ class TrackedLayer:
         self.next = entry["next"].to(self.vectors) if self.remembers and entry.get("next") is not None else None
         self.estimate, self.seen, self.initial = entry["estimate"], entry["seen"], entry["initial"]
         self.target, self.missed = entry["target"], entry["missed"]
-
-    @property
-    def home(self) -> Home:
-        """Where its work runs on a GPU."""
-        return self.number, self.vectors.device
 
     @property
     def versions(self) -> list[int]:

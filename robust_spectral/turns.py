@@ -1,8 +1,8 @@
 """The turns of a clipper: one behind every optimizer step. On a GPU one ends in the steps that follow, so that none waits.
 
 There, what only reads weights is started before a step and not behind the last, as weights are the same then and the GPU has
-the pass backwards to do, beside which it finds the time. While norms run away, as they may where training starts, all is done
-behind the step: what is clipped a step late has passed through all layers once more by then.
+the pass backwards to do, beside which it finds the time. Layers whose norms run away, as they may where training starts, have
+their turn behind the step all the same: what is clipped a step late has passed through all layers once more by then.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .operators import in_full
 from .tracking import TrackedLayer
 
 Known = list[tuple[Any, dict[str, Any]]]  # attributes by their owners
-
-_RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm there must have been
 
 
 class Turns:
@@ -47,8 +45,8 @@ class Turns:
 
     def restart(self, count: int) -> None:
         """Forget what is under way."""
-        self.count, self._calm, self._waits, self._started = count, 0, False, False
-        self._under_way: Later[float] | None = None
+        self.count, self._waits, self._started = count, False, False
+        self._under_way: Later[None] | None = None
         self._weights: list[Any] = []
         self._before: Known = []
 
@@ -69,20 +67,29 @@ class Turns:
         """
         if self._started and not early:
             self._under_way = None  # the step that it was started before has not come
-        early, self._started = early and not self._waits, False  # or else nobody called it
-        with self._or_back():
-            ended = self._act()
-            if self._at_once() and (self._under_way is None or not self._layers[0].on_gpu):
-                ended = self._to_the_end()
-                if self._at_once():
-                    return ended
-            self._waits = early
-            if early:
-                self._weights = self._weights_now()
-                branch_off(self._devices())
-            else:
-                self._start()
+        early, self._started, self._waits = early and not self._waits, False, False  # or else nobody called it
+        at_once = [held for held in self._layers if held.at_once]
+        if len(at_once) == len(self._layers):
+            self._under_way = None
+            with self._or_back():
+                answered(self._next(at_once))
+            ended = True
+        else:
+            with self._or_back():
+                ended = self._act()
+            if at_once:
+                with self._or_back(self._known()):
+                    answered(hold(at_once, self.count, 1, self._sweeps, self._target))
+        if all(held.at_once for held in self._layers):
             return ended
+        self._waits = early
+        if early:
+            self._weights = self._weights_now()
+            branch_off(self._devices())
+        else:
+            with self._or_back():
+                self._start()
+        return ended
 
     @in_full()
     def start_early(self) -> None:
@@ -104,13 +111,8 @@ class Turns:
     @contextmanager
     def unharmed(self) -> Iterator[None]:
         """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
-        before = self._known()
-        try:
-            with in_full():
-                yield
-        except NotFiniteError:
-            self._put_back(before)
-            raise
+        with self._or_back(self._known()), in_full():
+            yield
 
     def measure(self, layers: Sequence[TrackedLayer]) -> None:
         """A power step, now, on each of those layers that have changed since the last, or had none in the last turns."""
@@ -121,10 +123,6 @@ class Turns:
         """A copy begins with a turn of its own."""
         return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False, "_before": []}
 
-    def _at_once(self) -> bool:
-        """Whether turns are to end behind the step that they begin behind."""
-        return self._calm < _CALM or not self._layers[0].on_gpu
-
     def _act(self) -> bool:
         """Act upon the numbers that have come; whether the turn has ended with them."""
         if self._under_way is None or self._under_way.resting or self._given_up():
@@ -132,27 +130,15 @@ class Turns:
         for part in self._parts:
             part.note_changes()  # those of the optimizer
         self._under_way.go_on()
-        return self._end()
-
-    def _to_the_end(self) -> bool:
-        """All of a turn; True."""
-        self._under_way = self._under_way or Later(self._next())
-        while not self._end():
-            self._under_way.go_on()
-        return True
-
-    def _end(self) -> bool:
-        """Forget the turn if it has ended; whether it has."""
-        if self._under_way is None or not self._under_way.done:
+        if not self._under_way.done:
             return False
-        self._calm = self._calm + 1 if self._under_way.result <= _RUNNING_AWAY else 0
         self._under_way = None
         return True
 
     def _start(self) -> None:
         """Go on with a turn that rests, or begin the next."""
         if self._under_way is None or self._given_up():
-            self._under_way = Later(self._next())
+            self._under_way = Later(self._next([held for held in self._layers if not held.at_once]))
         elif self._under_way.resting:
             self._under_way.go_on()
 
@@ -163,13 +149,13 @@ class Turns:
             self._under_way = None
         return moved
 
-    def _next(self) -> Asking[float]:
+    def _next(self, layers: Sequence[HeldLayer]) -> Asking[None]:
         self._before = self._known()
         for part in self._parts:
             part.follow_device()
         self._prepare()
         self.count += 1
-        return hold(self._layers, self.count, self._every, self._sweeps, self._target)
+        return hold(layers, self.count, self._every, self._sweeps, self._target)
 
     def _weights_now(self) -> list[Any]:
         return [part.weights_now for part in self._parts]
@@ -178,12 +164,12 @@ class Turns:
         return {part.device for part in self._parts}
 
     @contextmanager
-    def _or_back(self) -> Iterator[None]:
-        """To before the turn where weights are not finite; whatever the error, the turn is given up."""
+    def _or_back(self, before: Known | None = None) -> Iterator[None]:
+        """To what was known before the turn, or ``before``, where weights are not finite; any error gives the turn up."""
         try:
             yield
         except NotFiniteError:
-            self._put_back(self._before)
+            self._put_back(self._before if before is None else before)
             raise
         except BaseException:
             self._under_way = None

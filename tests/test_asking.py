@@ -13,9 +13,7 @@ from torch import nn
 
 import robust_spectral as rs
 from robust_spectral.asking import Asking, Later, answered, together
-from robust_spectral.holding import HeldLayer
-
-CPU = torch.device("cpu")
+from robust_spectral.holding import HeldLayer, hold
 
 
 def add(count: int, log: list[str], name: str = "") -> Asking[float]:
@@ -33,7 +31,7 @@ def test_an_asking_computation_runs_to_its_end_with_its_answers() -> None:
 
 def test_several_share_their_rounds_and_keep_their_results_apart() -> None:
     log: list[str] = []
-    both = together([add(1, log, "a"), add(3, log, "b"), add(0, log, "c"), add(2, log, "d")], [(i, CPU) for i in range(4)])
+    both = together([add(1, log, "a"), add(3, log, "b"), add(0, log, "c"), add(2, log, "d")])
     rounds = []
 
     def counting() -> Asking[list[float]]:
@@ -138,6 +136,27 @@ def test_weights_that_are_put_back_between_two_steps_are_not_lowered_by_what_was
             assert torch.equal(model[2].weight, kept * 0.5)
             with torch.no_grad():
                 model[2].weight.copy_(kept)
+
+
+def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_and_no_other_has(a_step_late: None) -> None:
+    model = nn.Sequential(*[nn.Linear(12, 12, bias=False) for _ in range(5)])
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+    clipper = rs.FastClip(model, torch.randn(4, 12))
+    for _ in range(24):
+        clipper.step()
+    for step in range(20):
+        with torch.no_grad():
+            model[3].weight.mul_(1.2)
+        with mock.patch("robust_spectral.turns.hold", side_effect=hold) as turn:
+            clipper.step()
+        behind = [call.args[0] for call in turn.mock_calls if call.args[0][0].at_once]
+        if step >= 4:  # it has been noticed
+            assert [[held.whole.layer.name for held in held_now] for held_now in behind] == [["3"]]
+            assert norm(model[3], (12,)) <= 1.001
+    for _ in range(40):
+        clipper.step()
+    assert not any(held.at_once for held in clipper._turns._layers)
 
 
 @pytest.mark.parametrize("late", [False, True])
