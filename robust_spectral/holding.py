@@ -92,11 +92,6 @@ class HeldLayer:
         return self.small.vectors.is_cuda
 
     @property
-    def at_once(self) -> bool:
-        """Whether nothing of its turn may wait for the next step."""
-        return self.hurried > 0 or not self.on_gpu
-
-    @property
     def cheap(self) -> bool:
         """Whether a closer look at the small one costs little."""
         return self.on_gpu or self._work <= _CHEAP
@@ -237,8 +232,8 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
 
     Args:
         layers: All that are held.
-        step: Counted from 1.
-        every: Each layer is due once in so many steps.
+        step: Counted from 1, or turns where one takes several steps.
+        every: Each layer is due once in so many.
         sweeps: Power steps and clips of a layer that is due.
         target: From a layer and its norm to the norm allowed now.
     """

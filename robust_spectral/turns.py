@@ -66,21 +66,22 @@ class Turns:
             NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
         """
         if self._started and not early:
-            self._under_way = None  # the step that it was started before has not come
-        early, self._started, self._waits = early and not self._waits, False, False  # or else nobody called it
-        at_once = [held for held in self._layers if held.at_once]
-        if len(at_once) == len(self._layers):
-            self._under_way = None
+            self._give_up()  # the step that it was started before has not come
+        early = early and not self._waits  # if it does, `start_early` was not called after all
+        self._started = self._waits = False
+        hurried = self._hurried()
+        if len(hurried) == len(self._layers):
+            self._give_up()
             with self._or_back():
-                answered(self._next(at_once))
+                answered(self._next(hurried))
             ended = True
         else:
             with self._or_back():
                 ended = self._act()
-            if at_once:
+            if hurried:
                 with self._or_back(self._known()):
-                    answered(hold(at_once, self.count, 1, self._sweeps, self._target))
-        if all(held.at_once for held in self._layers):
+                    answered(hold(hurried, self.count, 1, self._sweeps, self._target))
+        if len(self._hurried()) == len(self._layers):
             return ended
         self._waits = early
         if early:
@@ -99,7 +100,7 @@ class Turns:
             NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
         """
         if self._started:
-            self._under_way = None
+            self._give_up()
         if not self._waits:
             return
         self._waits, self._started = False, True
@@ -111,17 +112,29 @@ class Turns:
     @contextmanager
     def unharmed(self) -> Iterator[None]:
         """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
-        with self._or_back(self._known()), in_full():
+        with self._or_back(self._before if self._asks() else self._known()), in_full():
             yield
 
     def measure(self, layers: Sequence[TrackedLayer]) -> None:
         """A power step, now, on each of those layers that have changed since the last, or had none in the last turns."""
-        oldest = max(0, self.count - self._every + 1)
-        answered(measure([tracked for tracked in layers if tracked.seen < oldest or tracked.changes_unseen], self.count))
+        oldest, asks = max(0, self.count - self._every + 1), self._asks()
+        chosen = [tracked for tracked in layers if asks or tracked.seen < oldest or tracked.changes_unseen]
+        try:
+            answered(measure(chosen, self.count))
+        except NotFiniteError:
+            if not asks:
+                raise
+            self._give_up()  # of weights that may have been put back since
+            answered(measure(chosen, self.count))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""
         return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False, "_before": []}
+
+    def _hurried(self) -> list[HeldLayer]:
+        """Those whose turns are not to wait: where norms run away, and all if one is not on a GPU."""
+        late = all(held.on_gpu for held in self._layers)
+        return [held for held in self._layers if held.hurried or not late]
 
     def _act(self) -> bool:
         """Act upon the numbers that have come; whether the turn has ended with them."""
@@ -137,16 +150,28 @@ class Turns:
 
     def _start(self) -> None:
         """Go on with a turn that rests, or begin the next."""
+        hurried = self._hurried()
         if self._under_way is None or self._given_up():
-            self._under_way = Later(self._next([held for held in self._layers if not held.at_once]))
+            late = [held for held in self._layers if held not in hurried]
+            self._under_way = Later(self._next(late)) if late else None
         elif self._under_way.resting:
             self._under_way.go_on()
+
+    def _asks(self) -> bool:
+        """Whether a turn under way waits for numbers, so that what it made of the vectors may be anything."""
+        return self._under_way is not None and not (self._under_way.resting or self._under_way.done)
+
+    def _give_up(self) -> None:
+        """Forget the turn that is under way."""
+        if self._asks():
+            self._put_back(self._before)
+        self._under_way = None
 
     def _given_up(self) -> bool:
         """Give up what is under way of layers that moved elsewhere; whether they have."""
         moved = any(part.moved for part in self._parts)
         if moved:
-            self._under_way = None
+            self._give_up()
         return moved
 
     def _next(self, layers: Sequence[HeldLayer]) -> Asking[None]:
@@ -172,7 +197,7 @@ class Turns:
             self._put_back(self._before if before is None else before)
             raise
         except BaseException:
-            self._under_way = None
+            self._give_up()
             raise
 
     def _known(self) -> Known:

@@ -150,13 +150,59 @@ def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_an
             model[3].weight.mul_(1.2)
         with mock.patch("robust_spectral.turns.hold", side_effect=hold) as turn:
             clipper.step()
-        behind = [call.args[0] for call in turn.mock_calls if call.args[0][0].at_once]
+        behind = [call.args[0] for call in turn.mock_calls if call.args[0][0].hurried]
         if step >= 4:  # it has been noticed
-            assert [[held.whole.layer.name for held in held_now] for held_now in behind] == [["3"]]
+            assert [[held.whole.layer.name for held in now] for now in behind] == [["3"]]
             assert norm(model[3], (12,)) <= 1.001
     for _ in range(40):
         clipper.step()
-    assert not any(held.at_once for held in clipper._turns._layers)
+    assert not any(held.hurried for held in clipper._turns._layers)
+
+
+def test_a_model_that_moves_while_its_norms_are_asked_for_goes_on(a_step_late: None) -> None:
+    for steps in range(20, 26):
+        model = convolutions()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        clipper = trained(model, steps)
+        clipper.attach(optimizer)
+        with mock.patch.object(HeldLayer, "on_gpu", False):
+            clipper.norms()
+            optimizer.step()
+        for _ in range(12):
+            with torch.no_grad():
+                model[2].weight.mul_(1.02)
+            optimizer.step()
+        assert norm(model[2], (16, 12, 12)) <= 1.05
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_vectors_are_good_after_a_turn_that_was_given_up_while_weights_were_not_finite(hooked: bool, a_step_late: None) -> None:
+    def fails() -> float:
+        raise RuntimeError("no memory")
+
+    for steps in range(20, 26):
+        model = convolutions()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        clipper = trained(model, steps)
+        kept = copy.deepcopy(model.state_dict())
+        if hooked:
+            clipper.attach(optimizer)
+            optimizer.step()
+        with torch.no_grad():
+            model[2].weight[0, 0, 0, 0] = torch.nan
+        if hooked:
+            with pytest.raises(RuntimeError, match="no memory"):
+                optimizer.step(fails)
+        else:
+            clipper.step()
+            with pytest.raises(ValueError, match="NaN"):
+                clipper.norms()
+        model.load_state_dict(kept)
+        assert max(clipper.norms().values()) <= 1.02
+        skipped = clipper.skipped
+        for _ in range(4):
+            optimizer.step() if hooked else clipper.step()
+        assert clipper.skipped == skipped and max(clipper.norms().values()) <= 1.02
 
 
 @pytest.mark.parametrize("late", [False, True])
