@@ -24,6 +24,7 @@ from .small_maps import on_small_map, on_whole_map
 from .tracking import TrackedLayer
 
 _LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
+_TINY, _TINY_LOOK = 1e6, 12  # multiply-adds of an application that costs next to nothing, and steps of a look there
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
 _CHEAP = 1.2e7  # multiply-adds of an application
 _FEW = 2**16  # inputs
@@ -100,6 +101,11 @@ class HeldLayer:
     def _work(self) -> int:
         weights = max(parameter.numel() for parameter in self.small.layer.module.parameters())
         return weights * math.prod(self.small.operator.out_shape[1:])
+
+    @property
+    def steps(self) -> int:
+        """Of a closer look at the small one."""
+        return _TINY_LOOK if self._work <= _TINY else _LOOK
 
     @property
     def far(self) -> float:
@@ -192,7 +198,7 @@ class HeldLayer:
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
-        found = yield from look(self.small, _LOOK, step, self.beside())
+        found = yield from look(self.small, self.steps, step, self.beside())
         self.whole.estimate = found * self.bias
         yield []
         on_whole = on_whole_map(self.small.vectors[:, :1], self.small.operator, self.whole.operator, self.whole.layer)
@@ -273,7 +279,8 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     closely = {held: norm for held, norm in closely.items() if held not in whole}
     if closely:
         yield []
-        searched = yield from looks([held.small for held in closely], _LOOK, step, [held.beside() for held in closely])
+        steps, beside = [held.steps for held in closely], [held.beside() for held in closely]
+        searched = yield from looks([held.small for held in closely], steps, step, beside)
         for (held, norm), value in zip(closely.items(), searched, strict=True):
             held.act_upon(value, step, target, usual, norm)
     for held in whole:

@@ -53,19 +53,21 @@ def look(tracked: TrackedLayer, steps: int, seed: int, beside: Tensor | None = N
     Raises:
         NotFiniteError: its weights are not finite.
     """
-    return (yield from looks([tracked], steps, seed, [beside]))[0]
+    return (yield from looks([tracked], [steps], seed, [beside]))[0]
 
 
-def looks(layers: Sequence[TrackedLayer], steps: int, seed: int, beside: Sequence[Tensor | None]) -> Asking[list[float]]:
-    """Closer looks at several.
+def looks(
+    layers: Sequence[TrackedLayer], steps: Sequence[int], seed: int, beside: Sequence[Tensor | None]
+) -> Asking[list[float]]:
+    """Closer looks at several, in so many steps each.
 
     Raises:
         NotFiniteError: the weights of one are not finite.
     """
     spaces = []
-    for tracked, rows in zip(layers, beside, strict=True):
+    for tracked, length, rows in zip(layers, steps, beside, strict=True):
         tracked.note_changes()
-        spaces.append(tracked.search(steps, seed, rows))
+        spaces.append(tracked.search(length, seed, rows))
     came = yield [tensor for space in spaces for tensor in space.numbers()]
     found = []
     for tracked, space, ritz in zip(layers, spaces, _ritz_of([came[i : i + 3] for i in range(0, len(came), 3)]), strict=True):

@@ -182,6 +182,18 @@ def test_a_look_takes_in_what_the_last_one_found_next_to_its_vector():
     assert abs(float(tracked.vectors[0, 0].double() @ Vh[40])) > 1 - 1e-5
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_look_at_a_tiny_layer_finds_what_is_far_from_the_direction_it_starts_from(seed, monkeypatch):
+    monkeypatch.undo()
+    torch.manual_seed(seed)
+    net, size = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1, bias=False)), 4 * 14 * 14
+    held = rs.FastClip(net, torch.randn(1, 4, 14, 14), 50.0)._held["0"]
+    images = held.small.operator.matmat(torch.eye(size).reshape(size, 4, 14, 14)).reshape(size, -1).double()
+    squares, directions = torch.linalg.eigh(images @ images.mT)
+    held.small.vectors = directions[:, -21][None, None].float()
+    assert answered(look(held.small, held.steps, 3)) >= 0.983 * float(squares[-1]) ** 0.5  # seven steps find 0.98 at most
+
+
 def test_a_norm_that_jumps_is_down_after_the_step():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
@@ -312,7 +324,7 @@ def test_what_follows_a_step_starts_few_computations():
     for start in (
         tracked.power_step,
         tracked.power_step,
-        lambda: answered(looks(many, 7, 3, [None] * 8)),
+        lambda: answered(looks(many, [7] * 8, 3, [None] * 8)),
         lambda: tracked.hold_(0.5),
     ):
         with torch.no_grad(), Computations() as computations:
@@ -350,7 +362,7 @@ def test_directions_found_by_a_block_are_unit_vectors_where_its_space_is_spent()
         layer.weight.data.copy_(weight)
         tracked = TrackedLayer.of(LinearLayer("", layer, (10,)), vectors=3, composite=False, seed=seed)
         with torch.no_grad():
-            answered(looks([tracked], 7, seed, [None]))
+            answered(looks([tracked], [7], seed, [None]))
         kept = tracked.found.values[0] > 0.5
         torch.testing.assert_close(tracked.found.right[0, kept].norm(dim=1), torch.ones(int(kept.sum())))
 
