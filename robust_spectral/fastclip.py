@@ -197,9 +197,8 @@ class FastClip:
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        with self._turns.unharmed():
-            self._resolve()
-            self._turns.measure(list(self._tracked.values()))
+        self._resolve()
+        self._turns.measure(list(self._tracked.values()))
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:

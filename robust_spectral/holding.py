@@ -245,21 +245,11 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     """
     for held in layers:
         held.hurried = max(0, held.hurried - 1)
-    whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
-    glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
-    glanced += _in_turn([held for held in layers if not held.cheap and held not in whole], step, _COSTLY_EVERY, "looked")
-    due = [held for held in layers if (step + held.number) % every == 0 and held not in (*glanced, *whole)]
-    awake = [held for held in due if not held.resting]
-    for held in due:
-        held.resting = max(0, held.resting - 1)
-    due = awake
-    in_turn = [held for held in layers if (step + held.number) % ((3 if held.cheap else 8) * every) == 0]
-    followed = [held.small for held in (*due, *glanced)]
-    rounds: list[Asking[Any]] = [
-        *(measured(tracked, step) for tracked in followed),
-        sense(list(dict.fromkeys([*in_turn, *glanced, *whole]))),
-    ]
-    *found, _ = yield from together(rounds)
+    whole, glanced, due = _in_this(layers, step, every)
+    sensed = [held for held in layers if (step + held.number) % ((3 if held.cheap else 8) * every) == 0]
+    first: list[Asking[Any]] = [measured(held.small, step) for held in (*due, *glanced)]
+    first.append(sense(list(dict.fromkeys([*sensed, *glanced, *whole]))))
+    *found, _ = yield from together(first)
     excesses = [held.hold_found(norm, target) for held, norm in zip(due, found, strict=False)]
     for _ in range(sweeps - 1):
         if not due:
@@ -268,24 +258,36 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         found_again = yield from together([measured(held.small, step) for held in due])
         excesses = [held.hold_found(norm, target) for held, norm in zip(due, found_again, strict=True)]
     excess_of = dict(zip(due, excesses, strict=True))
-    at_once = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
+    jumped = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
     by_gain = [held for held in layers if held not in whole and held.gains(target) > held.far]
-    at_once += [held for held in by_gain if held.small is held.whole and held not in (*at_once, *glanced)]
+    jumped += [held for held in by_gain if held.small is held.whole and held not in (*jumped, *glanced)]
     whole = whole or sorted((h for h in by_gain if h.small is not h.whole), key=lambda held: held.gains(target))[-1:]
     if layers[0].on_gpu:
-        at_once = at_once[:_GPU_MOST]  # the others' turn comes
+        jumped = jumped[:_GPU_MOST]  # the others' turn comes
     usual = _mean_rate(layers)
-    closely = dict.fromkeys(at_once, None) | dict(zip(glanced, found[len(due) :], strict=True))
-    closely = {held: norm for held, norm in closely.items() if held not in whole}
-    if closely:
+    looked_at = dict.fromkeys(jumped, None) | dict(zip(glanced, found[len(due) :], strict=True))
+    looked_at = {held: norm for held, norm in looked_at.items() if held not in whole}
+    if looked_at:
         yield []
-        steps, beside = [held.steps for held in closely], [held.beside() for held in closely]
-        searched = yield from looks([held.small for held in closely], steps, step, beside)
-        for (held, norm), value in zip(closely.items(), searched, strict=True):
+        steps, beside = [held.steps for held in looked_at], [held.beside() for held in looked_at]
+        searched = yield from looks([held.small for held in looked_at], steps, step, beside)
+        for (held, norm), value in zip(looked_at.items(), searched, strict=True):
             held.act_upon(value, step, target, usual, norm)
     for held in whole:
         yield []
         yield from held.look(step, target, usual)
+
+
+def _in_this(layers: Sequence[HeldLayer], step: int, every: int) -> tuple[list[HeldLayer], list[HeldLayer], list[HeldLayer]]:
+    """Whose turn it is: to be looked at on the whole map, to be looked at behind a power step, to get a power step alone."""
+    whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
+    glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
+    glanced += _in_turn([held for held in layers if not held.cheap and held not in whole], step, _COSTLY_EVERY, "looked")
+    due = [held for held in layers if (step + held.number) % every == 0 and held not in (*glanced, *whole)]
+    awake = [held for held in due if not held.resting]
+    for held in due:
+        held.resting = max(0, held.resting - 1)
+    return whole, glanced, awake
 
 
 def sense(layers: Sequence[HeldLayer]) -> Asking[None]:

@@ -32,19 +32,19 @@ def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
         NotFiniteError: its weights are not finite.
     """
     tracked.note_changes()
+    turned = tracked.turned
     try:
-        values = tracked.power_step()
-        found = tracked.found
+        onward = tracked.next_step()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise not_finite(tracked) from None
-    values = (yield [values])[0]
-    if tracked.found is found:  # none was asked for in between
-        tracked.know(values)
+    values = (yield [onward.found.values])[0]
     norm = float(values.max())
     if not math.isfinite(norm):
         raise not_finite(tracked)
-    tracked.estimate, tracked.seen = norm, step
-    return norm
+    if tracked.turned == turned:  # otherwise one was asked for in between, which knows more
+        tracked.follow(onward, values)
+        tracked.estimate, tracked.seen = norm, step
+    return tracked.estimate
 
 
 def look(tracked: TrackedLayer, steps: int, seed: int, beside: Tensor | None = None) -> Asking[float]:
@@ -71,10 +71,10 @@ def looks(
     came = yield [tensor for space in spaces for tensor in space.numbers()]
     found = []
     for tracked, space, ritz in zip(layers, spaces, _ritz_of([came[i : i + 3] for i in range(0, len(came), 3)]), strict=True):
-        tracked.estimate = tracked.settle(space, *ritz)
-        if not math.isfinite(tracked.estimate):
+        found.append(tracked.settle(space, *ritz))
+        if not math.isfinite(found[-1]):
             raise not_finite(tracked)
-        found.append(tracked.estimate)
+        tracked.estimate = found[-1]
     return found
 
 

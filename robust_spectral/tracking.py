@@ -20,7 +20,7 @@ from .affine import is_plain
 from .asking import to_device
 from .krylov import KrylovSpace, apply_grouped, from_groups, krylov_space, random_block
 from .layers import LinearLayer
-from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_
+from .moves import Move, MoveWeight, add_by_groups_, by_groups, multiply_by_groups_, smallest_change
 from .norms import NormInterval, spectral_norm
 from .numerics import power_of_two
 from .operators import LinearOperator
@@ -34,6 +34,15 @@ _MOST_OF_A_ROW = 64  # more than any coefficient of `rayleigh_ritz`
 _AT_ONCE = 4  # directions that a search finds, all of which are clipped
 _MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
+
+
+@dataclass(frozen=True)
+class Onward:
+    """Triplets found, and the vectors to go on from, back from their left ones where the last half step was forward."""
+
+    found: Found
+    vectors: Tensor
+    forward: bool = False
 
 
 @dataclass(eq=False)
@@ -53,6 +62,7 @@ class TrackedLayer:
     missed: float = field(default=1.0)  # factor by which power steps fall short
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
+    turned: int = field(default=0)  # how often the vectors have been replaced
     remembers: bool = field(default=True)  # what is found next to the vectors, in their memory three times
     found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
     _proved: _Proved | None = field(default=None)
@@ -186,8 +196,8 @@ class TrackedLayer:
         right = triplets.right[:, : self.vectors.shape[1]]
         if self.remembers:
             self.next = triplets.right[:, right.shape[1] :]
-        self._follow(triplets, right if right.shape[1] == 1 else next_block(right, self.vectors))
-        return float(self.found.values.max())
+        onward = self._onward(triplets, right if right.shape[1] == 1 else next_block(right, self.vectors))
+        return float(self.follow(onward).max())
 
     def learn(self, found: float, searched: float) -> None:
         """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
@@ -198,7 +208,11 @@ class TrackedLayer:
         self.missed = max(1 + 0.9 * (self.missed - 1), short)
 
     def power_step(self) -> Tensor:
-        """A warm power step; the values found, (groups, k), without a wait for the device.
+        """A warm power step; the values found, (groups, k), without a wait for the device."""
+        return self.follow(self.next_step())
+
+    def next_step(self) -> Onward:
+        """Where a warm power step leads, which `follow` takes; of weights that are not finite neither are the values found.
 
         A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
         pair u, v and a value ⟨u, A v⟩ of the weights as they are.
@@ -206,16 +220,19 @@ class TrackedLayer:
         self.follow_device()
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
-            return self._follow(ritz, next_block(image, self.vectors))
+            return self._onward(ritz, next_block(image, self.vectors))
         if self.left is None:
             right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
         else:
             left, (right, size) = self.left, unit_rows(apply_grouped(self._scaled().H, self.left), self.vectors)
-        return self._follow(Found(size[..., 0], left, right), right, forward=self.left is None)
+        return self._onward(Found(size[..., 0], left, right), right, forward=self.left is None)
 
-    def know(self, values: Tensor) -> None:
-        """Take over the values of the last power step, given on the host."""
-        self.found = replace(self.found, values=values)
+    def follow(self, onward: Onward, values: Tensor | None = None) -> Tensor:
+        """Go on from there; the values found, or those given, which are the same on the host."""
+        self.found = onward.found if values is None else replace(onward.found, values=values)
+        self.vectors, self.left = onward.vectors, onward.found.left if onward.forward else None
+        self.turned += 1
+        return self.found.values
 
     def hold_(self, target: float) -> None:
         """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
@@ -242,7 +259,7 @@ class TrackedLayer:
             square = torch.linalg.vector_norm(G).square().clamp_min(torch.finfo(G.dtype).tiny)
             add_by_groups_(parameters, G[:, 0], over=square, times=-float(excess))
         else:
-            a = _smallest_change(G, to_device(excess, G))
+            a = smallest_change(G, to_device(excess, G))
             add_by_groups_(parameters, (-a[:, None] @ G)[:, 0])
 
     def forget(self) -> None:
@@ -279,7 +296,7 @@ class TrackedLayer:
         """
         if dense_work(self.operator) <= _SMALL:
             ritz = dense_ritz(self._scaled(), 64)
-            return float(self._follow(ritz, ritz.right[:, : self.vectors.shape[1]]).max())
+            return float(self.follow(self._onward(ritz, ritz.right[:, : self.vectors.shape[1]])).max())
         largest = float(self.power_step().max())
         if largest > max_norm * (1 + TOLERANCE / 4):
             return largest
@@ -287,16 +304,11 @@ class TrackedLayer:
         search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
         ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
-        return float(self._follow(ritz, torch.linalg.qr(ritz.right.mT)[0].mT).max())
+        return float(self.follow(self._onward(ritz, torch.linalg.qr(ritz.right.mT)[0].mT)).max())
 
-    def _follow(self, found: Found, vectors: Tensor, forward: bool = False) -> Tensor:
-        """Take over triplets of the scaled operator, and the vectors to go on from, back where the last half was forward.
-
-        Returns the values.
-        """
-        self.found, self.vectors = found if self.scale == 1 else replace(found, values=found.values * self.scale), vectors
-        self.left = found.left if forward else None
-        return self.found.values
+    def _onward(self, found: Found, vectors: Tensor, forward: bool = False) -> Onward:
+        """From triplets of the scaled operator."""
+        return Onward(found if self.scale == 1 else replace(found, values=found.values * self.scale), vectors, forward)
 
 
 @dataclass(frozen=True)
@@ -313,27 +325,6 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
-
-
-def _smallest_change(G: Tensor, excess: Tensor) -> Tensor:
-    """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
-
-    The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
-    lower them more than enough), so that nearly dependent directions cannot blow the change up.
-    """
-    if G.shape[1] == 1:
-        return excess / (G.norm(dim=2).square() + torch.finfo(G.dtype).tiny)
-    gram, active = G @ G.mT, excess > 0
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    ridge = eye * (1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] + torch.finfo(gram.dtype).tiny)
-    for _ in range(gram.shape[-1]):
-        pairs = active[:, :, None] & active[:, None, :]
-        a = torch.linalg.solve_ex(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))[0]
-        negative = a < 0
-        if not a.is_cuda and not bool(negative.any()):  # on a GPU, where to ask would be a wait, more rounds change nothing
-            break
-        active = active & ~negative
-    return a
 
 
 def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:

@@ -15,11 +15,9 @@ import torch
 
 from .asking import Asking, Later, answered, beside, branch_off
 from .holding import HeldLayer, Target, hold
-from .looking import NotFiniteError, measure
+from .looking import measure
 from .operators import in_full
 from .tracking import TrackedLayer
-
-Known = list[tuple[Any, dict[str, Any]]]  # attributes by their owners
 
 
 class Turns:
@@ -48,7 +46,6 @@ class Turns:
         self.count, self._waits, self._started = count, False, False
         self._under_way: Later[None] | None = None
         self._weights: list[Any] = []
-        self._before: Known = []
 
     @in_full()
     def start(self, held: HeldLayer) -> None:
@@ -63,41 +60,38 @@ class Turns:
             early: Whether `start_early` was called before the step, and will be before the next.
 
         Raises:
-            NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
+            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
         """
         if self._started and not early:
             self._give_up()  # the step that it was started before has not come
         early = early and not self._waits  # if it does, `start_early` was not called after all
         self._started = self._waits = False
-        hurried = self._hurried()
-        if len(hurried) == len(self._layers):
-            self._give_up()
-            with self._or_back():
+        with self._or_give_up():
+            hurried, late = self._hurried_and_late()
+            if not late:
+                self._give_up()
                 answered(self._next(hurried))
-            ended = True
-        else:
-            with self._or_back():
+                ended = True
+            else:
                 ended = self._act()
-            if hurried:
-                with self._or_back(self._known()):
+                if hurried:
                     answered(hold(hurried, self.count, 1, self._sweeps, self._target))
-        if len(self._hurried()) == len(self._layers):
-            return ended
-        self._waits = early
-        if early:
-            self._weights = self._weights_now()
-            branch_off(self._devices())
-        else:
-            with self._or_back():
+            if not self._hurried_and_late()[1]:
+                return ended
+            self._waits = early
+            if early:
+                self._weights = self._weights_now()
+                branch_off(self._devices())
+            else:
                 self._start()
-        return ended
+            return ended
 
     @in_full()
     def start_early(self) -> None:
         """Before a step: start what only reads weights, beside the pass backwards unless they have changed since the last.
 
         Raises:
-            NotFiniteError: a layer's weights are not finite. All is known then that was before the turn.
+            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
         """
         if self._started:
             self._give_up()
@@ -106,35 +100,30 @@ class Turns:
         self._waits, self._started = False, True
         if self._weights_now() != self._weights or any(part.changes_in_passes for part in self._parts):
             branch_off(self._devices())
-        with self._or_back(), beside(self._devices()):
+        with self._or_give_up(), beside(self._devices()):
             self._start()
 
-    @contextmanager
-    def unharmed(self) -> Iterator[None]:
-        """Leave what is known of the layers as it was, should their weights turn out not to be finite."""
-        with self._or_back(self._before if self._asks() else self._known()), in_full():
-            yield
-
+    @in_full()
     def measure(self, layers: Sequence[TrackedLayer]) -> None:
-        """A power step, now, on each of those layers that have changed since the last, or had none in the last turns."""
+        """A power step, now, on each of those layers that have changed since the last, or had none in the last turns.
+
+        Raises:
+            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
+        """
+        self._given_up()
         oldest, asks = max(0, self.count - self._every + 1), self._asks()
         chosen = [tracked for tracked in layers if asks or tracked.seen < oldest or tracked.changes_unseen]
-        try:
-            answered(measure(chosen, self.count))
-        except NotFiniteError:
-            if not asks:
-                raise
-            self._give_up()  # of weights that may have been put back since
+        with self._or_give_up():
             answered(measure(chosen, self.count))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins with a turn of its own."""
-        return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False, "_before": []}
+        return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False}
 
-    def _hurried(self) -> list[HeldLayer]:
-        """Those whose turns are not to wait: where norms run away, and all if one is not on a GPU."""
-        late = all(held.on_gpu for held in self._layers)
-        return [held for held in self._layers if held.hurried or not late]
+    def _hurried_and_late(self) -> tuple[list[HeldLayer], list[HeldLayer]]:
+        """Those whose turns are not to wait, where norms run away, and all if one is not on a GPU; and the others."""
+        late = [held for held in self._layers if not held.hurried] if all(held.on_gpu for held in self._layers) else []
+        return [held for held in self._layers if held.hurried or not late], late
 
     def _act(self) -> bool:
         """Act upon the numbers that have come; whether the turn has ended with them."""
@@ -150,21 +139,18 @@ class Turns:
 
     def _start(self) -> None:
         """Go on with a turn that rests, or begin the next."""
-        hurried = self._hurried()
         if self._under_way is None or self._given_up():
-            late = [held for held in self._layers if held not in hurried]
+            _, late = self._hurried_and_late()
             self._under_way = Later(self._next(late)) if late else None
         elif self._under_way.resting:
             self._under_way.go_on()
 
     def _asks(self) -> bool:
-        """Whether a turn under way waits for numbers, so that what it made of the vectors may be anything."""
+        """Whether a turn under way waits for numbers, so that nobody knows yet what it has measured."""
         return self._under_way is not None and not (self._under_way.resting or self._under_way.done)
 
     def _give_up(self) -> None:
         """Forget the turn that is under way."""
-        if self._asks():
-            self._put_back(self._before)
         self._under_way = None
 
     def _given_up(self) -> bool:
@@ -175,7 +161,6 @@ class Turns:
         return moved
 
     def _next(self, layers: Sequence[HeldLayer]) -> Asking[None]:
-        self._before = self._known()
         for part in self._parts:
             part.follow_device()
         self._prepare()
@@ -189,24 +174,10 @@ class Turns:
         return {part.device for part in self._parts}
 
     @contextmanager
-    def _or_back(self, before: Known | None = None) -> Iterator[None]:
-        """To what was known before the turn, or ``before``, where weights are not finite; any error gives the turn up."""
+    def _or_give_up(self) -> Iterator[None]:
+        """Any error ends the turn that is under way."""
         try:
             yield
-        except NotFiniteError:
-            self._put_back(self._before if before is None else before)
-            raise
         except BaseException:
             self._give_up()
             raise
-
-    def _known(self) -> Known:
-        """What is known of the layers now."""
-        of_parts = [(p, {"vectors": p.vectors, "left": p.left, "next": p.next, "estimate": p.estimate}) for p in self._parts]
-        return [*of_parts, *((held.slow, {"block": held.slow.block}) for held in self._layers if held.slow is not None)]
-
-    def _put_back(self, known: Known) -> None:
-        """Know that and no more, and give up what is under way."""
-        for owner, values in known:
-            owner.__dict__.update(values)
-        self._under_way = None

@@ -89,6 +89,14 @@ def convolutions() -> nn.Sequential:
     )  # fmt: skip
 
 
+def orthogonal(count: int, width: int) -> nn.Sequential:
+    """Dense layers of norm 1."""
+    layers = [nn.Linear(width, width, bias=False) for _ in range(count)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+    return nn.Sequential(*layers)
+
+
 SHAPES = {0: (3, 12, 12), 2: (16, 12, 12), 6: (64,)}
 
 
@@ -139,9 +147,7 @@ def test_weights_that_are_put_back_between_two_steps_are_not_lowered_by_what_was
 
 
 def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_and_no_other_has(a_step_late: None) -> None:
-    model = nn.Sequential(*[nn.Linear(12, 12, bias=False) for _ in range(5)])
-    for layer in model:
-        nn.init.orthogonal_(layer.weight)
+    model = orthogonal(5, 12)
     clipper = rs.FastClip(model, torch.randn(4, 12))
     for _ in range(24):
         clipper.step()
@@ -362,9 +368,7 @@ def test_a_copy_of_a_clipper_follows_the_copy_of_its_model(copied) -> None:
 
 
 def test_norms_that_are_asked_for_between_two_steps_do_no_harm(a_step_late: None) -> None:
-    net = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(40)])
-    for layer in net:
-        nn.init.orthogonal_(layer.weight)
+    net = orthogonal(40, 8)
     clipper = rs.FastClip(net, torch.rand(1, 8))
     for _ in range(11):
         clipper.step()

@@ -622,7 +622,7 @@ def test_a_relative_target_is_a_multiple_of_each_layers_own_norm(convnet: nn.Mod
 @pytest.mark.parametrize("sweeps", [1, 3])
 def test_a_layer_that_is_due_gets_as_many_power_steps_as_sweeps(sweeps: int, convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, sweeps=sweeps)
-    with mock.patch.object(TrackedLayer, "power_step", autospec=True, side_effect=TrackedLayer.power_step) as steps:
+    with mock.patch.object(TrackedLayer, "next_step", autospec=True, side_effect=TrackedLayer.next_step) as steps:
         clipper.step()
     assert steps.call_count == 3 + sweeps + 2  # at the start one each; two of the three get a closer look behind a single one
 
