@@ -36,7 +36,7 @@ _CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm end the hurry
-_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "resting", "share", "sensed", "hurried")
+_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "level", "resting", "share", "sensed", "hurried")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -55,6 +55,7 @@ class HeldLayer:
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
+        level: Norm of the whole as the last turn left it.
         resting: How many power steps are left out, as the last one found nothing to do, nor soon.
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
@@ -71,6 +72,7 @@ class HeldLayer:
     looked: int = 0
     compared: int = 0
     allowed: float = math.inf
+    level: float = 0.0
     resting: int = 0
     slow: SlowDirections | None = None
     sensed: float = 0.0
@@ -166,14 +168,16 @@ class HeldLayer:
         if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
             tracked.hold_(target)
             self.sensed *= target / norm
+            norm = target
+        self.resting, self.level = 0, norm * missed
         tracked.forget()
 
     def hold_found(self, norm: float, target: Target) -> float:
         """Clip what a power step found, if it is above the target; by which factor it is."""
         missed = self.small.missed * self.bias
-        allowed = target(self, norm * missed)
+        allowed, grown = target(self, norm * missed), norm * missed / self.level - 1 if self.level > 0 else math.inf
         self.hold(self.small, norm, missed, allowed)
-        slack, pace = 1 + _IDLE - norm * missed / allowed, 2 * self.rate + _IDLE / 8
+        slack, pace = 1 + _IDLE - norm * missed / allowed, max(2 * self.rate + _IDLE / 8, grown)
         self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
         self._hurry(norm * missed / allowed)
         return norm * missed / allowed
