@@ -1,6 +1,7 @@
 """Fine-tuning under torchrun: two processes do what one does, write once, and go on where they were stopped."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from robust_spectral.evaluations.finetune import finetune
 from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.ranks import Ranks, Shares
 
-CONFIG = {"model": "maxmin_mlp", "data": "digits", "image_size": 28, "epochs": 2, "batch_size": 64, "logit_scale": 20.0,
-          "opt": "sgd", "lr": 1e-3, "seed": 1}  # fmt: skip
+CONFIG = {"model": "maxmin_mlp", "data": "digits", "image_size": 28, "epochs": 2, "batch_size": 64, "logit_scale": 5.0,
+          "opt": "sgd", "lr": 1e-2, "seed": 1}  # fmt: skip
 
 
 def torchrun(out: Path, **changes: object) -> subprocess.CompletedProcess:
@@ -29,16 +30,17 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "training.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_as_one_does_and_hold_the_norms(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "two")
+@pytest.mark.parametrize(("max_norm", "furthest"), [(math.inf, 1e-6), (1.0, 1e-3)], ids=["plain", "clipped"])
+def test_two_processes_train_as_one_does_and_hold_the_norms(max_norm: float, furthest: float, tmp_path: Path) -> None:
+    done = torchrun(tmp_path / "two", max_norm=max_norm)
     assert done.returncode == 0, done.stderr
-    finetune(FinetuneConfig(**CONFIG), tmp_path / "one")
+    finetune(FinetuneConfig(**CONFIG, max_norm=max_norm), tmp_path / "one")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
-    assert max(apart[:3]) <= 1e-5 and max(apart) <= 5e-3  # roundings differ, and training makes much of them
+    assert max(apart[:2]) <= 1e-6 and max(apart) <= furthest  # of singular directions in a tie roundings choose what is clipped
     assert two[-1] < two[0] / 2
     _, _, run = load_run(tmp_path / "two")
-    assert max(row["upper"] for row in run["layers"]) <= 1.001
+    assert math.isinf(max_norm) or max(row["upper"] for row in run["layers"]) <= 1.001 * max_norm
     assert done.stdout.count("run: ") == 1
 
 
