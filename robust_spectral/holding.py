@@ -110,6 +110,11 @@ class HeldLayer:
         return _TINY_LOOK if self._work <= _TINY else _LOOK
 
     @property
+    def sensed_every(self) -> int:
+        """How many times as rare as power steps the gain on slow directions is found."""
+        return 1 if self._work <= _TINY else 3 if self.cheap else 8
+
+    @property
     def far(self) -> float:
         """By which factor above its target the layer gets a closer look at once."""
         return _FAR if self.cheap else _COSTLY_FAR
@@ -250,7 +255,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     for held in layers:
         held.hurried = max(0, held.hurried - 1)
     whole, glanced, due = _in_this(layers, step, every)
-    sensed = [held for held in layers if (step + held.number) % ((3 if held.cheap else 8) * every) == 0]
+    sensed = [held for held in layers if (step + held.number) % (held.sensed_every * every) == 0]
     first: list[Asking[Any]] = [measured(held.small, step) for held in (*due, *glanced)]
     first.append(sense(list(dict.fromkeys([*sensed, *glanced, *whole]))))
     *found, _ = yield from together(first)

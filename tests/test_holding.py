@@ -221,11 +221,12 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
     assert looked == {str(i) for i in range(9)}
 
 
-def orthogonal(count):
+def orthogonal(count, values=(0.995,) * 16):
+    """Dense layers with these singular values, after some turns."""
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(count)])
     for layer in net:
-        nn.init.orthogonal_(layer.weight).data.mul_(0.995)
+        nn.init.orthogonal_(layer.weight).data.mul_(torch.tensor(values)[:, None])
     clipper = rs.FastClip(net, torch.randn(4, 16))
     for _ in range(30):
         clipper.step()
@@ -251,6 +252,15 @@ def test_a_look_ends_a_rest():
         with mock.patch.object(holding, "_most_due", return_value=glanced):
             clipper.step()
     assert norm(net[0], (16,)) <= 1.006
+
+
+def test_a_direction_of_a_tiny_layer_that_grows_beside_the_one_that_is_followed_is_found_at_once():
+    net, clipper = orthogonal(24, [0.99, 0.98, *[0.5] * 14])
+    for layer in net:
+        with torch.no_grad():
+            layer.weight[1] *= 1.04
+        clipper.step()
+        assert norm(layer, (16,)) <= 1.006
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -320,21 +330,22 @@ def test_a_warm_up_starts_at_each_layers_own_norm(wrapped, every):
         assert 0.9 * start <= norm(module, (30,)) <= 1.001 * start
 
 
-@pytest.mark.parametrize(("on_gpu", "most"), [(False, 6), (True, 16)])
-def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most):
+@pytest.mark.parametrize(("on_gpu", "most", "most_in_a_step"), [(False, 6, 6), (True, 16, 32)])
+def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most, most_in_a_step):
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
     with mock.patch.object(holding.HeldLayer, "on_gpu", on_gpu):
         clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
-        counts = []
+        of_turns, of_steps = [], []
         for step in range(12):
             with torch.no_grad():
                 for module in net:
                     module.weight.mul_(1.02 if on_gpu else 1.0)
             with mock.patch.object(holding, "looks", side_effect=holding.looks) as looks:
                 clipper.step()
-                if step:  # at the start all may be far
-                    counts += [len(call.args[0]) for call in looks.call_args_list]  # of layers that hurry apart
-    assert max(counts) == most
+            if step:  # at the start all may be far
+                of_turns += [len(call.args[0]) for call in looks.call_args_list]
+                of_steps.append(sum(len(call.args[0]) for call in looks.call_args_list))
+    assert max(of_turns) == most and max(of_steps) <= most_in_a_step  # a late turn, and that of the layers that hurry
 
 
 class Computations(TorchDispatchMode):
