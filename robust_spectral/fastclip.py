@@ -21,6 +21,7 @@ from .layers import LinearLayer, linear_layers
 from .lipschitz import lipschitz_bound
 from .looking import NotFiniteError, not_finite
 from .moves import Move, MoveWeight
+from .operators import in_full
 from .targets import Patterns, targets_by_name
 from .tracking import TOLERANCE, TrackedLayer
 from .turns import Turns
@@ -197,7 +198,6 @@ class FastClip:
         Raises:
             ValueError: a layer's weights are not finite.
         """
-        self._resolve()
         self._turns.measure(list(self._tracked.values()))
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
@@ -246,7 +246,7 @@ class FastClip:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly where this clipper stands: plain values and tensors."""
+        """What `load_state_dict` needs to go on exactly from here, turns under way on a GPU aside: plain values, tensors."""
         return {
             "steps": self.steps,
             "skipped": self.skipped,
@@ -284,6 +284,7 @@ class FastClip:
         held = {name: tracked for name, tracked in self._tracked.items() if not math.isinf(tracked.target)}
         return {name: clip_until_proved_(t, t.target, self._failure_probability) for name, t in held.items()}
 
+    @in_full()
     def _resolve(self) -> None:
         """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
         open_layers = [held for held in self._held.values() if held.whole.composite is None]

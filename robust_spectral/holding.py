@@ -55,7 +55,7 @@ class HeldLayer:
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
-        level: Norm of the whole as the last turn left it.
+        level: Norm over what was allowed, as it was left last time.
         resting: How many power steps are left out, as the last one found nothing to do, nor soon.
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
@@ -72,7 +72,7 @@ class HeldLayer:
     looked: int = 0
     compared: int = 0
     allowed: float = math.inf
-    level: float = 0.0
+    level: float = -math.inf
     resting: int = 0
     slow: SlowDirections | None = None
     sensed: float = 0.0
@@ -164,8 +164,8 @@ class HeldLayer:
         """Where on the small map a direction may have grown beside the one that is followed."""
         return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
-    def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> None:
-        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target.
+    def hold(self, tracked: TrackedLayer, norm: float, missed: float, target: float) -> float:
+        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target; what is left.
 
         A little of the target is left to what is foreseen to grow beside it.
         """
@@ -174,18 +174,23 @@ class HeldLayer:
             tracked.hold_(target)
             self.sensed *= target / norm
             norm = target
-        self.resting, self.level = 0, norm * missed
         tracked.forget()
+        return norm * missed
 
-    def hold_found(self, norm: float, target: Target) -> float:
-        """Clip what a power step found, if it is above the target; by which factor it is."""
+    def hold_found(self, norm: float, target: Target, again: bool = False) -> float:
+        """Clip what a power step found, ``again`` in the same turn or not, if it is above the target; by which factor it is."""
         missed = self.small.missed * self.bias
-        allowed, grown = target(self, norm * missed), norm * missed / self.level - 1 if self.level > 0 else math.inf
-        self.hold(self.small, norm, missed, allowed)
-        slack, pace = 1 + _IDLE - norm * missed / allowed, max(2 * self.rate + _IDLE / 8, grown)
-        self.resting = min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
-        self._hurry(norm * missed / allowed)
-        return norm * missed / allowed
+        allowed = target(self, norm * missed)
+        excess, before = norm * missed / allowed, self.level
+        self.level = self.hold(self.small, norm, missed, allowed) / allowed
+        slack, pace = 1 + _IDLE - excess, max(2 * self.rate + _IDLE / 8, excess - before)
+        most = 1 if self.cheap else _MOST_RESTS
+        if allowed < self.allowed:  # the target falls
+            most = 0
+        rests = min(most, int(max(0.0, slack) / pace))
+        self.resting = min(self.resting, rests) if again else rests
+        self._hurry(excess)
+        return excess
 
     def gains(self, target: Target) -> float:
         """By which factor the norm is above its target, as far as slow directions tell; 0 of a layer not looked at yet."""
@@ -198,12 +203,12 @@ class HeldLayer:
         """Do what a closer look at the small one asks for; what a power step just before found tells what such steps miss."""
         if self.small is self.whole:  # the small one tells less of it than its gain on slow directions does
             self._share(searched)
-        allowed = target(self, searched * self.bias)
+        allowed = left = target(self, searched * self.bias)
         self._hurry(searched * self.bias / allowed)
         if found is not None:
             self.small.learn(found, searched)
-            allowed = self._with_growth(searched * self.bias, allowed, step, usual)
-        self.hold(self.small, searched, self.bias, allowed)
+            left = self._with_growth(searched * self.bias, allowed, step, usual)
+        self.level, self.resting = self.hold(self.small, searched, self.bias, left) / allowed, 0
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
@@ -215,7 +220,9 @@ class HeldLayer:
         self._share(searched)
         self.compared = step
         self._learn(found, searched)
-        self.hold(self.whole, searched, 1.0, self._with_growth(searched, target(self, searched), step, usual))
+        allowed = target(self, searched)
+        left = self.hold(self.whole, searched, 1.0, self._with_growth(searched, allowed, step, usual))
+        self.level, self.resting = left / allowed, 0
 
     def _hurry(self, excess: float) -> None:
         self.hurried = _CALM if excess > _RUNNING_AWAY else self.hurried
@@ -265,7 +272,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
             break
         yield []  # what follows can wait until before the next step, here and below
         found_again = yield from together([measured(held.small, step) for held in due])
-        excesses = [held.hold_found(norm, target) for held, norm in zip(due, found_again, strict=True)]
+        excesses = [held.hold_found(norm, target, again=True) for held, norm in zip(due, found_again, strict=True)]
     excess_of = dict(zip(due, excesses, strict=True))
     jumped = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
     by_gain = [held for held in layers if held not in whole and held.gains(target) > held.far]

@@ -26,13 +26,13 @@ def measure(layers: Sequence[TrackedLayer], step: int) -> Asking[list[float]]:
 
 
 def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
-    """One power step on a layer; what is found.
+    """One power step on a layer; what is found, or what has been found since.
 
     Raises:
         NotFiniteError: its weights are not finite.
     """
     tracked.note_changes()
-    turned = tracked.turned
+    replaced = tracked.replaced
     try:
         onward = tracked.next_step()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -41,7 +41,7 @@ def measured(tracked: TrackedLayer, step: int) -> Asking[float]:
     norm = float(values.max())
     if not math.isfinite(norm):
         raise not_finite(tracked)
-    if tracked.turned == turned:  # otherwise one was asked for in between, which knows more
+    if tracked.replaced == replaced:  # otherwise one was asked for in between, which knows more
         tracked.follow(onward, values)
         tracked.estimate, tracked.seen = norm, step
     return tracked.estimate

@@ -62,7 +62,7 @@ class TrackedLayer:
     missed: float = field(default=1.0)  # factor by which power steps fall short
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
     seen: int = field(default=-1)  # clipper step of the estimate
-    turned: int = field(default=0)  # how often the vectors have been replaced
+    replaced: int = field(default=0)  # how often the vectors have been
     remembers: bool = field(default=True)  # what is found next to the vectors, in their memory three times
     found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
     _proved: _Proved | None = field(default=None)
@@ -220,7 +220,8 @@ class TrackedLayer:
         self.follow_device()
         if self.vectors.shape[1] > 1:
             ritz, image = power_step(self._scaled(), self.vectors)
-            return self._onward(ritz, next_block(image, self.vectors))
+            block = next_block(image, self.vectors)
+            return self._onward(ritz, torch.where(torch.isfinite(block).all(), block, self.vectors))  # squares may overflow
         if self.left is None:
             right, (left, size) = self.vectors, unit_rows(apply_grouped(self._scaled(), self.vectors))
         else:
@@ -231,7 +232,7 @@ class TrackedLayer:
         """Go on from there; the values found, or those given, which are the same on the host."""
         self.found = onward.found if values is None else replace(onward.found, values=values)
         self.vectors, self.left = onward.vectors, onward.found.left if onward.forward else None
-        self.turned += 1
+        self.replaced += 1
         return self.found.values
 
     def hold_(self, target: float) -> None:

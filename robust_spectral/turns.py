@@ -110,6 +110,7 @@ class Turns:
         Raises:
             NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
         """
+        self._prepare()
         self._given_up()
         oldest, asks = max(0, self.count - self._every + 1), self._asks()
         chosen = [tracked for tracked in layers if asks or tracked.seen < oldest or tracked.changes_unseen]

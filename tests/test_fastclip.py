@@ -627,6 +627,34 @@ def test_a_layer_that_is_due_gets_as_many_power_steps_as_sweeps(sweeps: int, con
     assert steps.call_count == 3 + sweeps + 2  # at the start one each; two of the three get a closer look behind a single one
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("steps", [0, 10])
+def test_vectors_are_good_after_a_norm_whose_square_overflows(
+    steps: int, vectors: int, convnet: nn.Module, images: Tensor
+) -> None:
+    clipper = rs.FastClip(convnet, images, vectors=vectors)
+    kept = snapshot(convnet)
+    for _ in range(steps):
+        clipper.step()
+    with torch.no_grad():
+        next(convnet.parameters()).mul_(1e25)
+    clipper.step()
+    convnet.load_state_dict(kept)
+    for _ in range(4):
+        clipper.step()
+    assert clipper.skipped <= 1 and max(true_norms(convnet)) <= 1.02
+
+
+@pytest.mark.parametrize("call", [rs.FastClip.norms, rs.FastClip.step, rs.FastClip.finish])
+def test_a_bound_for_the_network_is_spread_under_autocast_too(
+    call: Callable[[rs.FastClip], object], convnet: nn.Module, images: Tensor
+) -> None:
+    clipper = rs.FastClip(convnet, images, 10.0, lipschitz_target=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(clipper)
+    assert all(tracked.target < 10 for tracked in clipper._tracked.values())
+
+
 def test_a_layer_far_above_its_target_is_there_after_one_step(convnet: nn.Module, images: Tensor) -> None:
     rs.FastClip(convnet, images, max_norm=0.2).step()
     assert max(true_norms(convnet)) <= 0.2 * 1.01

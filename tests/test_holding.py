@@ -221,26 +221,40 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
     assert looked == {str(i) for i in range(9)}
 
 
-def orthogonal(count, values=(0.995,) * 16):
+def orthogonal(count, values=(0.995,) * 16, steps=30, **options):
     """Dense layers with these singular values, after some turns."""
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(count)])
     for layer in net:
         nn.init.orthogonal_(layer.weight).data.mul_(torch.tensor(values)[:, None])
-    clipper = rs.FastClip(net, torch.randn(4, 16))
-    for _ in range(30):
+    clipper = rs.FastClip(net, torch.randn(4, 16), **options)
+    for _ in range(steps):
         clipper.step()
     return net, clipper
 
 
-def test_layers_that_grow_do_not_rest():
-    net, clipper = orthogonal(8)
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_layers_that_grow_do_not_rest(sweeps):
+    net, clipper = orthogonal(8, sweeps=sweeps)
     for step in range(80):
         with torch.no_grad():
             for layer in net[:4]:
                 layer.weight.mul_(1.02)
         clipper.step()
-        assert step < 2 or max(norm(layer, (16,)) for layer in net) <= 1.006  # they were at rest before
+        if step >= 2:  # they were at rest before
+            assert max(norm(layer, (16,)) for layer in net) <= 1.011
+            assert not any(held.resting for held in list(clipper._held.values())[:4])
+
+
+def test_layers_do_not_rest_while_their_target_falls(monkeypatch):
+    monkeypatch.setattr(holding, "_CHEAP", 0.0)  # of what is not cheap more steps in a row are left out
+    net, clipper = orthogonal(12, torch.linspace(10, 3, 16).tolist(), steps=2, warmup_steps=20)
+    for index, layer in enumerate(net):
+        layer.weight.data.mul_(0.97 - 0.05 * index)
+    for _ in range(18):
+        clipper.step()
+        allowed = clipper._target(clipper._held["0"], 0.0)
+        assert max(norm(layer, (16,)) for layer in net) <= 1.02 * allowed
 
 
 def test_a_look_ends_a_rest():
