@@ -36,7 +36,7 @@ _CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
 _FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
 _RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm end the hurry
-_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "level", "resting", "share", "sensed", "hurried")
+_STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "goal", "level", "resting", "share", "sensed", "hurried")
 Target = Callable[["HeldLayer", float], float]
 
 
@@ -55,7 +55,8 @@ class HeldLayer:
         looked: Step of the last closer look.
         compared: Step of the last look at the whole map.
         allowed: Norm that was allowed then.
-        level: Norm over what was allowed, as it was left last time.
+        goal: Norm that was allowed last time.
+        level: Norm over that, as it was left.
         resting: How many power steps are left out, as the last one found nothing to do, nor soon.
         slow: The directions that are constant over the map, where the kernel is known.
         sensed: The gain on them.
@@ -72,6 +73,7 @@ class HeldLayer:
     looked: int = 0
     compared: int = 0
     allowed: float = math.inf
+    goal: float = 0.0
     level: float = -math.inf
     resting: int = 0
     slow: SlowDirections | None = None
@@ -179,16 +181,13 @@ class HeldLayer:
 
     def hold_found(self, norm: float, target: Target, again: bool = False) -> float:
         """Clip what a power step found, ``again`` in the same turn or not, if it is above the target; by which factor it is."""
-        missed = self.small.missed * self.bias
+        missed, resting = self.small.missed * self.bias, self.resting
         allowed = target(self, norm * missed)
-        excess, before = norm * missed / allowed, self.level
-        self.level = self.hold(self.small, norm, missed, allowed) / allowed
-        slack, pace = 1 + _IDLE - excess, max(2 * self.rate + _IDLE / 8, excess - before)
-        most = 1 if self.cheap else _MOST_RESTS
-        if allowed < self.allowed:  # the target falls
-            most = 0
-        rests = min(most, int(max(0.0, slack) / pace))
-        self.resting = min(self.resting, rests) if again else rests
+        excess, level, falls = norm * missed / allowed, self.level, allowed < self.goal
+        self._leave(self.hold(self.small, norm, missed, allowed), allowed)
+        slack, pace = 1 + _IDLE - excess, max(2 * self.rate + _IDLE / 8, excess - level)
+        rests = 0 if falls else min(1 if self.cheap else _MOST_RESTS, int(max(0.0, slack) / pace))
+        self.resting = min(resting, rests) if again else rests
         self._hurry(excess)
         return excess
 
@@ -208,7 +207,7 @@ class HeldLayer:
         if found is not None:
             self.small.learn(found, searched)
             left = self._with_growth(searched * self.bias, allowed, step, usual)
-        self.level, self.resting = self.hold(self.small, searched, self.bias, left) / allowed, 0
+        self._leave(self.hold(self.small, searched, self.bias, left), allowed)
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
@@ -221,8 +220,10 @@ class HeldLayer:
         self.compared = step
         self._learn(found, searched)
         allowed = target(self, searched)
-        left = self.hold(self.whole, searched, 1.0, self._with_growth(searched, allowed, step, usual))
-        self.level, self.resting = left / allowed, 0
+        self._leave(self.hold(self.whole, searched, 1.0, self._with_growth(searched, allowed, step, usual)), allowed)
+
+    def _leave(self, norm: float, allowed: float) -> None:
+        self.goal, self.level, self.resting = allowed, norm / allowed, 0
 
     def _hurry(self, excess: float) -> None:
         self.hurried = _CALM if excess > _RUNNING_AWAY else self.hurried
