@@ -202,12 +202,13 @@ class HeldLayer:
         """Do what a closer look at the small one asks for; what a power step just before found tells what such steps miss."""
         if self.small is self.whole:  # the small one tells less of it than its gain on slow directions does
             self._share(searched)
-        allowed = left = target(self, searched * self.bias)
-        self._hurry(searched * self.bias / allowed)
+        norm = searched * self.bias
+        allowed = aim = target(self, norm)
+        self._hurry(norm / allowed)
         if found is not None:
             self.small.learn(found, searched)
-            left = self._with_growth(searched * self.bias, allowed, step, usual)
-        self._leave(self.hold(self.small, searched, self.bias, left), allowed)
+            aim = self._with_growth(norm, allowed, step, usual)
+        self._leave(self.hold(self.small, searched, self.bias, aim), allowed)
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
         """A closer look at both, from which it is learned what the small one misses."""
@@ -220,7 +221,8 @@ class HeldLayer:
         self.compared = step
         self._learn(found, searched)
         allowed = target(self, searched)
-        self._leave(self.hold(self.whole, searched, 1.0, self._with_growth(searched, allowed, step, usual)), allowed)
+        aim = self._with_growth(searched, allowed, step, usual)
+        self._leave(self.hold(self.whole, searched, 1.0, aim), allowed)
 
     def _leave(self, norm: float, allowed: float) -> None:
         self.goal, self.level, self.resting = allowed, norm / allowed, 0
@@ -276,9 +278,10 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
         excesses = [held.hold_found(norm, target, again=True) for held, norm in zip(due, found_again, strict=True)]
     excess_of = dict(zip(due, excesses, strict=True))
     jumped = sorted((held for held in due if excess_of[held] > held.far), key=excess_of.__getitem__, reverse=True)
-    by_gain = [held for held in layers if held not in whole and held.gains(target) > held.far]
+    gain_of = {held: held.gains(target) for held in layers if held not in whole}
+    by_gain = [held for held, gain in gain_of.items() if gain > held.far]
     jumped += [held for held in by_gain if held.small is held.whole and held not in (*jumped, *glanced)]
-    whole = whole or sorted((h for h in by_gain if h.small is not h.whole), key=lambda held: held.gains(target))[-1:]
+    whole = whole or sorted((held for held in by_gain if held.small is not held.whole), key=gain_of.__getitem__)[-1:]
     if layers[0].on_gpu:
         jumped = jumped[:_GPU_MOST]  # the others' turn comes
     usual = _mean_rate(layers)

@@ -66,6 +66,14 @@ def zeroed(module: nn.Module) -> nn.Module:
     return scaled(module, 0.0)
 
 
+def orthogonal(count: int, width: int, values: Sequence[float] = (1.0,)) -> nn.Sequential:
+    """Dense layers whose singular values are these, or all this one."""
+    net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)])
+    for layer in net:
+        nn.init.orthogonal_(layer.weight).data.mul_(torch.tensor(values)[:, None])
+    return net
+
+
 GAMMA = [1.5, -2.0, 0.0, 0.3]
 
 DENSE = [

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import orthogonal
 from reference import norm
 from torch import nn
 
@@ -87,14 +88,6 @@ def convolutions() -> nn.Sequential:
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
         nn.Flatten(), nn.Linear(64, 5),
     )  # fmt: skip
-
-
-def orthogonal(count: int, width: int) -> nn.Sequential:
-    """Dense layers of norm 1."""
-    layers = [nn.Linear(width, width, bias=False) for _ in range(count)]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight)
-    return nn.Sequential(*layers)
 
 
 SHAPES = {0: (3, 12, 12), 2: (16, 12, 12), 6: (64,)}

@@ -70,10 +70,13 @@ def test_a_scaler_of_half_precision_skips_steps_and_the_norms_are_held(convnet: 
     assert max(row["upper"] for row in clipper.report()) <= 1.001 * (1 + 1e-9)
 
 
-def test_a_clipper_follows_its_model_to_the_gpu_and_back(
-    convnet: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(holding, "_CHEAP", 2e4)  # maps with smaller twins on a CPU
+@pytest.fixture
+def smaller_twins_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "_CHEAP", 2e4)
+
+
+@pytest.mark.usefixtures("smaller_twins_on_a_cpu")
+def test_a_clipper_follows_its_model_to_the_gpu_and_back(convnet: nn.Module) -> None:
     clipper = rs.FastClip(convnet, torch.randn(1, 3, 24, 24), max_norm=0.5)
     for device in ("cpu", "cuda", "cpu"):
         convnet.to(device)
@@ -84,11 +87,9 @@ def test_a_clipper_follows_its_model_to_the_gpu_and_back(
         assert max(row["lower"] for row in clipper.report()) <= 0.5 * 1.02
 
 
+@pytest.mark.usefixtures("smaller_twins_on_a_cpu")
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)
-def test_a_clipper_is_restored_on_another_device(
-    devices: tuple[str, str], convnet: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(holding, "_CHEAP", 2e4)  # maps with smaller twins on a CPU
+def test_a_clipper_is_restored_on_another_device(devices: tuple[str, str], convnet: nn.Module) -> None:
     images = torch.randn(1, 3, 24, 24)
     clipper = rs.FastClip(copy.deepcopy(convnet).to(devices[0]), images.to(devices[0]))
     for _ in range(8):

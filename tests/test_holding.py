@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import orthogonal
 from reference import norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,7 +212,6 @@ def test_a_norm_that_jumps_is_down_after_the_step():
 def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(9)])
     clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
-    looked = set()
     with mock.patch.object(holding, "looks", side_effect=holding.looks) as looks:
         for _ in range(20):
             with torch.no_grad():
@@ -221,12 +221,10 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
     assert looked == {str(i) for i in range(9)}
 
 
-def orthogonal(count, values=(0.995,) * 16, steps=30, **options):
-    """Dense layers with these singular values, after some turns."""
+def settled(count, values=(0.995,), steps=30, **options):
+    """Dense layers with these singular values and their clipper, after some turns."""
     torch.manual_seed(0)
-    net = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(count)])
-    for layer in net:
-        nn.init.orthogonal_(layer.weight).data.mul_(torch.tensor(values)[:, None])
+    net = orthogonal(count, 16, values)
     clipper = rs.FastClip(net, torch.randn(4, 16), **options)
     for _ in range(steps):
         clipper.step()
@@ -235,7 +233,7 @@ def orthogonal(count, values=(0.995,) * 16, steps=30, **options):
 
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_layers_that_grow_do_not_rest(sweeps):
-    net, clipper = orthogonal(8, sweeps=sweeps)
+    net, clipper = settled(8, sweeps=sweeps)
     for step in range(80):
         with torch.no_grad():
             for layer in net[:4]:
@@ -248,7 +246,7 @@ def test_layers_that_grow_do_not_rest(sweeps):
 
 def test_layers_do_not_rest_while_their_target_falls(monkeypatch):
     monkeypatch.setattr(holding, "_CHEAP", 0.0)  # of what is not cheap more steps in a row are left out
-    net, clipper = orthogonal(12, torch.linspace(10, 3, 16).tolist(), steps=2, warmup_steps=20)
+    net, clipper = settled(12, torch.linspace(10, 3, 16).tolist(), steps=2, warmup_steps=20)
     for index, layer in enumerate(net):
         layer.weight.data.mul_(0.97 - 0.05 * index)
     for _ in range(18):
@@ -258,7 +256,7 @@ def test_layers_do_not_rest_while_their_target_falls(monkeypatch):
 
 
 def test_a_look_ends_a_rest():
-    net, clipper = orthogonal(1)
+    net, clipper = settled(1)
     held = clipper._held["0"]
     held.resting = 1
     for glanced, grown in (([held], 1.0), ([], 1.05)):
@@ -269,7 +267,7 @@ def test_a_look_ends_a_rest():
 
 
 def test_a_direction_of_a_tiny_layer_that_grows_beside_the_one_that_is_followed_is_found_at_once():
-    net, clipper = orthogonal(24, [0.99, 0.98, *[0.5] * 14])
+    net, clipper = settled(24, [0.99, 0.98, *[0.5] * 14])
     for layer in net:
         with torch.no_grad():
             layer.weight[1] *= 1.04
