@@ -1,0 +1,20 @@
+"""What tests do with the small network of the fixture ``convnet``."""
+
+import torch
+from reference import norm
+from torch import Tensor, nn
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int = 3) -> None:
+    """Some steps on a loss that makes the outputs large, on data that depend on the step alone."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+        optimizer.zero_grad()
+        model(x).abs().mean().neg().backward()
+        optimizer.step()
+
+
+def true_norms(convnet: nn.Module, *, composites: bool = True) -> list[float]:
+    first, second = (convnet[:2], convnet[3:5]) if composites else (convnet[0], convnet[3])
+    return [norm(first, (3, 8, 8)), norm(second, (6, 8, 8)), norm(convnet[8], (32,))]
