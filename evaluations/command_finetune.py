@@ -88,7 +88,7 @@ def finetune(
     amp: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
     amp_dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     model_ema: Annotated[bool, typer.Option(help="Keep and save timm's moving average of the weights.")] = False,
-    model_ema_decay: Annotated[float, typer.Option(help="Share of that average that is kept at every step.")] = 0.999,
+    model_ema_decay: Annotated[float, typer.Option(help="Share of it that a step keeps, less at first.")] = 0.999,
     seed: Annotated[int, typer.Option(help="Of the weights that are new, and of the order of the images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")] = False,

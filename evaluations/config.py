@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from robust_spectral import MoveGamma, MoveWeight, MoveWeightAndGamma
-from robust_spectral.fastclip import Composites
+from robust_spectral.composites import Composites
 from robust_spectral.moves import Move
 from robust_spectral.plugins.registry import find
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from robust_spectral import FastClip, Lanczos, top_singular
 from robust_spectral.affine import is_batchnorm
+from robust_spectral.looking import NotFiniteError
 from robust_spectral.plugins.defences import Defence, NoDefence
 from robust_spectral.plugins.registry import find
 from robust_spectral.plugins.timm import PixelModel
@@ -43,6 +44,7 @@ from .runs import (
     all_finite,
     check_device,
     environment,
+    make_folder,
     read_json,
     remove_scratch,
     save_weights,
@@ -54,7 +56,7 @@ from .terminal import errors
 
 _MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
 _SHOWN = 200  # test images of the accuracy that is shown at the end
-_STOPPED = "stopped, the last complete epoch is kept; start anew with a lower --lr"
+_STOPPED = "stopped, complete epochs are kept; start anew with a lower --lr or, under --amp, without it"
 
 
 def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path:
@@ -68,7 +70,7 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
 
     Raises:
         ValueError: bad input, a folder that holds a run already, a loss or weights that were not finite for ten steps in a
-            row, or weights that are not at an epoch's end (the last complete epoch is kept).
+            row, or weights that are not at an epoch's end (complete epochs are kept).
     """
     among = ranks()
     device = among.place(config.device)
@@ -88,6 +90,8 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     training = _Training(config, data, model, out, among)
     if resume and (out / "state.pt").is_file():
         training.restore()
+    if among.first:
+        write_text(out / "config.json", json.dumps(asdict(config), sort_keys=True, indent=1))
     with _progress(shown=among.first) as progress:
         for epoch in range(training.epoch, config.epochs):
             training.train_epoch(epoch, progress)
@@ -116,7 +120,7 @@ class _Training:
             self.optimizer, sched=config.sched, num_epochs=max(1, config.epochs), warmup_epochs=config.warmup_epochs,
             step_on_epochs=False, updates_per_epoch=self.batches,
         )  # fmt: skip
-        self.ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+        self.ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True) if config.model_ema else None
         self.scaler = torch.amp.GradScaler(config.device.split(":")[0], enabled=config.amp and config.amp_dtype == "float16")
         certified = config.objective == "certified"
         self.loss = (
@@ -146,6 +150,8 @@ class _Training:
                 self.loss.renew(self.model, self.example, (epoch + index / self.batches) / self.config.epochs)
             loss, accuracy = self._update(images.to(self.device), labels.to(self.device))
             step = epoch * self.batches + index + 1
+            if self.ema is not None:
+                self.ema.update(self.model, step)
             if self.scheduler is not None:
                 self.scheduler.step_update(step)
             if index % quarter == 0 or index + 1 == self.batches:
@@ -174,11 +180,9 @@ class _Training:
         self.scaler.scale(loss).backward()
         try:
             self.scaler.step(self.optimizer)
-        except ValueError as error:  # the clipper saw weights that are not finite
+        except NotFiniteError as error:  # seen by the clipper
             raise ValueError(f"{self.out}: {error}; {_STOPPED}") from error
         self.scaler.update()
-        if self.ema is not None:
-            self.ema.update(self.model)
         return value, accuracy
 
     def _skip(self, loss: float) -> None:
@@ -326,7 +330,7 @@ def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
         raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run; give another --out")
-    write_text(marker, json.dumps(asdict(config), sort_keys=True, indent=1))
+    make_folder(out)
     return True
 
 

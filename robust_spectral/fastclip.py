@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .budget import norm_for
 from .caller import counted, warn
 from .clipping import ClipResult, check_max_norm, clip_until_proved_
+from .composites import Choice, Composites
 from .holding import HeldLayer
 from .hooks import alive, captured, dead, hooked
 from .layers import LinearLayer, linear_layers
@@ -26,9 +27,8 @@ from .targets import Patterns, targets_by_name
 from .tracking import TOLERANCE, TrackedLayer
 from .turns import Turns
 
-Composites = Literal["auto", "always", "never"]
-
 _MOST_SKIPPED = 10  # steps in a row that weights may be without finite values
+_MANY_CHANGES = 8  # of a weight: more than when it is drawn and loaded
 _HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
 
 
@@ -80,15 +80,11 @@ class FastClip:
         relative: bool = False, warmup_steps: int = 0, vectors: int = 1, every: int = 1, sweeps: int = 1,
         failure_probability: float = 1e-9, seed: int = 0, lipschitz_target: float | None = None,
     ) -> None:  # fmt: skip
-        if composites not in ("auto", "always", "never"):
-            raise ValueError(f"FastClip(composites={composites!r}): expected 'auto', 'always' or 'never'")
-        if composites == "never" and not isinstance(move or MoveWeight(), MoveWeight):
-            raise ValueError(f"FastClip(composites='never', move={move!r}): γ moves composites only")
+        self._choice, self._thawed = Choice(composites, move or MoveWeight()), False
         if every < 1 or sweeps < 1 or vectors < 1:
             raise ValueError(f"FastClip(every={every}, sweeps={sweeps}, vectors={vectors}): must be at least 1")
         self.max_norm = max_norm
         self.steps = self.skipped = self._skipped_in_a_row = 0
-        self._composites, self._move = composites, move or MoveWeight()
         self._relative, self._warmup_steps, self._failure_probability = relative, warmup_steps, failure_probability
         if lipschitz_target is not None:
             check_max_norm("FastClip", lipschitz_target, "lipschitz_target")
@@ -100,7 +96,7 @@ class FastClip:
         self._tracked = {
             layer.name: TrackedLayer.of(
                 layer, vectors=vectors, composite=None, seed=seed + index, target=targets[layer.name],
-                move=self._move if layer.batchnorm is not None else None,
+                move=self._choice.move if layer.batchnorm is not None else None,
             )
             for index, layer in enumerate(layers)
             if layer.name in targets
@@ -129,7 +125,7 @@ class FastClip:
         return self.__dict__ | {"_handles": dead(len(self._handles))}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Clip after every step of an optimizer; ``remove()`` of the handle ends it.
+        """Clip after every step of an optimizer; ``remove()`` of the handle ends it. Once more changes nothing.
 
         A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again. A wrapper without hooks of
         its own, such as Accelerate's, is looked through. Replays of a CUDA graph that the optimizer's step was captured in
@@ -148,8 +144,8 @@ class FastClip:
                 )
         for tracked in self._tracked.values():
             _HELD_BY[tracked.layer.module] = ref(self)
-        handle = hooked(optimizer, self._precede_step, self._follow_step)
-        self._handles = [*(h for h in self._handles if alive(h)), handle]
+        handle = hooked(optimizer, self._precede_step, self._follow_step, self._handles)
+        self._handles = [*(h for h in self._handles if alive(h) and h is not handle), handle]
         self._note_weights()
         return handle
 
@@ -180,6 +176,7 @@ class FastClip:
         with self._skipping():
             if self._turns.advance(early):
                 self._skipped_in_a_row = 0
+        self._thawed = self._thawed or self._choice.warn_of_thawed(list(self._tracked.values()))
         self._note_weights()
 
     @contextmanager
@@ -205,7 +202,7 @@ class FastClip:
         """Clip every layer until its norm is proved to be at most 1.001 of its target; what moved, by layer name.
 
         Warns where weights have changed more than once since `attach` or the last step, as they do when the optimizer that was
-        attached to has been replaced or copied; where `attach` was never called, only if they have gradients.
+        attached to has been replaced or copied; where `attach` was never called, if they have gradients or changed many times.
 
         Raises:
             ValueError: a layer's weights are not finite.
@@ -220,10 +217,10 @@ class FastClip:
             for tracked in self._tracked.values():
                 tracked.target *= excess ** (-1 / len(self._tracked))
             again = self._finish_once()
-            first = {name: _after(first[name], last) for name, last in again.items()}
+            first = {name: first[name].then(last) for name, last in again.items()}
         self._results = first
         if any(result.steps for result in first.values()) and self._shares_weights():
-            self._results = {name: _after(first[name], last) for name, last in self._finish_once().items()}
+            self._results = {name: first[name].then(last) for name, last in self._finish_once().items()}
         for tracked in self._tracked.values():
             tracked.seen = -1  # whatever was known before
         self._note_weights()
@@ -288,16 +285,15 @@ class FastClip:
     def _resolve(self) -> None:
         """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
         open_layers = [held for held in self._held.values() if held.whole.composite is None]
-        normalised = [held.whole.layer for held in open_layers if held.whole.layer.batchnorm is not None]
-        training = [layer.name for layer in normalised if layer.batchnorm.training]  # type: ignore[union-attr]
-        either_way = not isinstance(self._move, MoveWeight)
+        layers = [held.whole.layer for held in open_layers]
+        if self._lipschitz_target is not None:
+            self._choice.check_bound(self._lipschitz_target, layers)
         for held in open_layers:
             tracked = held.whole
             if not all(bool(torch.isfinite(p).all()) for p in tracked.move.parameters(tracked.layer)):
                 raise not_finite(tracked)
-            frozen = tracked.layer.batchnorm is not None and not tracked.layer.batchnorm.training
             for part in held.parts:
-                part.resolve(self._composites == "always" or (self._composites == "auto" and (frozen or either_way)))
+                part.resolve(self._choice.together(tracked.layer))
             if not self.off:
                 self._turns.start(held)
             if self._relative and not math.isinf(tracked.target):
@@ -310,12 +306,8 @@ class FastClip:
             norm = norm_for(model, example, composites, self._lipschitz_target, self._failure_probability)
             for tracked in self._tracked.values():
                 tracked.target = min(tracked.target, norm)
-        if training and self._composites == "auto" and not either_way and not self.off:
-            warn(
-                f"FastClip: behind {counted(training)} a batch normalisation trains on batch statistics, so what is in front "
-                "of it is clipped alone and the normalisation can undo it. Freeze its statistics (put the batch normalisations "
-                "in eval mode) to clip the composites."
-            )
+        if not self.off:
+            self._choice.warn_of_training(layers)
 
     def _target(self, held: HeldLayer, norm: float) -> float:
         """The norm allowed to a layer now, on its way from the norm it had at the first step."""
@@ -332,19 +324,16 @@ class FastClip:
         self._versions = {name: tracked.versions for name, tracked in self._tracked.items()}
 
     def _warn_if_dead(self) -> None:
-        moved = {name: t.layer for name, t in self._tracked.items() if t.changes_since(self._versions[name]) > 1}
-        trained = any(p.grad is not None for layer in moved.values() for p in layer.module.parameters())
+        changes = {name: t.changes_since(self._versions[name]) for name, t in self._tracked.items()}
+        moved = [name for name, count in changes.items() if count > 1]
+        parameters = [p for name in moved for p in self._tracked[name].layer.module.parameters()]
+        trained = max(changes.values()) > _MANY_CHANGES or any(p.grad is not None for p in parameters)
         if moved and (self._handles or (trained and not self.steps)):
             warn(
-                f"FastClip.finish: {counted(list(moved))} changed more than once since step {self.steps} of this clipper. If "
+                f"FastClip.finish: {counted(moved)} changed more than once since step {self.steps} of this clipper. If "
                 "that was training, its optimizer does not call the clipper (replaced, copied or unpickled optimizers lose the "
                 "hook); attach the clipper to the one that trains."
             )
 
     def _shares_weights(self) -> bool:
         return len({id(t.layer.module.weight) for t in self._tracked.values()}) < len(self._tracked)
-
-
-def _after(first: ClipResult, last: ClipResult) -> ClipResult:
-    """Two clips in a row as one; what moved is at most the sum."""
-    return ClipResult(first.before, last.after, first.distortion + last.distortion, first.steps + last.steps)

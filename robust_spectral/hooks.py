@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,29 @@ from torch.utils.hooks import RemovableHandle
 Hook = Callable[[], None]
 
 
-def hooked(optimizer: Any, before: Hook, behind: Hook) -> RemovableHandle:
+def hooked(optimizer: Any, before: Hook, behind: Hook, known: Sequence[RemovableHandle] = ()) -> RemovableHandle:
     """Call these at every step of an optimizer, or of the one inside a wrapper without hooks; one handle removes both.
 
-    ``before`` is left out of steps that are being captured, and by wrappers with nothing but `register_step_post_hook`.
+    Where one of the handles ``known`` is of this optimizer already, nothing is done, and that is it. ``before`` is left out of
+    steps that are being captured, and by wrappers with nothing but `register_step_post_hook`.
     """
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
-            return hooked(inner, before, behind)
-        return optimizer.register_step_post_hook(lambda *_: behind())
+            return hooked(inner, before, behind, known)
+        return _unless_known(optimizer.register_step_post_hook(lambda *_: behind()), known)
     hooks = optimizer._optimizer_step_post_hooks, optimizer._optimizer_step_pre_hooks
     handle = RemovableHandle(hooks[0], extra_dict=hooks[1])
     hooks[0][handle.id], hooks[1][handle.id] = lambda *_: behind(), lambda *_: None if captured() else before()
+    return _unless_known(handle, known)
+
+
+def _unless_known(handle: RemovableHandle, known: Sequence[RemovableHandle]) -> RemovableHandle:
+    """The handle, or the living one that is known of the same optimizer, whose place it does not take."""
+    for other in known:
+        if alive(other) and other.hooks_dict_ref() is handle.hooks_dict_ref():
+            handle.remove()
+            return other
     return handle
 
 

@@ -106,7 +106,7 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
 
 
 def spectral_norms(
-    model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9, *, composites: bool = True
+    model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9, *, composites: bool = True, rtol: float = 1e-2
 ) -> dict[str, NormInterval]:
     """An interval around the spectral norm of every linear layer, {layer name: interval}.
 
@@ -115,13 +115,14 @@ def spectral_norms(
         example_input: A batch the model takes, (n, ...).
         failure_probability: Of each layer's upper bound; 0 for deterministic bounds only.
         composites: Whether a layer is taken together with the batch normalisation behind it.
+        rtol: Width upper / lower - 1 asked of the intervals; closer ones cost more.
 
     Raises:
         ValueError: as `linear_layers` and `spectral_norm`.
         NotImplementedError: a layer is not affine.
     """
     layers = linear_layers(model, example_input)
-    norms = norm_intervals([layer.operator(composite=composites) for layer in layers], failure_probability)
+    norms = norm_intervals([layer.operator(composite=composites) for layer in layers], failure_probability, rtol=rtol)
     return {layer.name: norm for layer, norm in zip(layers, norms, strict=True)}
 
 

@@ -32,6 +32,17 @@ def test_the_convolution_alone_is_clipped_where_its_normalisation_trains(convnet
     assert [row["kind"] for row in clipper.report()] == ["conv", "conv", "dense"]
 
 
+def test_a_normalisation_that_trains_again_is_noticed_once(convnet: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
+    clipper = rs.FastClip(convnet, images)
+    clipper.attach(optimizer)
+    train(convnet, optimizer, images)
+    convnet.train()
+    with pytest.warns(UserWarning, match="2 layers .*trains on batch statistics again") as caught:
+        train(convnet, optimizer, images)
+    assert len(caught) == 1
+
+
 def test_frozen_and_training_normalisations_are_told_apart(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     convnet[1].eval()

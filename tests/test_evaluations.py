@@ -115,7 +115,9 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
             "cannot be written",
         ),
         ("finetune --model test_resnet --data digits --initial-checkpoint nowhere.pth --out OUT", "no such file"),
-        ("finetune --model test_resnet --data digits --freeze-bn --lr 1e30 --out OUT", "the last complete epoch is kept"),
+        ("finetune --model test_resnet --data idx:nowhere.tgz --out OUT", "nowhere.tgz: no such folder"),
+        ("finetune --model test_resnet --data digits --lipschitz-target 9 --out OUT", "in eval mode"),
+        ("finetune --model test_resnet --data digits --freeze-bn --lr 1e30 --out OUT", "complete epochs are kept"),
         (
             "finetune --model test_resnet --data digits --lipschitz-target -1 --out OUT",
             "lipschitz_target=-1.0: must be positive",
@@ -154,6 +156,7 @@ def test_bad_input_is_one_line_and_status_2(text, message, tmp_path, capsys):
     assert call(text.replace("OUT", str(tmp_path / "out"))) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.count("error:") == 1 and message in error.partition("error:")[2] and "Traceback" not in error
+    assert (tmp_path / "out" / "config.json").exists() == ("--lr 1e30" in text)  # only what has begun can be gone on with
 
 
 def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
@@ -310,6 +313,16 @@ def test_moving_average_is_clipped_and_saved(tmp_path):
     for layer in linear_layers(model, data.example()):
         composite = torch.nn.Sequential(layer.module, *([layer.batchnorm] if layer.batchnorm is not None else []))
         assert norm(composite, layer.in_shape) <= 2 * 1.001
+
+
+def test_moving_average_of_a_short_training_is_not_of_the_weights_before_it(tmp_path):
+    def last(name, **options):
+        model, _, _ = load_run(finetune(FinetuneConfig(**SMALL, max_norm=None, **options), tmp_path / name))
+        return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    start, trained = last("start", epochs=0), last("trained", epochs=1)
+    average = last("average", epochs=1, model_ema=True)
+    assert (average - start).norm() > 0.3 * (trained - start).norm()
 
 
 def test_a_target_for_the_whole_network_is_met_by_its_bound(tmp_path):

@@ -35,6 +35,19 @@ def test_a_skipped_step_of_a_gradient_scaler_skips_the_clip(convnet: nn.Module, 
     assert clipper.steps == 0
 
 
+def test_to_attach_twice_is_to_attach_once(convnet: nn.Module, images: Tensor) -> None:
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (convnet[:3], convnet[3:])]
+    clipper = rs.FastClip(convnet, images)
+    handles = [clipper.attach(optimizer) for optimizer in (*optimizers, *optimizers)]
+    assert handles[:2] == handles[2:] and handles[0] is not handles[1]
+    train(convnet, optimizers[0], images, 3)
+    assert clipper.steps == 3
+    handles[0].remove()
+    clipper.attach(optimizers[0])
+    train(convnet, optimizers[0], images, 2)
+    assert clipper.steps == 5
+
+
 def test_an_optimizer_inside_a_wrapper_without_hooks_is_found(convnet: nn.Module, images: Tensor) -> None:
     class Wrapper:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -87,9 +100,14 @@ def test_a_hook_that_no_longer_fires_is_noticed(steps: int, how: str, convnet: n
     assert max(true_norms(convnet)) <= 1.001
 
 
-def test_a_clipper_that_was_never_attached_is_noticed_after_training(convnet: nn.Module, images: Tensor) -> None:
+@pytest.mark.parametrize(("steps", "cleared"), [(4, False), (20, True)])
+def test_a_clipper_that_was_never_attached_is_noticed_after_training(
+    steps: int, cleared: bool, convnet: nn.Module, images: Tensor
+) -> None:
     clipper = rs.FastClip(convnet, images)
-    train(convnet, torch.optim.SGD(convnet.parameters(), lr=0.01), images, 4)
+    train(convnet, torch.optim.SGD(convnet.parameters(), lr=1e-3), images, steps)
+    if cleared:
+        convnet.zero_grad()
     with pytest.warns(UserWarning, match="since step 0 .* does not call the clipper"):
         clipper.finish()
 

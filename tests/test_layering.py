@@ -14,7 +14,7 @@ ORDER = [
     "kernel_bounds", "norms", "layers", "folding", "asking", "moves", "coarse", "slow", "tracking", "clipping", "targets",
     "graph", "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
     "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "looking", "small_maps", "holding", "turns", "hooks",
-    "fastclip", "certify",
+    "composites", "fastclip", "certify",
 ]  # fmt: skip
 CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

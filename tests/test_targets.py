@@ -155,6 +155,15 @@ def test_a_relative_target_is_a_multiple_of_each_layers_own_norm(convnet: nn.Mod
     assert [row["target"] for row in clipper.report()] == pytest.approx([0.5 * value for value in own], rel=2e-2)
 
 
+def test_a_bound_is_not_spread_over_layers_that_a_normalisation_can_undo(convnet: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"lipschitz_target=2.*2 layers.*eval mode"):
+        rs.FastClip(convnet.train(), images, math.inf, lipschitz_target=2.0).finish()
+    with pytest.raises(ValueError, match="2 layers"):
+        rs.FastClip(convnet.eval(), images, math.inf, lipschitz_target=2.0, composites="never").finish()
+    rs.FastClip(convnet.train(), images, math.inf, lipschitz_target=2.0, move=MoveGamma()).finish()
+    assert 1 <= rs.lipschitz_bound(convnet, images, box=None).value <= 2
+
+
 @pytest.mark.parametrize("call", [rs.FastClip.norms, rs.FastClip.step, rs.FastClip.finish])
 def test_a_bound_for_the_network_is_spread_under_autocast_too(
     call: Callable[[rs.FastClip], object], convnet: nn.Module, images: Tensor
