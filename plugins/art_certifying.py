@@ -61,7 +61,13 @@ class LipschitzClassifier(PyTorchClassifier):
         Args:
             x: Images, (n, ...).
             batch_size: Images in a forward pass.
+
+        Raises:
+            ValueError: an image is not of the classifier's ``input_shape``.
         """
+        x = np.asarray(x)
+        if tuple(x.shape[1:]) != tuple(self.input_shape):
+            raise ValueError(f"certify: takes a batch of images of shape {tuple(self.input_shape)}; got shape {tuple(x.shape)}")
         mean, std = standardisation(self)
         exact = copy.deepcopy(self.model).double().eval()
         parts = torch.from_numpy((x.astype(np.float64) - mean) / std).split(batch_size)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import _LRScheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from robust_spectral import ClipResult, FastClip
+from robust_spectral.clipping import check_max_norm
 
 from .art_preprocessing import example_of, standardising_gain
 
@@ -139,7 +140,7 @@ class FastClipTransformer(Transformer):
         **options: For `robust_spectral.FastClip`.
 
     Raises:
-        TypeError: the estimator is not a ``PyTorchClassifier``.
+        TypeError: the estimator is not a ``PyTorchClassifier``, or ``max_norm`` is not a number.
         ValueError: ``max_norm`` is not positive.
     """
 
@@ -171,8 +172,7 @@ class FastClipTransformer(Transformer):
         """Nothing to fit: the clip needs no data."""
 
     def _check_params(self) -> None:
-        if not self.max_norm > 0:
-            raise ValueError(f"FastClipTransformer(max_norm={self.max_norm}): must be positive")
+        check_max_norm("FastClipTransformer", self.max_norm)
 
 
 def _check_classifier(call: str, classifier: Any) -> None:

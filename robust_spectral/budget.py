@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from .affine import evaluating
 from .graph import Build, Key, Walk
+from .layers import uncompiled
 from .lipschitz import pair_of, traced_at
 from .norms import NormInterval
 from .tracking import TOLERANCE
@@ -37,7 +38,7 @@ def norm_for(
     Raises:
         ValueError: no norm does it: the network has no bound, or what is not held keeps it above.
     """
-    example = pair_of(example_input)
+    example, model = pair_of(example_input), uncompiled(model)
     with evaluating(model), torch.no_grad():
         traced = traced_at(model, example)
         norms: dict[Key, NormInterval] = {}

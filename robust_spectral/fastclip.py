@@ -70,7 +70,7 @@ class FastClip:
     Raises:
         ValueError: ``max_norm`` is not positive, a pattern matches no layer, or the model applies no linear layer or does not
             take the input.
-        TypeError: ``max_norm`` or ``lipschitz_target`` is not a number.
+        TypeError: ``max_norm`` or ``lipschitz_target`` is not a number, or the input no tensor.
         NotImplementedError: a layer cannot be clipped; the message names it.
     """
 
@@ -83,6 +83,7 @@ class FastClip:
         self._choice, self._thawed = Choice(composites, move or MoveWeight()), False
         if every < 1 or sweeps < 1 or vectors < 1:
             raise ValueError(f"FastClip(every={every}, sweeps={sweeps}, vectors={vectors}): must be at least 1")
+        layers = linear_layers(model, example_input)
         self.max_norm = max_norm
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self._relative, self._warmup_steps, self._failure_probability = relative, warmup_steps, failure_probability
@@ -91,7 +92,6 @@ class FastClip:
         self._lipschitz_target, self._network = lipschitz_target, (model, example_input[:1].detach().clone())
         self._results: dict[str, ClipResult] = {}
         self._handles: list[RemovableHandle] = []
-        layers = linear_layers(model, example_input)
         targets = targets_by_name([layer.name for layer in layers], max_norm, include, exclude)
         self._tracked = {
             layer.name: TrackedLayer.of(
@@ -134,6 +134,7 @@ class FastClip:
         Raises:
             ValueError: another clipper is attached and holds a layer of this one.
             NotImplementedError: a weight has been sharded since the clipper was made.
+            TypeError: what is given has no hooks of an optimizer.
         """
         for name, tracked in self._tracked.items():
             tracked.move.parameters(tracked.layer)  # refuses weights that were sharded meanwhile
@@ -255,8 +256,10 @@ class FastClip:
         """Take over the state of another clipper of the same model; what was asked of this one stays, its ``max_norm`` too.
 
         Raises:
-            ValueError: the state belongs to a model with other layers.
+            ValueError: the state belongs to a model with other layers, or is not of a clipper.
         """
+        if not isinstance(state, Mapping) or "layers" not in state:
+            raise ValueError("FastClip.load_state_dict: takes what state_dict() of a clipper gave")
         if state["layers"].keys() != self._tracked.keys():
             differing = sorted(state["layers"].keys() ^ self._tracked.keys())
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")

@@ -17,11 +17,16 @@ def hooked(optimizer: Any, before: Hook, behind: Hook, known: Sequence[Removable
 
     Where one of the handles ``known`` is of this optimizer already, nothing is done, and that is it. ``before`` is left out of
     steps that are being captured, and by wrappers with nothing but `register_step_post_hook`.
+
+    Raises:
+        TypeError: it has no such hooks.
     """
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             return hooked(inner, before, behind, known)
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(f"FastClip.attach: takes an optimizer, or a wrapper of one; got {type(optimizer).__name__}")
         return _unless_known(optimizer.register_step_post_hook(lambda *_: behind()), known)
     hooks = optimizer._optimizer_step_post_hooks, optimizer._optimizer_step_pre_hooks
     handle = RemovableHandle(hooks[0], extra_dict=hooks[1])

@@ -64,12 +64,16 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
     """The convolutions and dense layers a forward pass applies, in order, with their input shapes and composites.
 
     Args:
-        model: Any model; it runs once in eval mode, without gradients, and is left as it was.
+        model: Any model; it runs once in eval mode, without gradients, and is left as it was. A compiled one runs as written.
         example_input: A batch the model takes, (n, ...).
 
     Raises:
         ValueError: the model applies no linear layer, or does not take the input.
+        TypeError: the input is no tensor.
     """
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"linear_layers: takes a batch that the model takes, a tensor; got {type(example_input).__name__}")
+    model = uncompiled(model)
     found: dict[tuple[Any, ...], LinearLayer] = {}
     outputs: list[tuple[Tensor, int, tuple[Any, ...]]] = []  # keeps the tensors alive, so that identity means something
 
@@ -124,6 +128,12 @@ def spectral_norms(
     layers = linear_layers(model, example_input)
     norms = norm_intervals([layer.operator(composite=composites) for layer in layers], failure_probability, rtol=rtol)
     return {layer.name: norm for layer, norm in zip(layers, norms, strict=True)}
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model as it was written, which a compiled one holds with the same weights."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def example_for(model: nn.Module, example: Tensor) -> Tensor:

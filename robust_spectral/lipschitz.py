@@ -24,6 +24,7 @@ from . import rules as rules
 from .affine import evaluating
 from .caller import warn
 from .graph import RULES, Walk, composed, times, where
+from .layers import uncompiled
 from .operators import in_full
 from .rounding import forward_error
 from .tracing import Tracer
@@ -109,6 +110,7 @@ def lipschitz_bound(
     """
     if box is not None and not -math.inf < box[0] < box[1] < math.inf:
         raise ValueError(f"lipschitz_bound(box={box}): give a least and a larger value, both finite")
+    model = uncompiled(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")

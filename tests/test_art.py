@@ -208,6 +208,8 @@ def test_estimator_of_another_kind_is_refused():
 def test_transformer_clips_a_copy_and_leaves_the_trained_classifier_alone():
     trained, copy = classifier(), classifier(network(1))
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    with pytest.raises(TypeError, match="must be a number"):
+        FastClipTransformer(trained, max_norm="1")
     transformer = FastClipTransformer(trained, max_norm=0.3)
     assert transformer(None, copy) is copy
     assert max(true_norms(copy.model)) <= 0.3 * 1.001
@@ -232,6 +234,8 @@ def test_rounding_is_accounted_for_on_the_range_that_the_standardised_images_hav
     assert outer.errors[torch.float64] < 2 * direct.errors[torch.float64]
     assert classifier(kind=LipschitzClassifier, clip_values=None).lipschitz_bound().errors == {}
     _, radii = plain.certify(images[:8])
+    with pytest.raises(ValueError, match=r"takes a batch of images of shape \(1, .* got shape \(1, "):
+        plain.certify(images[0])
     with torch.no_grad():
         logits = plain.model.eval()(torch.from_numpy(images[:8]))
     exact = lipschitz_bound(plain.model, torch.zeros(1, *plain.input_shape), box=None)

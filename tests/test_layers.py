@@ -222,3 +222,11 @@ def test_every_convolution_of_a_timm_resnet_forms_its_composite() -> None:
     ]
     assert {id(layer.module) for layer in layers} == {id(module) for module in [*convolutions, model.fc]}
     assert {layer.batchnorm_name for layer in layers} >= {"conv1.1", "conv1.4", "bn1", "layer3.0.downsample.2"}
+
+
+def test_a_compiled_model_is_taken_as_it_was_written(convnet: nn.Module, images: Tensor) -> None:
+    compiled = torch.compile(convnet, backend=lambda graph, _: pytest.fail("was compiled"))
+    assert list(rs.spectral_norms(compiled, images)) == ["0", "3", "8"]
+    bounds = [rs.lipschitz_bound(model, images, box=None).value for model in (convnet, compiled)]
+    assert bounds[0] == bounds[1] < float("inf")
+    assert rs.FastClip(compiled, images, 10.0, lipschitz_target=1.0).finish().keys() == {"0", "3", "8"}

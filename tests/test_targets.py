@@ -181,3 +181,13 @@ def test_a_zero_layer_has_no_relative_target() -> None:
     for _ in range(6):
         clipper.step()
     assert [row["target"] is None for row in clipper.report()] == [True, False]
+
+
+def test_what_is_no_batch_no_optimizer_or_no_state_is_refused_with_what_came(convnet: nn.Module, images: Tensor) -> None:
+    with pytest.raises(TypeError, match="a tensor; got tuple"):
+        rs.FastClip(convnet, tuple(images.shape))  # type: ignore[arg-type]
+    clipper = rs.FastClip(convnet, images)
+    with pytest.raises(TypeError, match=r"takes an optimizer, .* got Sequential"):
+        clipper.attach(convnet)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="what state_dict"):
+        clipper.load_state_dict(convnet.state_dict())
