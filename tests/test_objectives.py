@@ -239,5 +239,8 @@ def test_idx_files_that_are_missing_or_broken_are_named(change, message, tmp_pat
 
 
 def test_an_idx_path_that_is_nothing_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no folder and no tar archive"):
+    with pytest.raises(ValueError, match="nothing: no such folder or tar archive"):
         load_data(f"idx:{tmp_path / 'nothing'}")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="text: is no folder and no tar archive"):
+        load_data(f"idx:{tmp_path / 'text'}")

@@ -52,7 +52,10 @@ class Setting:
         return model.to(device, memory_format=torch.channels_last) if device != "cpu" else model.to(device)
 
 
-CPU = [Setting("test_resnet", 28, 64, 60), Setting("resnet18", 32, 64, 60), Setting("resnet50", 224, 8, 8)]
+CPU = [
+    Setting("test_resnet", 28, 64, 60), Setting("resnet18", 32, 64, 60), Setting("resnet50", 224, 8, 8),
+    Setting("mobilenetv3_small_100", 224, 64, 20),
+]  # fmt: skip
 CUDA = [Setting("test_resnet", 28, 64, 200), Setting("resnet18", 32, 64, 200), Setting("resnet50", 224, 256, 120)]
 
 
