@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 
 from robust_spectral import FastClip, Lanczos, top_singular
 from robust_spectral.affine import is_batchnorm
-from robust_spectral.looking import NotFiniteError
 from robust_spectral.plugins.defences import Defence, NoDefence
 from robust_spectral.plugins.registry import find
 from robust_spectral.plugins.timm import PixelModel
@@ -180,7 +179,7 @@ class _Training:
         self.scaler.scale(loss).backward()
         try:
             self.scaler.step(self.optimizer)
-        except NotFiniteError as error:  # seen by the clipper
+        except ValueError as error:  # the clipper saw weights that are not finite
             raise ValueError(f"{self.out}: {error}; {_STOPPED}") from error
         self.scaler.update()
         return value, accuracy

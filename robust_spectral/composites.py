@@ -37,14 +37,17 @@ class Choice:
 
     def together(self, layer: LinearLayer) -> bool:
         """Whether a layer is clipped with its batch normalisation, in the mode that this is in now."""
-        if layer.batchnorm is None or self.composites != "auto":
-            return layer.batchnorm is not None and self.composites == "always"
-        return self._gamma_moves or not layer.batchnorm.training
+        if layer.batchnorm is None or self.composites == "never":
+            return False
+        return self.composites == "always" or self._gamma_moves or not layer.batchnorm.training
+
+    def _alone(self, layers: Sequence[LinearLayer]) -> list[str]:
+        """Names of those with a batch normalisation behind them that are clipped without it."""
+        return [layer.name for layer in layers if layer.batchnorm is not None and not self.together(layer)]
 
     def warn_of_training(self, layers: Sequence[LinearLayer]) -> None:
         """Say which of these are clipped alone as their normalisation trains."""
-        alone = [layer.name for layer in layers if layer.batchnorm is not None and not self.together(layer)]
-        if alone and self.composites == "auto":
+        if self.composites == "auto" and (alone := self._alone(layers)):
             warn(
                 f"FastClip: behind {counted(alone)} a batch normalisation trains on batch statistics, so what is in front "
                 "of it is clipped alone and the normalisation can undo it. Freeze its statistics (put the batch normalisations "
@@ -53,8 +56,10 @@ class Choice:
 
     def warn_of_thawed(self, tracked: Sequence[TrackedLayer]) -> bool:
         """Say which composites' normalisations train again that did not where that was settled; whether there are any."""
+        if self.composites != "auto" or self._gamma_moves:
+            return False
         thawed = [part.layer.name for part in tracked if part.changes_in_passes]
-        if not thawed or self.composites != "auto" or self._gamma_moves:
+        if not thawed:
             return False
         warn(
             f"FastClip: behind {counted(thawed)} the batch normalisation trains on batch statistics again, which were frozen "
@@ -69,8 +74,7 @@ class Choice:
         Raises:
             ValueError: a layer is clipped without the batch normalisation behind it.
         """
-        alone = [layer.name for layer in layers if layer.batchnorm is not None and not self.together(layer)]
-        if alone:
+        if alone := self._alone(layers):
             raise ValueError(
                 f"FastClip(lipschitz_target={lipschitz_target:g}): {counted(alone)} would be clipped without the batch "
                 "normalisation behind, so that no norm of theirs bounds the network. Train with the statistics frozen (batch "
