@@ -13,6 +13,8 @@ def on_startup(**_: Any) -> None:
     """Copy the modules to build/docs-source/robust_spectral."""
     shutil.rmtree(_PACKAGE, ignore_errors=True)
     for folder, place in _PLACES.items():
-        (_PACKAGE / place).mkdir(parents=True, exist_ok=True)
-        for module in (_ROOT / folder).glob("*.py"):
-            shutil.copy(module, _PACKAGE / place)
+        for module in (_ROOT / folder).rglob("*.py"):
+            copy = _PACKAGE / place / module.relative_to(_ROOT / folder)
+            if "benchmarks" not in copy.parts:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(module, copy)

@@ -4,7 +4,7 @@
 def main() -> None:
     """Run the command line, or say what to install where the core is installed alone."""
     try:
-        from .cli import main as run
+        from .commands import main as run
     except ModuleNotFoundError as error:
         raise SystemExit(f"robust-spectral: {error.name} is missing; pip install 'robust-spectral[evaluations]'") from None
     except KeyboardInterrupt:

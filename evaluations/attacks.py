@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_spectral.affine import evaluating
+from robust_spectral.operators import evaluating
 from robust_spectral.plugins.registry import find
 
 NORMS = {"l2": 2, "linf": np.inf}

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from robust_spectral import MoveGamma, MoveWeight, MoveWeightAndGamma
-from robust_spectral.composites import Composites
-from robust_spectral.moves import Move
+from robust_spectral.clipping import Move
 from robust_spectral.plugins.registry import find
+from robust_spectral.training import Composites
 
 MOVES: dict[str, type[Move]] = {"weight": MoveWeight, "gamma": MoveGamma, "weight+gamma": MoveWeightAndGamma}
 

@@ -17,8 +17,8 @@ from maite.protocols import ArrayLike, MetricMetadata, ModelMetadata
 from torch import Tensor, nn
 
 from robust_spectral import LipschitzBound, certified_radius
-from robust_spectral.affine import evaluating
-from robust_spectral.certify import full_precision
+from robust_spectral.lipschitz import full_precision
+from robust_spectral.operators import evaluating
 
 
 class ImageClassifier:

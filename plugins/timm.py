@@ -19,14 +19,28 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, fx, nn
 
-from robust_spectral.activations import activation_slope
-from robust_spectral.affine_rules import affine_layer, batchnorm
-from robust_spectral.graph import JOINERS, Box, Walk, rule, times
-from robust_spectral.intervals import activated, increasing, interval
-from robust_spectral.intervals import batchnorm as batchnorm_box
-from robust_spectral.intervals import linear as linear_box
-from robust_spectral.normalisation import root_mean_square
-from robust_spectral.rounding import Rounding, Terms, exact, normalised, products, rounds
+from robust_spectral.lipschitz import (
+    JOINERS,
+    Box,
+    LipschitzWalk,
+    RoundingWalk,
+    Terms,
+    activation_box,
+    activation_slope,
+    affine_layer,
+    batchnorm_bound,
+    batchnorm_box,
+    batchnorm_rounding,
+    increasing_box,
+    interval,
+    linear_box,
+    linear_rounding,
+    not_rounded,
+    root_mean_square_bound,
+    rounds,
+    rule,
+)
+from robust_spectral.numerics import product_up
 
 from . import timm_maxmin  # noqa: F401 (whose models it makes known to timm)
 
@@ -181,43 +195,43 @@ rule(
 )(affine_layer)  # fmt: skip
 
 
-rule(timm.layers.RmsNorm, timm.layers.RmsNorm2d)(root_mean_square)
+rule(timm.layers.RmsNorm, timm.layers.RmsNorm2d)(root_mean_square_bound)
 
 
 @rule(timm.layers.DropPath)
-def drop_path(walk: Walk, n: fx.Node) -> float:
+def drop_path(walk: LipschitzWalk, n: fx.Node) -> float:
     """The identity in eval mode."""
     return walk.bound(n.args[0])
 
 
 @rule(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def batchnorm_then_activation(walk: Walk, n: fx.Node) -> float:
+def batchnorm_then_activation(walk: LipschitzWalk, n: fx.Node) -> float:
     """The affine part, with the convolution before it where there is one, times the slope of the activation."""
     module: Any = walk.called(n)
     slopes = [activation_slope(part) for part in (module.drop, module.act)]
-    return times(walk.bound_of(batchnorm(walk, n)), *slopes)
+    return product_up(walk.bound_of(batchnorm_bound(walk, n)), *slopes)
 
 
-interval(timm.layers.DropPath, timm.layers.BlurPool2d)(increasing)  # a blur has no negative weights
+interval(timm.layers.DropPath, timm.layers.BlurPool2d)(increasing_box)  # a blur has no negative weights
 interval(timm.layers.Conv2dSame)(linear_box)
 
 
 @interval(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def batchnorm_then_activation_box(walk: Walk, n: fx.Node) -> Box:
+def batchnorm_then_activation_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """The box of the affine part, through the activation."""
     module: Any = walk.called(n)
-    return activated(module.act, activated(module.drop, batchnorm_box(walk, n)))
+    return activation_box(module.act, activation_box(module.drop, batchnorm_box(walk, n)))
 
 
-rounds(timm.layers.DropPath)(exact)
-rounds(timm.layers.Conv2dSame)(products)
+rounds(timm.layers.DropPath)(not_rounded)
+rounds(timm.layers.Conv2dSame)(linear_rounding)
 
 
 @rounds(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def normalised_then_activated(walk: Rounding, n: fx.Node) -> Terms:
+def normalised_then_activated(walk: RoundingWalk, n: fx.Node) -> Terms:
     """The normalisation's terms and then those of an activation with a slope of at most 2."""
     module: Any = walk.called(n)
-    terms, total = normalised(walk, n)
+    terms, total = batchnorm_rounding(walk, n)
     if not activation_slope(module.act) <= 2:
         raise ValueError("a slope above 2")
     return 2 * terms + 32, 3 * total + math.sqrt(walk.elements(n))

@@ -14,9 +14,7 @@ import torch
 from timm.models import register_model
 from torch import Tensor, fx, nn
 
-from robust_spectral.graph import Walk, rule
-from robust_spectral.intervals import increasing, interval
-from robust_spectral.rounding import exact, rounds
+from robust_spectral.lipschitz import LipschitzWalk, increasing_box, interval, not_rounded, rounds, rule
 
 
 class MaxMin(nn.Module):
@@ -47,13 +45,13 @@ class ChannelShift(nn.Module):
 
 
 @rule(MaxMin, ChannelShift)
-def rearranged(walk: Walk, n: fx.Node) -> float:
+def rearranged(walk: LipschitzWalk, n: fx.Node) -> float:
     """The same values at other places, or each pair sorted, which brings no two vectors further apart."""
     return walk.bound(n.args[0])
 
 
-interval(MaxMin, ChannelShift)(increasing)
-rounds(MaxMin, ChannelShift)(exact)
+interval(MaxMin, ChannelShift)(increasing_box)
+rounds(MaxMin, ChannelShift)(not_rounded)
 
 
 def maxmin_mlp(

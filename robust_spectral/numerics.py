@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_EPS = float(torch.finfo(torch.float64).eps)
+EPS = float(torch.finfo(torch.float64).eps)
 
 
 def power_of_two(size: float) -> float:
@@ -23,12 +23,12 @@ def power_of_two(size: float) -> float:
 
 def round_up(value: float, operations: float) -> float:
     """A float64 result moved outward, past the error of about ``operations`` accumulated roundings; 0 stays 0."""
-    return math.nextafter(value * (1 + 8 * operations * _EPS), math.inf) if value > 0 else value
+    return math.nextafter(value * (1 + 8 * operations * EPS), math.inf) if value > 0 else value
 
 
 def round_down(value: float, operations: float) -> float:
     """A float64 result moved towards 0, past the error of about ``operations`` accumulated roundings."""
-    return max(0.0, math.nextafter(value * (1 - 8 * operations * _EPS), 0.0)) if value > 0 else value
+    return max(0.0, math.nextafter(value * (1 - 8 * operations * EPS), 0.0)) if value > 0 else value
 
 
 def smaller_gram(matrices: Tensor) -> Tensor:
@@ -53,3 +53,13 @@ def largest_singular_value(matrices: Tensor) -> tuple[float, float]:
     largest = float(torch.linalg.eigvalsh(gram)[..., -1].max()) if min(m, n) > 1 else float(gram.real.max())
     energy = float(gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).max())
     return math.sqrt(max(largest, 0.0)), m + n + (max(m, n) * energy / largest / 8 if largest > 0 else 0.0)
+
+
+def product_up(*factors: float) -> float:
+    """Product of non-negative numbers, rounded up; 0 times anything is 0."""
+    if 0 in factors:
+        return 0.0
+    product = 1.0
+    for factor in factors:
+        product = math.nextafter(product * factor, math.inf)
+    return product

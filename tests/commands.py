@@ -2,7 +2,7 @@
 
 import sys
 
-from robust_spectral.evaluations import cli
+from robust_spectral.evaluations.commands import cli
 
 
 def call(text: str) -> int:

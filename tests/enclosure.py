@@ -11,10 +11,11 @@ from reference import dense
 from torch import Tensor
 
 import robust_spectral as rs
-from robust_spectral import norms
-from robust_spectral.kernel_bounds import frobenius_bound, schur_bound, symbol_bound
-from robust_spectral.norms import dense_interval, lanczos_interval
-from robust_spectral.operators import LinearOperator
+from robust_spectral.norms import enclosures
+from robust_spectral.norms.convolution_bounds import frobenius_bound, schur_bound, symbol_bound
+from robust_spectral.norms.enclosures import dense_interval
+from robust_spectral.norms.lanczos_bound import lanczos_interval
+from robust_spectral.operators.base import LinearOperator
 
 EPS = torch.finfo(torch.float64).eps
 CHAIN_ROUNDING = 1e-11
@@ -86,7 +87,7 @@ def theorems(A: LinearOperator) -> Iterator[tuple[str, tuple[float, float]]]:
     interval = dense_interval(A)
     yield "dense", (interval.lower, interval.upper)
     yield "lanczos", lanczos_interval(A, 1e-9)
-    with mock.patch.object(norms, "_DENSE_WORK", -1):
+    with mock.patch.object(enclosures, "_DENSE_WORK", -1):
         interval = rs.spectral_norm(A)
     yield "spectral_norm without dense", (interval.lower, interval.upper)
     if A.kernel is not None:

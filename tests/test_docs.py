@@ -20,8 +20,8 @@ from torch import nn
 
 import robust_spectral as rs
 from robust_spectral.evaluations.attacks import run_attack
-from robust_spectral.evaluations.cli import app
-from robust_spectral.evaluations.grid import read_grid
+from robust_spectral.evaluations.commands.cli import app
+from robust_spectral.evaluations.grids.grid import read_grid
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -16,7 +16,7 @@ import robust_spectral as rs
 
 ROOT = Path(__file__).parents[1]
 _ERRORS = {"ValueError", "TypeError", "NotImplementedError"}
-_RULES = {"attention", "intervals", "powers", "rounding", "normalised_then_activated"}
+_RULES = {"attention", "interval_arithmetic", "powers", "roundings", "normalised_then_activated"}
 _OF_A_PROTOCOL = {"solve", "parameters", "gradients", "rescaled"}  # which says once what these are given
 _FROM_ELSEWHERE = [  # whose mathematics is published by others
     "certified_radius", "circular_singular_values", "clip_", "Lanczos", "PowerQR", "projected_weight", "representation_gap",
@@ -51,8 +51,9 @@ FUNCTIONS = dict(pair for name, value in exported().items() for pair in function
 
 
 def modules(folder: str, package: str) -> list[ModuleType]:
-    paths = sorted((ROOT / folder).glob("*.py"))
-    return [importlib.import_module(f"{package}.{path.stem}".removesuffix(".__init__")) for path in paths]
+    paths = sorted(path.relative_to(ROOT / folder).with_suffix("") for path in (ROOT / folder).rglob("*.py"))
+    names = [".".join([package, *path.parts]).removesuffix(".__init__") for path in paths if "benchmarks" not in path.parts]
+    return [importlib.import_module(name) for name in names]
 
 
 def raised_in(function: Any) -> set[str]:

@@ -1,24 +1,30 @@
 """Who may import whom, read off the syntax trees, and what an import of the core brings along."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = [
-    "caller", "numerics", "operators", "convolutions", "affine", "circular", "projection", "krylov", "spectrum",
-    "kernel_bounds", "norms", "layers", "folding", "asking", "moves", "coarse", "slow", "tracking", "clipping", "targets",
-    "graph", "nodes", "activations", "affine_rules", "arithmetic", "normalisation", "places", "pooling", "rules", "intervals",
-    "powers", "attention", "rounding", "tracing", "lipschitz", "budget", "looking", "small_maps", "holding", "turns", "hooks",
-    "composites", "fastclip", "certify",
-]  # fmt: skip
-CORE = sorted((ROOT / "robust_spectral").glob("*.py"))
-PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
-EVALUATIONS = sorted((ROOT / "evaluations").rglob("*.py"))
+LEAVES = ["devices", "numerics", "user_warnings"]  # modules beside the packages, which import nothing of ours
+CORE = [{"operators"}, {"singular_values"}, {"norms"}, {"layers"}, {"clipping", "lipschitz"}, {"training"}]
+EVALUATIONS = [
+    {"run_folder", "terminal", "wording"},
+    {"attacks", "config", "data", "lite_weights", "records"},
+    {"models"},
+    {"attacking", "finetuning"},
+    {"grids", "reporting"},
+    {"leaderboard", "publishing"},
+    {"commands"},
+    {"__main__"},
+]  # a package or module imports from the rows above its own only
+FOLDERS = {"robust_spectral": "robust_spectral", "plugins": "robust_spectral.plugins",
+           "evaluations": "robust_spectral.evaluations"}  # fmt: skip
 NUMERICS = {"torch", "numpy", "scipy"}
 PARTS = [
     ["art_preprocessing", "art_clipping", "art_certifying", "art"],
@@ -34,32 +40,76 @@ HOSTS = {
     "timm_maxmin": "timm",
     "timm_task": "timm",
     "defences": "deel",
-}  # plugin file -> what it imports, where the two names differ
+}  # plugin -> what it imports, where the two names differ
 
 
-def imported(path: Path, package: str) -> Iterator[str]:
-    """Absolute names of all that a file imports, anywhere in it; relative names are resolved against its package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    """The name that a file is imported by."""
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *parts]).removesuffix(".__init__")
+
+
+MODULES = {
+    module_of(path): path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "benchmarks" not in path.parts
+}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+HOMES = ("robust_spectral.plugins", "robust_spectral.evaluations")
+
+
+def imported(name: str) -> set[str]:
+    """Absolute names of all modules that a module imports, or imports from, anywhere in it."""
+    package = name.split(".") if name in PACKAGES else name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names & MODULES.keys() or {module}
+    return found
+
+
+IMPORTED = {name: imported(name) for name in MODULES}
 
 
 def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def third_party(names: Iterator[str]) -> set[str]:
-    tops = {name.split(".")[0] for name in names}
+def home(name: str) -> str:
+    """The folder that a module belongs to: the core, the plugins or the evaluations."""
+    return next((other for other in HOMES if is_within(name, other)), "robust_spectral")
+
+
+def room(name: str) -> str:
+    """The package or module directly under its folder, which others may import from; "" of the folder's own door."""
+    return name.removeprefix(home(name)).strip(".").split(".")[0]
+
+
+def imported_modules(name: str) -> set[str]:
+    """Modules of ours among those."""
+    return IMPORTED[name] & MODULES.keys()
+
+
+def of(folder: str) -> list[str]:
+    return [name for name in MODULES if home(name) == folder]
+
+
+def third_party(name: str) -> set[str]:
+    tops = {n.split(".")[0] for n in IMPORTED[name]}
     return tops - set(sys.stdlib_module_names) - NUMERICS - {"robust_spectral"}
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def out_of_order(folder: str, order: list[set[str]], free: set[str]) -> list[tuple[str, str]]:
+    """Imports of a folder's rooms from one that is not in a row above."""
+    row = {name: place for place, names in enumerate(order) for name in names} | dict.fromkeys(free, -1)
+    pairs = [(room(name), room(other)) for name in of(folder) for other in imported_modules(name) if home(other) == folder]
+    return [(one, other) for one, other in pairs if one and one != other and not row[other] < row[one]]
 
 
 def test_importing_the_core_brings_torch_and_nothing_heavier() -> None:
@@ -69,38 +119,69 @@ def test_importing_the_core_brings_torch_and_nothing_heavier() -> None:
     assert done.stdout.strip() == "[] True"
 
 
-def test_every_file_of_the_core_has_its_place_in_the_order() -> None:
-    assert {path.stem for path in CORE} == {*ORDER, "__init__"}
+def test_modules_beside_the_packages_import_nothing_of_ours() -> None:
+    assert sorted(room(name) for name in of("robust_spectral") if room(name) and name.count(".") == 1) == sorted(
+        [*LEAVES, *(name for names in CORE for name in names)]
+    )
+    assert not [name for name in LEAVES if imported_modules(f"robust_spectral.{name}")]
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_of_the_core_imports_only_from_those_above_it(name: str) -> None:
-    ours = {n for n in imported(ROOT / "robust_spectral" / f"{name}.py", "robust_spectral") if is_within(n, "robust_spectral")}
-    files = {n.split(".")[1] for n in ours if "." in n}
-    assert files <= set(ORDER[: ORDER.index(name)])
+def test_a_package_of_the_core_imports_from_those_below_it_only() -> None:
+    assert not out_of_order("robust_spectral", CORE, set(LEAVES))
 
 
-@pytest.mark.parametrize("path", CORE, ids=relative)
-def test_the_core_imports_numerics_only(path: Path) -> None:
-    names = set(imported(path, "robust_spectral"))
-    assert third_party(iter(names)) == set()
-    assert not [n for n in names if is_within(n, "robust_spectral.plugins") or is_within(n, "robust_spectral.evaluations")]
+def test_the_evaluations_import_in_order() -> None:
+    assert {room(name) for name in of("robust_spectral.evaluations")} == {"", *(n for names in EVALUATIONS for n in names)}
+    assert not out_of_order("robust_spectral.evaluations", EVALUATIONS, set())
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=relative)
-def test_a_plugin_imports_the_core_its_own_host_and_its_own_parts_only(path: Path) -> None:
-    names = set(imported(path, "robust_spectral.plugins"))
-    assert third_party(iter(names)) - {"safetensors"} <= {HOSTS.get(path.stem, path.stem)}
-    assert not [n for n in names if is_within(n, "robust_spectral.evaluations") or is_within(n, "evaluations")]
-    above = [part for parts in PARTS if path.stem in parts for part in parts[: parts.index(path.stem)]]
-    assert {n.split(".")[2] for n in names if n.startswith("robust_spectral.plugins.")} <= set(above)
+def test_a_package_is_entered_through_its_door_only() -> None:
+    deep = [
+        (name, other)
+        for name in MODULES
+        for other in imported_modules(name)
+        if (home(name), room(name)) != (home(other), room(other)) and other.removeprefix(home(other)).count(".") > 1
+    ]
+    assert not deep
+
+
+def test_no_package_holds_a_cycle_of_imports() -> None:
+    for place in {(home(name), room(name)) for name in MODULES}:
+        inside = [name for name in MODULES if (home(name), room(name)) == place and name not in PACKAGES]
+        graph = {name: {other for other in imported_modules(name) if other in inside} for name in inside}
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(str(error))
+
+
+def test_no_module_bears_the_name_of_something_that_its_package_offers() -> None:
+    """Else whoever imports the one from the package may get the other."""
+    offered = {name: set(re.findall(r"from \.\w\S* import (\w+) as", MODULES[name].read_text())) for name in PACKAGES}
+    assert not [name for name in MODULES if name.rpartition(".")[2] in offered.get(name.rpartition(".")[0], ())]
+
+
+@pytest.mark.parametrize("name", of("robust_spectral"))
+def test_the_core_imports_numerics_only(name: str) -> None:
+    assert third_party(name) == set()
+    assert not [n for n in IMPORTED[name] if home(n) in HOMES]
+
+
+@pytest.mark.parametrize("name", of("robust_spectral.plugins"))
+def test_a_plugin_imports_the_core_its_own_host_and_its_own_parts_only(name: str) -> None:
+    own = room(name)
+    assert third_party(name) - {"safetensors"} <= {HOSTS.get(own, own)}
+    assert not [n for n in IMPORTED[name] if is_within(n, "robust_spectral.evaluations")]
+    above = [part for parts in PARTS if own in parts for part in parts[: parts.index(own)]]
+    assert {room(n) for n in imported_modules(name) if home(n) == "robust_spectral.plugins"} - {""} <= {own, *above}
 
 
 def test_the_folders_are_not_imported_by_their_top_level_names() -> None:
-    for path in [*CORE, *PLUGINS, *EVALUATIONS]:
-        package = "robust_spectral" if path in CORE else f"robust_spectral.{path.relative_to(ROOT).parts[0]}"
-        assert not [n for n in imported(path, package) if is_within(n, "plugins") or is_within(n, "evaluations")]
+    assert not [(name, n) for name in MODULES for n in IMPORTED[name] if is_within(n, "plugins") or is_within(n, "evaluations")]
 
 
 def test_the_reference_of_these_tests_is_independent() -> None:
-    assert not [n for n in imported(ROOT / "tests" / "reference.py", "tests") if is_within(n, "robust_spectral")]
+    text = (ROOT / "tests" / "reference.py").read_text()
+    named: Iterator[ast.AST] = ast.walk(ast.parse(text))
+    modules = [node.module or "" for node in named if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in modules if is_within(name, "robust_spectral")] and "import robust_spectral" not in text

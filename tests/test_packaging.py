@@ -53,7 +53,12 @@ def shipped() -> set[str]:
     """Where the files of the three folders belong in an installed package."""
     places = {"robust_spectral": "robust_spectral", "plugins": "robust_spectral/plugins",
               "evaluations": "robust_spectral/evaluations"}  # fmt: skip
-    modules = {f"{place}/{path.name}" for folder, place in places.items() for path in (ROOT / folder).glob("*.py")}
+    modules = {
+        f"{place}/{path.relative_to(ROOT / folder)}"
+        for folder, place in places.items()
+        for path in (ROOT / folder).rglob("*.py")
+        if "benchmarks" not in path.parts
+    }
     data = {f"robust_spectral/{path.relative_to(ROOT)}" for path in (ROOT / "evaluations" / "templates").iterdir()}
     recipes = {f"robust_spectral/{path.relative_to(ROOT)}" for path in (ROOT / "evaluations" / "recipes").glob("*.toml")}
     return modules | data | recipes | {"robust_spectral/py.typed"}
@@ -82,7 +87,8 @@ def test_entry_points_name_what_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     lines = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode().splitlines()
     modules = {line.split(" = ")[1].split(":")[0] for line in lines if " = " in line}
     assert len(modules) >= 5
-    assert not {module for module in modules if f"{module.replace('.', '/')}.py" not in wheel.namelist()}
+    paths = {module.replace(".", "/") for module in modules}
+    assert not {path for path in paths if not {f"{path}.py", f"{path}/__init__.py"} & set(wheel.namelist())}
 
 
 def test_a_source_distribution_holds_what_the_wheel_is_made_of(

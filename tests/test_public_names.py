@@ -18,25 +18,23 @@ CORE = [
     "MoveGamma", "MoveWeightAndGamma", "projected_weight", "fold_batchnorms_", "__version__",
 ]  # fmt: skip
 HOMES = {
-    "operators": ["LinearOperator"],
-    "affine": ["linear_operator"],
-    "circular": [
+    "operators": ["LinearOperator", "linear_operator"],
+    "singular_values": [
+        "PowerQR",
+        "Lanczos",
+        "top_singular",
+        "SingularTriplets",
         "circular_singular_values",
         "duplicate_structure",
         "representation_gap",
         "DuplicateStructure",
         "RepresentationGap",
     ],
-    "spectrum": ["PowerQR", "Lanczos", "top_singular", "SingularTriplets"],
     "norms": ["spectral_norm", "NormInterval"],
-    "layers": ["linear_layers", "LinearLayer", "spectral_norms"],
-    "folding": ["fold_batchnorms_"],
-    "moves": ["MoveWeight", "MoveGamma", "MoveWeightAndGamma"],
-    "projection": ["projected_weight"],
-    "clipping": ["clip_", "ClipResult"],
-    "fastclip": ["FastClip"],
-    "lipschitz": ["lipschitz_bound", "lipschitz_estimate", "LipschitzBound"],
-    "certify": ["certified_radius"],
+    "layers": ["linear_layers", "LinearLayer", "spectral_norms", "fold_batchnorms_"],
+    "clipping": ["clip_", "ClipResult", "projected_weight", "MoveWeight", "MoveGamma", "MoveWeightAndGamma"],
+    "training": ["FastClip"],
+    "lipschitz": ["lipschitz_bound", "lipschitz_estimate", "LipschitzBound", "certified_radius"],
 }
 PLUGINS = {
     "art": ["FastClipTrainer", "FastClipTransformer", "LipschitzClassifier", "register"],
@@ -59,7 +57,7 @@ def test_a_core_name_is_importable_from_the_package(name: str) -> None:
 def test_a_core_name_lives_where_the_design_says(module: str, name: str) -> None:
     found = getattr(importlib.import_module(f"robust_spectral.{module}"), name)
     assert found is getattr(rs, name)
-    assert found.__module__ == f"robust_spectral.{module}"
+    assert found.__module__.startswith(f"robust_spectral.{module}.")
 
 
 @pytest.mark.parametrize("plugin, name", [(plugin, name) for plugin, names in PLUGINS.items() for name in names])

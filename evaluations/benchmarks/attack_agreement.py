@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from robust_spectral.evaluations.attacks import make_attack, run_attack
 from robust_spectral.evaluations.data import load_data
 from robust_spectral.evaluations.models import load_run
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 BLOCK, SEED = 128, 0
 NORMS = {"l2": "L2", "linf": "Linf"}

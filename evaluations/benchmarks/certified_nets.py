@@ -27,12 +27,12 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import robust_spectral as rs
+from robust_spectral.evaluations.attacking import certified_radii
 from robust_spectral.evaluations.attacks import into_ball, make_attack, run_attack
 from robust_spectral.evaluations.config import FinetuneConfig
-from robust_spectral.evaluations.evaluate import certified_radii
-from robust_spectral.evaluations.finetune import finetune
+from robust_spectral.evaluations.finetuning import finetune
 from robust_spectral.evaluations.models import load_run
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 _INSIDE = 1 - 1e-6  # of a radius
 

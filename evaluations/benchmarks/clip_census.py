@@ -24,7 +24,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 MODELS = {
     "resnet18": 64, "dla34": 64, "mobilenetv3_small_100": 64, "efficientnet_b0": 64, "convnext_atto": 64, "densenet121": 64,

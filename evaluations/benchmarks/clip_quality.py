@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import robust_spectral as rs
 from robust_spectral import LinearOperator
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 SHAPE, TARGET = (16, 16), 1.0
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from robust_spectral.evaluations.engine import make_engine, run_units
-from robust_spectral.evaluations.runs import environment, write_json
-from robust_spectral.evaluations.work import AttackPlan, open_subject, plan_work
+from robust_spectral.evaluations.attacking import AttackPlan, make_engine, open_subject, plan_work, run_units
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 
 def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tuple[float, dict[str, float]]:

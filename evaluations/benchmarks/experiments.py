@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from robust_spectral.evaluations import pages
-from robust_spectral.evaluations.charts import accuracies
-from robust_spectral.evaluations.frontier import Frontier, frontier_of
-from robust_spectral.evaluations.runs import read_json, write_json, write_text
+from robust_spectral.evaluations import wording
+from robust_spectral.evaluations.grids import Frontier, frontier_of
+from robust_spectral.evaluations.reporting import accuracies
+from robust_spectral.evaluations.run_folder import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE, README = ROOT / "evaluations" / "results" / "fashion-mnist", ROOT / "docs" / "experiments.md", ROOT / "README.md"
@@ -60,7 +60,7 @@ def group(name: str) -> str:
 
 def percent(share: float | None) -> str:
     """As on all pages; a dash for nothing valid."""
-    return "–" if share is None else pages.percent(share)
+    return "–" if share is None else wording.percent(share)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -78,7 +78,7 @@ def heading(attack: str) -> str:
     """What a row calls an attack, for people: PGD L∞ 8/255."""
     name, norm, eps = attack.split()
     written = {"pgd": "PGD", "autoattack": "AutoAttack"}[name]
-    return f"{written} {pages.NORM_NAMES[norm]} {pages.size(float(eps), norm)}"
+    return f"{written} {wording.NORM_NAMES[norm]} {wording.size(float(eps), norm)}"
 
 
 def grid_table(rows: list[Row]) -> str:

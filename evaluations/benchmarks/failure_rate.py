@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 from robust_spectral.norms import lanczos_interval
 
 

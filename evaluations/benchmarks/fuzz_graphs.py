@@ -2,9 +2,9 @@
 
     python evaluations/benchmarks/fuzz_graphs.py --networks 10000 --out evaluations/benchmarks/results/fuzz_graphs.json
 
-The networks are those of tests/generated_graphs.py, one a seed, every second one with gates and attention, for which there is
-a bound on inputs in [0, 1] only; tests/test_generated_graphs.py judges them. Runs from a checkout, one process a core. Ends
-with status 1 if any bound fails.
+The networks are those of tests/generated_graphs.py, one a seed; every second one has gates and attention, for which there is a
+bound on inputs in [0, 1] only. tests/lipschitz/test_generated_graphs.py judges them. Runs from a checkout, one process a core.
+Ends with status 1 if any bound fails.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "lipschitz"))
 
 from generated_graphs import network
 from test_generated_graphs import check
 
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 
 def judge(seed: int) -> tuple[list[str], str | None]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from enclosure import Verdict, verdict
 from generated import KINDS, generate_layer
 
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 MEDIAN_LIMIT, P99_LIMIT = 1.02, 1.2
 COLUMNS = ("layers", "refused", "failures", "median", "p99", "max", "lanczos median", "lanczos p99")

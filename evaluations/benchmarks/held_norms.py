@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.affine import is_batchnorm
 from robust_spectral.evaluations.data import load_data
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
+from robust_spectral.operators import is_batchnorm
 
 MODELS = {
     "test_resnet": lambda: timm.create_model("test_resnet", in_chans=1, num_classes=10),

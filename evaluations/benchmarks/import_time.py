@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 TIMED = "import time; clock = time.perf_counter(); import {}; print(time.perf_counter() - clock)"
 

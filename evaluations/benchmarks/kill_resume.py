@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from robust_spectral.evaluations.attacking import AttackPlan, evaluate
 from robust_spectral.evaluations.config import FinetuneConfig
-from robust_spectral.evaluations.evaluate import evaluate
-from robust_spectral.evaluations.finetune import finetune
-from robust_spectral.evaluations.runs import environment, file_hash, write_json
-from robust_spectral.evaluations.work import AttackPlan
+from robust_spectral.evaluations.finetuning import finetune
+from robust_spectral.evaluations.run_folder import environment, file_hash, write_json
 
 CONFIG = FinetuneConfig(
     model="test_resnet", data="digits", epochs=4, freeze_bn=True, max_norm=2.0, logit_scale=10.0, model_ema=True, seed=3

@@ -25,10 +25,10 @@ from training_overhead import resident_peak
 
 import robust_spectral as rs
 import robust_spectral.plugins.timm
-from robust_spectral.affine import evaluating
-from robust_spectral.evaluations.runs import environment, write_json
-from robust_spectral.graph import Affine, Walk, times
-from robust_spectral.lipschitz import pair_of, traced_at
+from robust_spectral.evaluations.run_folder import environment, write_json
+from robust_spectral.lipschitz import Affine, LipschitzWalk, pair_of, traced_at
+from robust_spectral.numerics import product_up
+from robust_spectral.operators import evaluating
 
 MODELS = {
     "test_resnet": 64, "resnet18": 64, "resnet50": 64, "dla34": 64, "mobilenetv2_035": 64, "densenet121": 64,
@@ -36,12 +36,12 @@ MODELS = {
 }  # fmt: skip
 
 
-class Apart(Walk):
+class Apart(LipschitzWalk):
     """A walk in which every layer counts by itself."""
 
     def bound_of(self, last: float | Affine) -> float:
         """The norm of the last step times the bound of what it is given."""
-        return last if isinstance(last, float) else times(self.bound(last.source), self._norm(last))
+        return last if isinstance(last, float) else product_up(self.bound(last.source), self._norm(last))
 
 
 def naive_bound(model: nn.Module, example: torch.Tensor) -> float:

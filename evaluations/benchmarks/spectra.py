@@ -30,10 +30,9 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment, read_json, write_json
-from robust_spectral.krylov import golub_kahan, orthonormal_rows, random_block
+from robust_spectral.evaluations.run_folder import environment, read_json, write_json
 from robust_spectral.norms import norm_intervals
-from robust_spectral.spectrum import power_step
+from robust_spectral.singular_values import golub_kahan, orthonormal_rows, power_step, random_block
 
 TARGET = 1e-4
 OTHERS: dict[str, int] = {"convnext_atto": 4, "tf_efficientnet_lite0": 6, "mobilenetv3_small_100": 4}  # layers at most

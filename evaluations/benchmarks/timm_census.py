@@ -23,7 +23,7 @@ import timm
 import torch
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 
 def smallest_models() -> dict[str, str]:

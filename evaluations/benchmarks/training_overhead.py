@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import robust_spectral as rs
-from robust_spectral.evaluations.runs import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, write_json
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,16 @@
+"""Evaluation of a run: units of work planned, done by an engine, checked by gates, and merged into a report's figures."""
+
+from .engine import make_engine as make_engine
+from .engine import run_units as run_units
+from .evaluation import certified_radii as certified_radii
+from .evaluation import check_options as check_options
+from .evaluation import evaluate as evaluate
+from .evaluation import planned_work as planned_work
+from .gates import Gate as Gate
+from .gates import check_attacks as check_attacks
+from .gates import check_model as check_model
+from .work import CHECKS as CHECKS
+from .work import AttackPlan as AttackPlan
+from .work import open_subject as open_subject
+from .work import plan_work as plan_work
+from .work import sizes as sizes

@@ -1,0 +1,308 @@
+"""Attack a finished run and set what the attacks leave standing against what is proved.
+
+The work is planned as units (`work`), done by an engine (`engine`) into records (`records`), and merged here: a pure function
+of the records, so that the figures do not depend on who did what, when, or how often it was stopped. An image that falls at
+one size of perturbation has fallen at every larger one. The verdicts are kept per sample (`samples.parquet`), the figures
+follow from them (`report.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from robust_spectral import LipschitzBound, certified_radius
+
+from ..records import FOLDER, Record, Unit, figures, read_record, refuse_foreign, seconds_of
+from ..run_folder import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
+from ..wording import not_tested, percent
+from .engine import Engine, in_this_process, run_units
+from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, plan_work
+
+Say = Callable[[str], None]
+Fallen = tuple[Tensor, Tensor]
+Errors = dict[tuple[str, str, float], str]
+_MOST_OF_IT = 0.99  # of each certified radius that is to be left by rounding in float32, or else float64 is certified
+_EXAMPLES = 8  # adversarial images that are kept for the pages
+
+
+def evaluate(
+    folder: Path,
+    plans: Sequence[AttackPlan],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    block: int = 128,
+    gate_samples: int = 64,
+    engine: Engine = in_this_process,
+    shard: tuple[int, int] = (1, 1),
+    say: Say = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    command: str = "",
+) -> bool:
+    """Evaluate a run, or each twin of a run with twins: writes samples.parquet and report.json beside each model.
+
+    Args:
+        folder: The run.
+        plans: The attacks.
+        seed: Of their random draws.
+        device: Where they run.
+        block: Images in a unit of work.
+        gate_samples: Images that the gates look at.
+        engine: Who does the units.
+        shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
+        say: Told what is found.
+        progress: Told after every unit how many are done, of how many.
+        command: What makes this evaluation again, for the record.
+
+    Returns:
+        bool: Whether all units are done, so that there is a report.
+
+    Raises:
+        ValueError: the folder is no run, the model does not match its record, or an option is out of range.
+    """
+    check_options(plans, device, block, gate_samples, shard)
+    complete = True
+    for name, run in twin_folders(folder).items():
+        subject = open_subject(run, device)
+        remove_scratch(run / FOLDER)
+        refuse_foreign(run, subject.run["model_sha256"], subject.run["test_data_sha256"])
+        how = {"seed": seed, "block": block, "gate_samples": gate_samples}
+        everything = _with_earlier(run, plans, how, _prefixed(say, name))
+        work = plan_work(subject.run, subject.data.tests, everything, **how)
+        mine = work.units[shard[0] - 1 :: shard[1]]
+        _do(engine, run, mine, device, progress)
+        left = sum(not unit.path(run).is_file() for unit in work.units)
+        if left:
+            say(
+                f"{name or folder}: {left} of {len(work.units)} units are left to other shards; the report is made when none is"
+            )
+            complete = False
+            continue
+        _merge(run, subject, work, _prefixed(say, name))
+        planned = {"plans": [asdict(plan) for plan in everything], **how}
+        here = {"evaluated_with": environment(device), "command": command, "planned": planned, "checks": CHECKS}
+        write_json(run / "report.json", read_json(run / "report.json") | here)
+    return complete
+
+
+def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int]) -> None:
+    """See that the options of an evaluation make sense, before anything is done.
+
+    Raises:
+        ValueError: one is out of range, or an attack is given twice.
+    """
+    check_device(device)
+    if block < 1 or gate_samples < 1 or not 1 <= shard[0] <= shard[1]:
+        raise ValueError(
+            f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
+        )
+    if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
+        raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
+
+
+def planned_work(folder: Path) -> Work:
+    """The units that the report of an evaluated run was made from."""
+    subject, planned = open_subject(folder, "cpu"), read_json(folder / "report.json")["planned"]
+    return plan_work(subject.run, subject.data.tests, _plans_in(planned), **planned)
+
+
+def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
+    """The plans of a report's record of its work, taken out of it."""
+    return [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
+
+
+def _with_earlier(folder: Path, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
+    """The plans, and those of the report that is there already, so that no attack is lost by running another."""
+    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    planned = dict(report.get("planned") or {"plans": []})
+    found = {(plan.attack, plan.norm): plan for plan in plans}
+    for earlier in _plans_in(planned):
+        mine = found.get((earlier.attack, earlier.norm))
+        if planned != how or (mine and mine.samples != earlier.samples):
+            say(f"left out of the report: {earlier.attack} {earlier.norm} as run before, with other samples, seed or blocks")
+        elif mine:
+            found[earlier.attack, earlier.norm] = replace(mine, eps=tuple(sorted({*mine.eps, *earlier.eps})))
+        else:
+            found[earlier.attack, earlier.norm] = earlier
+    return list(found.values())
+
+
+def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
+    count = sum(unit.path(folder).is_file() for unit in units)
+    progress(count, len(units))
+
+    def done(unit: Unit) -> None:
+        nonlocal count
+        count += 1
+        progress(count, len(units))
+
+    run_units(engine, folder, units, device, done)
+
+
+def _prefixed(say: Say, name: str) -> Say:
+    return lambda text: say(f"{name}: {text}" if name else text)
+
+
+def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
+    """Verdicts and figures from the records of all units."""
+    lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
+    bound = bound_of(lipschitz)
+    logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
+    on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are known
+    radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
+    predicted = logits.argmax(1)
+    say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
+    rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
+    attacked, errors = _verdicts(folder, work, radii, say)
+    rows += attacked
+    table = pa.Table.from_pylist(rows)
+    write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
+    gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
+    made = figures(subject.run, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
+    _write_figures(folder, work, made, lipschitz.told["parameters"])
+    _keep_examples(folder, subject, work)
+    seen = max(unit.stop for unit in work.gates)
+    known = f", {int((predicted == labels)[:seen].sum())} classified correctly" if seen <= len(labels) else ""
+    _say_gates(made["gates"], f"{seen} gate images{known}", say)
+
+
+def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[dict[str, Any]], Errors]:
+    """Rows of all attacks, and why those that failed did."""
+    rows: list[dict[str, Any]] = []
+    errors: Errors = {}
+    fallen: dict[tuple[str, str], Fallen] = {}
+    for (attack, norm, eps), units in work.attacks.items():
+        blocks = [_read(folder, unit) for unit in units]
+        found = {key: torch.cat([block.tensors[key] for block in blocks]) for key in ("predicted", "distance", "labels")}
+        labels = found["labels"]
+        guess, far = _after(fallen.get((attack, norm)), found["predicted"], found["distance"], labels)
+        fallen[attack, norm], robust = (guess, far), guess == labels
+        failed = [block.told["error"] for block in blocks if block.told["error"]]
+        if failed:
+            errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
+        rows += _rows(attack, norm, eps, labels, guess, robust, far, radii, "invalid" if failed else "ok")
+        say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images stand"
+            + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
+    return rows, errors
+
+
+def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: int) -> None:
+    """report.json: the figures, and what they cost."""
+    for entry in made["robust"]:
+        units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
+        entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
+    cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
+    write_json(folder / "report.json", made | cost | {"parameters": parameters})
+
+
+def _say_gates(gates: list[dict[str, Any]], images: str, say: Say) -> None:
+    for gate in gates:
+        if gate["status"] == "fail":
+            say(f"gate failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
+    if untested := not_tested(gates):
+        say(f"{images}: {untested}")
+
+
+def _mean(flags: Tensor) -> float:
+    return float(flags.double().mean())
+
+
+def _after(before: Fallen | None, predicted: Tensor, distance: Tensor, labels: Tensor) -> Fallen:
+    """Predictions and distances at a size, where what fell at a smaller one keeps those at which it fell."""
+    if before is None:
+        return predicted, distance
+    fell = before[0] != labels
+    return torch.where(fell, before[0], predicted), torch.where(fell, before[1], distance)
+
+
+def _read(folder: Path, unit: Unit) -> Record:
+    record = read_record(folder, unit)
+    assert record is not None
+    return record
+
+
+def _rows(
+    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, radii: Tensor,
+    status: str = "ok",
+) -> list[dict[str, Any]]:  # fmt: skip
+    columns = (column.tolist() for column in (labels, predicted, robust, distance, radii[: len(labels)]))
+    return [
+        {"sample": i, "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess, "robust": ok,
+         "distance": far, "certified_radius": radius, "status": status}
+        for i, (label, guess, ok, far, radius) in enumerate(zip(*columns, strict=True))
+    ]  # fmt: skip
+
+
+def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: LipschitzBound) -> tuple[Tensor, torch.dtype]:
+    """Certified radii and the dtype of the forward pass they are about, float64 where rounding in float32 costs much.
+
+    Args:
+        logits: Of the images, (n, classes), computed in float32.
+        exact: The same, computed in float64.
+        labels: (n,).
+        bound: The network's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "certified_radius: rounding")  # float64 is what is done about it
+        single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
+    kept = double > 0
+    if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
+        return single, torch.float32
+    return double, torch.float64
+
+
+def _in_float64(bound: LipschitzBound) -> LipschitzBound:
+    """The bound, with nothing known of how a pass in float32 rounds."""
+    return replace(bound, errors={**bound.errors, torch.float32: math.inf})
+
+
+def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:
+    """What is proved and sampled of the whole network, and the dtype of the passes that are certified."""
+    return {
+        "certified_dtype": str(dtype).removeprefix("torch."),
+        "errors": {str(kind).removeprefix("torch."): error for kind, error in bound.errors.items()},
+        "bound": bound.value,
+        "bound_in_pixel_box": bound.local,
+        "estimate": float(record.told["estimate"]),
+        "failure_probability": bound.failure_probability,
+        "reason": bound.reason or bound.errors_reason,
+    }
+
+
+def _keep_examples(folder: Path, subject: Subject, work: Work) -> None:
+    """A few images that fell, at the smallest sizes at which any did, beside what they were."""
+    found = list(islice(_fallen_images(folder, work), _EXAMPLES))
+    if found:
+        clean = torch.stack([subject.data.test[told["sample"]][0] for _, told in found])
+        tensors = {"clean": clean, "adversarial": torch.stack([image for image, _ in found])}
+        text = {"examples": json.dumps([told for _, told in found])}
+        write_atomically(folder / "examples.safetensors", lambda path: safetensors.torch.save_file(tensors, path, text))
+
+
+def _fallen_images(folder: Path, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Adversarial images and what is told of each, from the smallest size on; of one sample the first."""
+    seen: set[int] = set()
+    for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
+        for unit in units:
+            tensors = _read(folder, unit).tensors
+            for index, image in zip(tensors["fallen"].tolist(), tensors["adversarial"], strict=True):
+                if (sample := unit.start + index) not in seen:
+                    seen.add(sample)
+                    yield image, {
+                        "sample": sample, "label": int(tensors["labels"][index]), "attack": attack, "norm": norm,
+                        "predicted": int(tensors["predicted"][index]), "eps": eps,
+                        "distance": float(tensors["distance"][index]),
+                    }  # fmt: skip

@@ -1,0 +1,219 @@
+"""What each kind of unit does: clean logits, the Lipschitz bound, the gates, an attack on a block of images.
+
+A unit is done from the run folder and its own description alone, by any process on any machine that has the folder, and gives
+a record; who writes it is for the engine to say.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
+from robust_spectral.lipschitz import full_precision
+
+from ..attacks import HARNESS, describe, make_attack, predict, run_attack
+from ..data import ImageData, data_hash
+from ..models import load_run
+from ..records import Record, Unit
+from ..run_folder import environment, open_run
+from .gates import VERSION, check_attacks, check_model
+
+CHECKS = {"gates": VERSION, "harness": HARNESS}  # what a report was checked by
+_FOR_ESTIMATE = 64  # images at which Jacobian norms are taken
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run opened on a device: the model in eval mode, the data, what its record says."""
+
+    model: nn.Module
+    data: ImageData
+    run: dict[str, Any]
+
+
+def open_subject(folder: Path, device: str) -> Subject:
+    """Open a finished run; once in a process, as long as it stays as it is.
+
+    Raises:
+        ValueError: the folder is no run, or its model or test images are not those it was written for.
+    """
+    open_run(folder)
+    return _open(folder, device, (folder / "run.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _open(folder: Path, device: str, written: int) -> Subject:
+    model, data, run = load_run(folder)
+    if data_hash(data) != run["test_data_sha256"]:
+        raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
+    return Subject(model.to(device).eval(), data, run)
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """One attack at several sizes of perturbation, on the first ``samples`` images."""
+
+    attack: str
+    norm: str
+    eps: tuple[float, ...]
+    samples: int
+
+    def __post_init__(self) -> None:
+        if not self.eps or not all(e > 0 and math.isfinite(e) for e in self.eps):
+            raise ValueError(f"eps {self.eps}: every size of perturbation must be positive and finite")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: attack at least one image")
+        make_attack(self.attack, self.norm, self.eps[0])
+
+
+def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
+    """Sizes of perturbations from numbers and fractions of them, as in 8/255.
+
+    Raises:
+        ValueError: one is neither.
+    """
+    try:
+        return tuple(float(Fraction(size)) for size in given)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        told = ", ".join(map(str, given))
+        raise ValueError(f"eps {told}: expected positive numbers or fractions, such as 0.5 or 8/255") from error
+
+
+@dataclass(frozen=True)
+class Work:
+    """All units of an evaluation, by what they are for.
+
+    Attributes:
+        lipschitz: The bound and estimate of the network.
+        clean: Logits of the images, block by block.
+        gates: The checks, for each norm.
+        attacks: The blocks of each attack, norm and size.
+    """
+
+    lipschitz: Unit
+    clean: list[Unit]
+    gates: list[Unit]
+    attacks: dict[tuple[str, str, float], list[Unit]]
+
+    @property
+    def units(self) -> list[Unit]:
+        """All of them, the longest attacks first, so that no process is left alone with one at the end."""
+        longest_first = sorted(self.attacks.items(), key=lambda item: "autoattack" not in item[0][0])
+        return [self.lipschitz, *self.clean, *self.gates, *(unit for _, blocks in longest_first for unit in blocks)]
+
+
+def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int) -> Work:
+    """The units that plans come to on a run with so many test images."""
+
+    def unit(task: str, config: dict[str, Any], start: int, stop: int) -> Unit:
+        return Unit(run["model_sha256"], run["test_data_sha256"], task, config, start, stop, seed)
+
+    def blocks(task: str, config: dict[str, Any], count: int) -> list[Unit]:
+        count = min(count, images)
+        return [unit(task, config, start, min(start + block, count)) for start in range(0, count, block)]
+
+    ours = {"package": f"robust_spectral {__version__}", "harness": HARNESS}
+    by_norm = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
+    return Work(
+        unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
+        blocks("clean", ours, max(plan.samples for plan in plans)),
+        [
+            unit("gates", {"norm": norm, "eps": eps[len(eps) // 2], "version": VERSION, **ours}, 0, min(gate_samples, images))
+            for norm, eps in by_norm.items()
+        ],
+        {
+            (plan.attack, plan.norm, eps): blocks(plan.attack, describe(make_attack(plan.attack, plan.norm, eps)), plan.samples)
+            for plan in plans
+            for eps in sorted(set(plan.eps))
+        },
+    )
+
+
+def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[str, Any]]:
+    """Do a unit: its record, the seconds it took, and the hardware.
+
+    Raises:
+        ValueError: as `open_subject`; the model's logits are not finite; or an attack here is of another version.
+    """
+    subject = open_subject(folder, device)
+    images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
+    started = time.perf_counter()
+    tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}
+    with full_precision(torch.device(device)):
+        record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)
+    return record, time.perf_counter() - started, environment(device)["hardware"]
+
+
+def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    """Logits in float32 and float64; NaN for the latter, of which nothing is certified, where the model does not run in it."""
+    predict(model, images)
+    with torch.no_grad():
+        logits = model(images)
+        try:
+            exact = copy.deepcopy(model).double()(images.double()).double()
+        except RuntimeError:
+            exact = torch.full_like(logits, torch.nan, dtype=torch.float64)
+    return Record({"logits": logits, "logits_float64": exact, "labels": labels}, {"device": images.device.type})
+
+
+def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    try:
+        bound = lipschitz_bound(model, images[:1])
+    except RuntimeError as error:
+        bound = LipschitzBound(math.inf, reason=f"the network could not be followed: {error}")
+    try:
+        estimate = lipschitz_estimate(model, images)
+    except RuntimeError:
+        estimate = math.nan  # no gradient reaches the pixels; a gate says so
+    errors = {str(dtype).removeprefix("torch."): repr(error) for dtype, error in bound.errors.items()}
+    told = {"value": repr(bound.value), "local": repr(bound.local), "failure_probability": bound.failure_probability,
+            "reason": bound.reason, "errors": errors, "errors_reason": bound.errors_reason,
+            "estimate": repr(estimate), "device": images.device.type,
+            "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    return Record({} if bound.pairs is None else {"pairs": bound.pairs}, told)
+
+
+def bound_of(record: Record) -> LipschitzBound:
+    """The proved bound that a record holds."""
+    told = record.told
+    errors = {getattr(torch, name): float(error) for name, error in told["errors"].items()}
+    return LipschitzBound(
+        float(told["value"]), reason=told["reason"], failure_probability=told["failure_probability"],
+        local=float(told["local"]), pairs=record.tensors.get("pairs"), errors=errors, errors_reason=told["errors_reason"],
+    )  # fmt: skip
+
+
+def _gates(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    right = predict(model, images) == labels
+    found = check_model(model, images, labels)
+    found += check_attacks(model, images[right], labels[right], unit.config["norm"], unit.config["eps"], unit.seed)
+    failed = next((gate.detail for gate in found if gate.detail.startswith("an attack failed")), None)
+    return Record({}, {"gates": [asdict(gate) for gate in found], "error": failed})
+
+
+def _attack(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    """Verdicts on a block; the images that fell are kept with it."""
+    attack = make_attack(unit.task, unit.config["norm"], unit.config["eps"])
+    if describe(attack) != unit.config:
+        raise ValueError(f"{unit.task}: is {describe(attack)} here, and {unit.config} where the work was planned")
+    predicted, distance = predict(model, images), torch.zeros(len(labels), dtype=torch.float64, device=images.device)
+    right = (predicted == labels).nonzero()[:, 0]
+    error, adversarial = None, images[:0]
+    if len(right):
+        verdict = run_attack(attack, model, images[right], labels[right], unit.seed)
+        fell = verdict.predicted != labels[right]
+        predicted[right], distance[right], error = verdict.predicted, verdict.distance, verdict.error
+        adversarial, right = verdict.adversarial[fell], right[fell]
+    tensors = {"predicted": predicted, "distance": distance, "labels": labels, "fallen": right, "adversarial": adversarial}
+    return Record(tensors, {"error": error})

@@ -1,0 +1,114 @@
+"""The command that attacks: evaluate."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..config import numbers
+from ..terminal import console, errors
+
+
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a finished run; or give --model, --data and --out.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model trained elsewhere: timm/NAME (with timm's mean and std, or yours), module:function, file.py:function."
+        ),
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="For --model: its weights; default those it comes with.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width, as for finetune.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make of it.")] = None,
+    defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
+    attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
+    norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
+    eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; may be given again.")] = ["0.5"],  # noqa: B006
+    samples: Annotated[int, typer.Option(help="Test images, from the first one.")] = 200,
+    autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
+    autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
+    gate_samples: Annotated[int, typer.Option(help="Images that the sanity gates look at.")] = 64,
+    block: Annotated[int, typer.Option(help="Images in a unit of work; a stop loses the units in progress.")] = 128,
+    engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(help="Processes of the local engine.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; auto: the one at hand, default: a new one.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n shares; the last one to end writes the report.")] = "1/1",
+    seed: Annotated[int, typer.Option(help="Of the attacks' random draws.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Attack a run and its twin, or any model, and record a verdict for every image.
+
+    Goes on where it was stopped: what is done lies in the run's folder, one file a block of images.
+    """
+    from ..attacking import AttackPlan, check_options, make_engine, sizes
+    from ..attacking import evaluate as attack_run
+    from ..run_folder import read_json, twin_folders
+
+    usual = eps, samples
+    own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
+    chosen = {name: own.get(name, usual) for name in attack}
+    plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
+    who, share = make_engine(engine, workers, address), _share(shard)
+    check_options(plans, device, block, gate_samples, share)
+    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
+               "std": numbers("std", std)}  # fmt: skip
+    folder = _folder_to_evaluate(run, model, adopted, defence)
+    says = errors if as_json else console
+    with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
+        task = bar.add_task("units", total=None)
+        complete = attack_run(
+            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, engine=who, shard=share,
+            command=_command(), say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    if not complete:
+        return
+    found = {name or "model": read_json(path / "report.json") for name, path in twin_folders(folder).items()}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    if any(gate["status"] == "fail" and "certified" in gate["name"] for figures in found.values() for gate in figures["gates"]):
+        raise typer.Exit(1)
+
+
+def _folder_to_evaluate(run: Path | None, model: str | None, adopted: dict[str, Any], defence: str) -> Path:
+    """The run's folder, or one made of a model with the options that go with it, by name and None where not given."""
+    from ..models import adopt
+    from ..run_folder import open_run
+
+    if (run is None) == (model is None):
+        raise ValueError("evaluate: give the folder of a run, or --model with --data and --out")
+    if run is not None:
+        if wrong := [f"--{name.replace('_', '-')}" for name, value in adopted.items() if value is not None]:
+            raise ValueError(f"evaluate {run}: {', '.join(wrong)} goes with --model; a run has a model and data of its own")
+        open_run(run)
+        return run
+    if adopted["data"] is None or adopted["out"] is None or model is None:
+        raise ValueError(
+            f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
+        )
+    return adopt(model, defence=defence, **adopted)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """ "2/4" as numbers."""
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit()):
+        raise ValueError(f"shard {text!r}: expected i/n, as in 2/4")
+    return int(first), int(last)
+
+
+def _command() -> str:
+    """The command line of this process."""
+    return shlex.join(["robust-spectral", *sys.argv[1:]])

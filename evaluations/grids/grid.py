@@ -1,0 +1,177 @@
+"""Many fine-tunings and their evaluations from one file, in one folder, where what is done stays done.
+
+A grid is a TOML file. ``[finetune]`` has the options of every run, each ``[[runs]]`` those of its own and a name; where it
+gives a list, every combination is a run. Braces in a text stand for an option of that run, or for the grid's folder ({out}).
+``[[evaluate]]`` tables are the attacks on every run, ``[frontier]`` says among which figures to choose:
+
+    [[runs]]
+    name = "clipped-{max_norm}-{logit_scale}"
+    max_norm = [1.0, 1.5]
+    logit_scale = [10, 30]
+
+Any number of processes may work on one folder at once: each takes the next run that no other is at.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attacking import CHECKS, AttackPlan, check_options, evaluate, sizes
+from ..config import FinetuneConfig
+from ..finetuning import config_of, finetune, read_toml
+from ..run_folder import make_folder, read_json, write_json
+from .frontier import Frontier, frontier_of, row_of
+
+Say = Callable[[str], None]
+_TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs by name, the attacks on each, and what to choose by."""
+
+    runs: dict[str, FinetuneConfig]
+    plans: list[AttackPlan]
+    frontier: Frontier | None
+    gate_samples: int = 64
+
+
+def read_grid(path: Path, out: Path) -> Grid:
+    """The grid of a file, to be run in the folder ``out``.
+
+    Raises:
+        ValueError: it is not TOML, holds something unknown, or two of its runs have one name.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    text = read_toml(path)
+    if unknown := text.keys() - _TABLES:
+        raise ValueError(f"{path}: {', '.join(sorted(unknown))} unknown; expected {', '.join(sorted(_TABLES))}")
+    if not text.get("runs") or not text.get("evaluate"):
+        raise ValueError(f"{path}: needs at least one [[runs]] and one [[evaluate]]")
+    runs: dict[str, FinetuneConfig] = {}
+    shared = text.get("finetune", {})
+    if not all(isinstance(table, dict) for table in (shared, *text["runs"], *text["evaluate"], text.get("frontier", {}))):
+        raise ValueError(f"{path}: expected [finetune], [[runs]], [[evaluate]] and [frontier], in these brackets")
+    for options in (single for table in text["runs"] for single in _combinations(shared | table)):
+        name, config = _named(options, path, out)
+        if name in runs:
+            raise ValueError(f"{path}: two runs are named {name!r}; put what differs into the name, as in {{max_norm}}")
+        runs[name] = config
+    try:
+        plans = [AttackPlan(**{"norm": "l2", "samples": 200} | plan | {"eps": sizes(plan["eps"])}) for plan in text["evaluate"]]
+        frontier = Frontier(**text["frontier"]) if "frontier" in text else None
+        if frontier:
+            frontier = replace(frontier, eps=sizes([frontier.eps])[0], drops=tuple(frontier.drops))
+        check_options(plans, "cpu", 1, text.get("gate_samples", 64), (1, 1))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: [[evaluate]] takes attack, norm, eps and samples, [frontier] plain, …: {error}") from error
+    if frontier and frontier.plain not in runs:
+        raise ValueError(f"{path}: frontier.plain {frontier.plain!r} is no run; runs: {', '.join(runs)}")
+    attacked = {(plan.attack, plan.norm, eps) for plan in plans for eps in plan.eps}
+    if frontier and (frontier.attack, frontier.norm, frontier.eps) not in attacked:
+        raise ValueError(f"{path}: the frontier's {frontier.attack} {frontier.norm} {frontier.eps:g} is under no [[evaluate]]")
+    runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # one seed of all before the next
+    return Grid(runs, plans, frontier, text.get("gate_samples", 64))
+
+
+def _combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options with every choice of one element from each list."""
+    lists = [[(key, choice) for choice in (value if isinstance(value, list) else [value])] for key, value in options.items()]
+    return (dict(choice) for choice in itertools.product(*lists))
+
+
+def _named(options: dict[str, Any], path: Path, out: Path) -> tuple[str, FinetuneConfig]:
+    try:
+        told = {key: value.format(out=out, **options) if isinstance(value, str) else value for key, value in options.items()}
+        name = told.pop("name")
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: a run needs a name, and options for what stands in braces: {error} is missing") from error
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"{path}: the name {name!r} is not one of a folder")
+    return name, config_of(told, f"{path}, run {name!r}")
+
+
+def run_grid(grid: Grid, out: Path, *, device: str = "cpu", say: Say = print) -> dict[str, str]:
+    """Do all runs that are not done and that no other process is at.
+
+    Args:
+        grid: The runs.
+        out: Their folder.
+        device: Where they run.
+        say: Told what is begun and found.
+
+    Returns:
+        dict: What failed, and why, by the name of the run.
+    """
+    left = dict(grid.runs)
+    while left:
+        failed = _one_pass(grid, left, out, device, say)
+        if len(failed) == len(left):
+            return failed
+        left = {name: grid.runs[name] for name in failed}  # what they start from may be there by now
+    return {}
+
+
+def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: str, say: Say) -> dict[str, str]:
+    """Do those runs that are left and free; what failed, and why."""
+    failed = {}
+    places = {name: f"[{place}/{len(grid.runs)}]" for place, name in enumerate(grid.runs, 1)}
+    for name, config in left.items():
+        folder = out / name
+        if _done(folder, grid, config):
+            continue
+        with _alone(folder) as alone:
+            if not alone or _done(folder, grid, config):
+                continue
+            say(f"{places[name]} {name}")
+            try:
+                finetune(replace(config, device=device), folder, resume=True)
+                evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples, say=say)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+                failed[name] = str(error)
+                say(f"{name}: failed: {error}")
+    return failed
+
+
+def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
+    """Whether there is a report of this very run with all attacks of the grid, checked as it would be checked now."""
+    if not (folder / "report.json").is_file() or not config.is_that_of(read_json(folder / "config.json")):
+        return False
+    report = read_json(folder / "report.json")
+    planned = report.get("planned", {"plans": [], "gate_samples": None})
+    seen = {(plan["attack"], plan["norm"], plan["samples"]): set(plan["eps"]) for plan in planned["plans"]}
+    covered = all(set(plan.eps) <= seen.get((plan.attack, plan.norm, plan.samples), set()) for plan in grid.plans)
+    return covered and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process is at a run; the lock ends with the process, however that ends."""
+    make_folder(folder.parent)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_rows(grid: Grid, out: Path) -> dict[str, Any]:
+    """Write grid.json, the figures of all runs that are done and the frontier among them."""
+    rows = [row_of(name, out / name) for name in grid.runs if _done(out / name, grid, grid.runs[name])]
+    told = {"runs": len(grid.runs), "done": len(rows), "rows": rows,
+            "frontier": frontier_of(rows, grid.frontier) if grid.frontier else []}  # fmt: skip
+    write_json(out / "grid.json", told)
+    return told

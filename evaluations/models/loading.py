@@ -1,0 +1,234 @@
+"""From a configuration, a run folder or a specification to the model that it means, which takes pixels in [0, 1]."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from robust_spectral import FastClip, fold_batchnorms_
+from robust_spectral.plugins.timm import PixelModel, load, load_weights, unreadable
+from robust_spectral.plugins.timm_blocks import average_residuals_, small_stem_
+
+from ..config import FinetuneConfig
+from ..data import ImageData, data_hash, load_data
+from ..run_folder import environment, file_hash, open_run, save_weights, write_json
+from .specs import TRUSTED, check_trust, from_spec, told
+
+
+def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
+    """The model of a configuration, before fine-tuning.
+
+    Raises:
+        ValueError: no such model or weights, or it does not take the images of the data.
+    """
+    overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
+    if config.pretrained_path and not Path(config.pretrained_path).is_file():
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: no such file")
+    torch.manual_seed(config.seed)
+    pretrained = config.pretrained or config.pretrained_path is not None
+    try:
+        model = load(config.model, pretrained, num_classes=data.classes, in_chans=data.channels,
+                     **config.standardisation, **overlay, **sized(config.model, data.image_size))  # fmt: skip
+    except Exception as error:
+        if not config.pretrained_path or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"pretrained_path={config.pretrained_path!r}: {unreadable(error, config.pretrained_path)}") from error
+    if config.initial_checkpoint is not None:
+        advice = "a head of other classes and another first convolution are adapted with --pretrained-path"
+        load_weights(model.model, config.initial_checkpoint, advice)
+    rebuilt = _rebuilt(model, config, data.example())
+    logits_of(rebuilt, data.example(), config.model)
+    return rebuilt
+
+
+def sized(name: str, size: int) -> dict[str, Any]:
+    """What timm is to be told of the images' size, of a model that is made for one and says so."""
+    made = timm.models.model_entrypoint(name) if timm.is_model(name) else None
+    return {"img_size": size} if made and "img_size" in inspect.signature(made).parameters else {}
+
+
+def input_in_words(model: PixelModel, data: ImageData) -> str:
+    """Size of the images that a model is given, and what they are standardised with."""
+    size = f"{data.image_size}x{data.image_size}"
+    resized = f" ({data.came} -> {size})" if data.came not in (None, size) else ""
+    mean, std = (_each_or_one(given) for given in (model.normalize.mean, model.normalize.std))
+    return f"images {data.channels}x{size}{resized}, standardised with mean {mean}, std {std}"
+
+
+def _each_or_one(given: Tensor) -> str:
+    values = [f"{value:.4g}" for value in given.flatten().tolist()]
+    return ",".join(values if len(set(values)) > 1 else values[:1])
+
+
+def logits_of(model: nn.Module, images: Tensor, name: str) -> Any:
+    """What a model gives for a batch of images.
+
+    Raises:
+        ValueError: it does not take images of their shape.
+    """
+    try:
+        with torch.no_grad():
+            return model(images)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"{name} does not take images of shape {shape}, give another --image-size: {told(error)}") from error
+
+
+def _rebuilt(model: PixelModel, config: FinetuneConfig, example: Tensor) -> PixelModel:
+    """The model with the changes of its architecture that the configuration asks for."""
+    if config.small_stem:
+        small_stem_(model.model)
+    if config.fold_bn:
+        fold_batchnorms_(model, example)
+    if config.residuals == "averaged":
+        average_residuals_(model.model)
+    return model
+
+
+def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+    """The model and the data of a finished run.
+
+    Raises:
+        ValueError: the folder is no run, or its weights are not the ones run.json was written for.
+    """
+    run = _checked(folder)
+    data = load_data(run["config"]["data"], run["config"].get("image_size"))
+    return _restored(folder, run, data.example()), data, run
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a finished run, without its data.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    run = _checked(folder)
+    return _restored(folder, run, torch.zeros(1, run["channels"], run["image_size"], run["image_size"])), run
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The record of a run whose weights are the ones it speaks of, and whose model may be made."""
+    run = open_run(folder)
+    if twins := run.get("twins"):
+        raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in twins)}")
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
+        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes; train or copy it anew")
+    if "spec" in run["config"]:
+        check_trust(run["config"]["spec"], folder)
+    return run
+
+
+def _restored(folder: Path, run: dict[str, Any], example: Tensor) -> nn.Module:
+    """The model of a run with its weights; ``example`` is an image of its shape."""
+    given = run["config"]
+    model: nn.Module
+    if "spec" in given:
+        model = from_spec(given["spec"], run["classes"], run["channels"], mean=given.get("mean"), std=given.get("std"))
+    else:
+        known = {field.name for field in fields(FinetuneConfig)}
+        config = FinetuneConfig(**{key: value for key, value in given.items() if key in known})
+        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"],
+                              **config.standardisation, **sized(config.model, example.shape[-1])), config, example)  # fmt: skip
+    load_weights(weighted(model), folder / "model.safetensors")
+    return model
+
+
+def weighted(model: nn.Module) -> nn.Module:
+    """The part of a model whose state dict is saved: timm's own where it stands behind a normalisation."""
+    return model.model if isinstance(model, PixelModel) else model
+
+
+def adopt(
+    spec: str, data: str, out: Path, *, checkpoint: Path | None = None, image_size: int | None = None,
+    defence: str = "unknown", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> Path:  # fmt: skip
+    """Make a run folder of a model that was trained elsewhere, so that it can be evaluated.
+
+    Args:
+        spec: ``timm/NAME``, or ``module:function`` or ``file.py:function``, a function without arguments that returns a
+            module from pixels in [0, 1] to logits.
+        data: The data set's name.
+        out: The folder; one that holds this very model already stays as it is.
+        checkpoint: Weights, .safetensors or read with ``weights_only``; without them timm's published ones, or those that
+            the function gives.
+        image_size: Height and width of the images.
+        defence: What the leaderboard calls the way it was trained.
+        mean: What a timm model was trained with, of every channel or one for all; default timm's own for the model.
+        std: As mean; 0 and 1 for one that was trained on pixels as they are.
+
+    Raises:
+        ValueError: no such model or data, weights or images that do not fit, or a folder that holds something else.
+    """
+    os.environ[TRUSTED] = spec  # for the processes that this one starts, too
+    images = load_data(data, image_size)
+    model = from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None,
+                      mean=mean, std=std)  # fmt: skip
+    if checkpoint is not None:
+        shape = f"{data} has {images.classes} classes and {images.channels} channels"
+        load_weights(weighted(model), checkpoint, f"{shape}; finetune --pretrained-path adapts weights of others")
+    classes = _classes(model.eval(), images, spec)
+    config: dict[str, Any] = {
+        "model": spec.removeprefix("timm/"),
+        "spec": spec,
+        "data": data,
+        "image_size": image_size,
+        "max_norm": None,
+    }
+    config |= {key: list(given) for key, given in (("mean", mean), ("std", std)) if given is not None}
+    if (out / "run.json").is_file():
+        _refuse_another(out, model, config)
+        return out
+    run = {
+        "config": config, "classes": classes, "channels": images.channels, "image_size": images.image_size,
+        "test_data_sha256": data_hash(images), "seed": 0, "defence": defence,
+        "layers": _layers(model, images.example()), "seconds": None, **environment(),
+    }  # fmt: skip
+    write_json(out / "run.json", run | {"model_sha256": save_weights(weighted(model), out / "model.safetensors")})
+    return out
+
+
+def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
+    """How many logits a model gives for an image, tried on two.
+
+    Raises:
+        ValueError: it does not take the images, or gives no logits of their classes.
+    """
+    batch, _ = images.test_images(2)
+    logits = logits_of(model, batch, spec)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or logits.shape[1] < images.classes:
+        raise ValueError(
+            f"{spec}: gives {shape} for {len(batch)} images of {images.name}; expected logits, ({len(batch)}, classes) with at "
+            f"least {images.classes} classes"
+        )
+    return logits.shape[1]
+
+
+def _refuse_another(out: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """See that a run folder is of this very model, as configured."""
+    there = open_run(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        same = there["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
+    if not same or there["config"] != config:
+        raise ValueError(f"{out}: holds a run of another model or data already; give another --out")
+
+
+def _layers(model: nn.Module, example: Tensor) -> list[dict[str, Any]]:
+    """Norms of its layers as a report has them; none where a layer has no norm that could be clipped."""
+    try:
+        return [row | {"before": row["upper"]} for row in FastClip(model, example, math.inf).report(rtol=0.02)]
+    except (ValueError, NotImplementedError):
+        return []

@@ -1,0 +1,160 @@
+"""A run written so that others can use it without this package: timm and the Hugging Face hub, or RobustBench.
+
+Weights are timm's own, under its names. What was proved and measured of them goes into the configuration and the model card,
+or into RobustBench's entry, always with what it was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from robust_spectral.plugins.robustbench import BOARDS, TEST_IMAGES, model_info, write_model_info
+from robust_spectral.plugins.robustbench_images import save_adversarial
+from robust_spectral.plugins.timm import PixelModel
+
+from ..attacking import open_subject, planned_work
+from ..attacks import predict
+from ..records import read_record
+from ..reporting import render
+from ..run_folder import read_json, read_report, twin_folders
+
+_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
+
+
+def to_hub(folder: Path, out: Path) -> Path:
+    """Write a folder that timm loads as ``local-dir:`` and that can be uploaded to the hub as it is.
+
+    It holds the weights, timm's configuration with a section ``spectral``, and a model card with the report's table where the
+    run was evaluated. That plain timm gives the very same logits from it is tried before it appears.
+
+    Raises:
+        ValueError: the folder is no finished run, its network is not one that plain timm makes, or ``out`` holds something.
+    """
+    _refuse_twins(folder)
+    subject = open_subject(folder, "cpu")
+    pixels, run = _plain(subject.model, subject.run, folder), subject.run
+    model, norm = pixels.model, pixels.normalize
+    _refuse_filled(out)
+    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else None
+    data: dict[str, Any] = {
+        "input_size": (run["channels"], run["image_size"], run["image_size"]),
+        "crop_pct": 1.0,
+        "mean": tuple(norm.mean.flatten().tolist()),
+        "std": tuple(norm.std.flatten().tolist()),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        ready = Path(scratch) / "model"
+        save_for_hf(model, str(ready), model_config={"spectral": _spectral(run, report)}, safe_serialization=True,
+                    data_config=data)  # fmt: skip
+        name = run["config"]["model"]
+        (ready / "README.md").write_text(render("card.md", name=name, run=run, report=report), encoding="utf-8")
+        again = timm.create_model(f"local-dir:{ready}", pretrained=True).eval()
+        x = torch.rand(2, *data["input_size"])
+        with torch.no_grad():
+            if not torch.equal(again(x), model(x)):
+                raise ValueError(f"{folder}: plain timm gives other logits from the exported weights; nothing was written")
+        shutil.copytree(ready, out, dirs_exist_ok=True)
+    return out
+
+
+def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path) -> Path:
+    """Write the entry of a run on a RobustBench board, and the adversarial images it rests on.
+
+    Args:
+        folder: The run, evaluated with ``autoattack`` at the board's size on the whole test set.
+        out: Folder for ``model_info`` and the images.
+        board: ``cifar10/L2`` and the like.
+        entry: The entry's name.
+        about: JSON with what a run does not know: link, name, authors, venue, architecture, additional_data, ….
+
+    Raises:
+        ValueError: the run was not evaluated so, its figures are not valid, or RobustBench would not take the entry.
+    """
+    if not BOARDS.get(board):
+        raise ValueError(f"export(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
+    _refuse_twins(folder)
+    report, norm, eps = read_report(folder), board.split("/")[1].lower(), BOARDS[board][0]
+    found = [
+        e for e in report["robust"] if (e["attack"], e["norm"]) == ("autoattack", norm) and abs(e["eps"] - Fraction(eps)) < 1e-6
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder}: was not attacked by autoattack at {norm} {eps}, which the board {board} asks for; run `robust-spectral "
+            f"evaluate {folder} --attack autoattack --norm {norm} --eps {eps} --samples {TEST_IMAGES[board.split('/')[0]]}`"
+        )
+    if not found[0]["valid"]:
+        raise ValueError(f"{folder}: the figure of autoattack is not valid: {found[0]['reason']}")
+    flagged = any(gate["status"] == "flag" for gate in report["gates"])
+    try:
+        info = model_info(board, images=found[0]["n"], clean_acc=report["accuracy"]["clean"],
+                          autoattack_acc=found[0]["accuracy"], unreliable=flagged, **json.loads(about.read_text()))  # fmt: skip
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{about}: {str(error).removeprefix('model_info() ')}") from error
+    _refuse_filled(out)
+    write_model_info(info, out / "model_info", entry)
+    save_adversarial(*_adversarial(folder, norm, found[0]), out / f"{entry}.pt", board, eps)
+    return out
+
+
+def _adversarial(folder: Path, norm: str, found: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Test images, with those that fell to autoattack at a size or a smaller one replaced, and the test images.
+
+    Raises:
+        ValueError: the model's accuracy on them is not the one that was reported.
+    """
+    subject = open_subject(folder, "cpu")
+    clean, labels = subject.data.test_images(subject.data.tests)
+    images = clean.clone()
+    levels = sorted(
+        (level for level in planned_work(folder).attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True
+    )
+    for unit in (unit for (_, _, eps), units in levels if eps <= found["eps"] for unit in units):
+        record = read_record(folder, unit)
+        if record is None:
+            raise ValueError(f"{unit.path(folder)}: is gone, evaluate anew")
+        images[unit.start + record.tensors["fallen"]] = record.tensors["adversarial"]
+    right = predict(subject.model, images[: found["n"]]) == labels[: found["n"]]
+    if float(right.double().mean()) != found["accuracy"]:
+        raise ValueError(f"{folder}: the adversarial images do not give the accuracy of the report; evaluate anew")
+    return images, clean
+
+
+def _plain(model: nn.Module, run: dict[str, Any], folder: Path) -> PixelModel:
+    """The network inside, if plain timm makes one like it."""
+    config = run["config"]
+    changed = [key for key, usual in _REBUILT.items() if config.get(key, usual) != usual]
+    if isinstance(model, PixelModel) and not changed and _of_timm(config["model"]):
+        return model
+    what = f"trained with {changed[0]}={config[changed[0]]!r}" if changed else "no model of timm's own"
+    raise ValueError(f"{folder}: {config['model']} is {what}, so plain timm would not make the same network")
+
+
+def _of_timm(name: str) -> bool:
+    return timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
+def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
+    """What is proved: the norm of each layer, and the network's bound where the run was evaluated."""
+    layers = {row["name"]: {key: row[key] for key in ("lower", "upper", "target")} for row in run["layers"]}
+    bound = {} if report is None else {"lipschitz_bound": report["lipschitz"]["bound"], "input": "pixels in [0, 1]"}
+    return {"defence": run["defence"], "max_norm": run["config"]["max_norm"], "layers": layers, **bound}
+
+
+def _refuse_twins(folder: Path) -> None:
+    if list(twins := twin_folders(folder)) != [""]:
+        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(path) for path in twins.values())}")
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty; give another --out, nothing was overwritten")

@@ -1,0 +1,12 @@
+"""Records of an evaluation, one file for each unit of work, and the figures that are computed from verdicts."""
+
+from .accuracy_figures import certified_at as certified_at
+from .accuracy_figures import figures as figures
+from .units import FOLDER as FOLDER
+from .units import Record as Record
+from .units import Unit as Unit
+from .units import read_record as read_record
+from .units import read_told as read_told
+from .units import refuse_foreign as refuse_foreign
+from .units import seconds_of as seconds_of
+from .units import write_record as write_record

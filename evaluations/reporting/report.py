@@ -1,0 +1,120 @@
+"""The report of a run: a table in the terminal and one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..records import certified_at
+from ..run_folder import open_run, read_report, twin_folders, write_json, write_text
+from ..wording import NORM_NAMES, interval, not_tested, number, percent, verdict
+from . import charts
+from .pages import render
+
+Figures = dict[str, Any]
+
+
+def write_report(folder: Path) -> dict[str, Figures]:
+    """Write report.html (and, for a run with twins, the report.json that nests theirs); returns the figures by name.
+
+    Raises:
+        ValueError: the folder is no run, or was not evaluated.
+    """
+    folders = twin_folders(folder)
+    models = {name or "model": read_report(path) for name, path in folders.items()}
+    _certify_alike(models, {name or "model": path for name, path in folders.items()})
+    if list(folders) != [""]:
+        write_json(folder / "report.json", {"models": models})
+    training = {name or "model": _read_log(path / "training.jsonl") for name, path in folders.items()}
+    write_text(folder / "report.html", _render(models, training))
+    return models
+
+
+def print_report(models: dict[str, Figures], console: Console) -> None:
+    """The figures as tables on the terminal."""
+    table = Table(title="accuracy, % (95 % interval)", title_justify="left")
+    for column in ("", *models):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, cells in accuracy_rows(models):
+        table.add_row(label, *cells)
+    console.print(table)
+    for name, figures in models.items():
+        lipschitz = figures["lipschitz"]
+        largest = max((math.inf if layer["upper"] is None else layer["upper"] for layer in figures["layers"]), default=math.inf)
+        console.print(
+            f"{name}: Lipschitz bound {number(lipschitz['bound'])}, estimate {number(lipschitz['estimate'])}, "
+            f"largest layer norm {number(largest)}; certified: the forward pass in {lipschitz['certified_dtype']}",
+            highlight=False,
+        )  # fmt: skip
+        noted = [gate for gate in figures["gates"] if gate["status"] != "pass"]
+        console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
+        if untested := not_tested(noted):
+            console.print(f"  [yellow]{escape(untested)}[/yellow]", highlight=False)
+        for gate in (gate for gate in noted if gate["status"] != "skip"):
+            colour = "yellow" if gate["status"] == "flag" else "bold red"
+            console.print(
+                f"  [{colour}]{verdict(gate['status'])}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}",
+                highlight=False,
+            )
+
+
+def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
+    """Rows of the main table: clean, then each attack and size, then certified; one cell a model."""
+    labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
+    for name, figures in models.items():
+        accuracy = figures["accuracy"]
+        labels[("clean",)][name] = _cell({"accuracy": accuracy["clean"], "ci": accuracy["ci"]})
+        for entry in figures["robust"]:
+            if entry["attack"] != "worst case":
+                key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
+                labels.setdefault(key, {})[name] = _cell(entry)
+    proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"] > 0}
+    for name, figures in models.items():
+        for entry in figures["certified"]:
+            if (entry["norm"], entry["eps"]) in proved:
+                key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
+                labels.setdefault(key, {})[name] = _cell(entry)
+    return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
+
+
+def _cell(entry: Figures) -> str:
+    """A figure with its interval, unless it is not valid; one whose checks were not made says so."""
+    if (valid := entry.get("valid", True)) is False:
+        return "invalid"
+    return f"{percent(entry['accuracy'])} ({interval(entry['ci'])}){', not tested' if valid is None else ''}"
+
+
+def _certify_alike(models: dict[str, Figures], folders: dict[str, Path]) -> None:
+    """Put certified accuracy on one grid for all models, from their verdicts per sample."""
+    for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
+        grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
+        for name, figures in models.items():
+            run = open_run(folders[name])
+            rows = pq.read_table(folders[name] / "samples.parquet").to_pylist()
+            clean = [row for row in rows if row["attack"] == "none"]
+            others = [e for e in figures["certified"] if e["norm"] != norm]
+            judged = {key: e[key] for e in figures["certified"] for key in ("valid", "reason") if key in e}
+            proved = certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
+            figures["certified"] = others + [entry | judged for entry in proved]
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _render(models: dict[str, Figures], training: dict[str, list[dict[str, Any]]]) -> str:
+    first = next(iter(models.values()))
+    norms = sorted({entry["norm"] for figures in models.values() for entry in figures["robust"]})
+    plots = {
+        "robustness": [charts.robustness(models, norm) for norm in norms],
+        "layers": charts.layer_norms(models),
+        "training": charts.training_norms(training) if any(training.values()) else "",
+    }
+    return render("report.html", models=models, first=first, rows=accuracy_rows(models), plots=plots)

@@ -1,0 +1,73 @@
+"""Figures in words and digits, alike on the terminal and on every page.
+
+Shares are rounded down, and a number that is not finite is written as ∞.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+NORM_NAMES = {"l2": "L2", "linf": "L∞"}
+VERDICTS = {"pass": "✓ pass", "flag": "! flag", "skip": "– not tested"}
+ABSOLUTE = re.compile(r"""(?:^|(?<=[\s'"=:,(\[]))(?:[A-Za-z]:)?[/\\](?![/\\\s])(?:[^\s/\\'"]+[/\\])*""")
+
+
+def number(value: float | None) -> str:
+    """Four digits; a value that is not finite is written as ∞ (it is null in JSON)."""
+    return "∞" if value is None or math.isinf(value) else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """A share in per cent, one decimal, rounded down so that no figure is flattered."""
+    return f"{math.floor(round(value * 1000, 9)) / 10:.1f}"
+
+
+def interval(ci: tuple[float, float] | list[float] | None) -> str:
+    """A 95 % interval in whole per cent."""
+    return "unknown" if ci is None else f"{100 * ci[0]:.0f}–{100 * ci[1]:.0f}"
+
+
+def verdict(status: str) -> str:
+    """The status of a check in words; one that is unknown is a failure."""
+    return VERDICTS.get(status, "✗ FAIL")
+
+
+def not_tested(gates: list[dict[str, Any]]) -> str:
+    """One line for all checks that were not made; nothing where there are none."""
+    names = [gate["name"] for gate in gates if gate["status"] == "skip"]
+    return f"{len(names)} gates not tested ({', '.join(names)}); give more --gate-samples" if names else ""
+
+
+def size(eps: float, norm: str) -> str:
+    """The size of a perturbation; in the largest-change norm as a fraction of 255 where it is one."""
+    levels = eps * 255
+    if norm == "linf" and round(levels) > 0 and abs(levels - round(levels)) < 1e-3:
+        return f"{round(levels)}/255"
+    return f"{eps:g}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time in the unit that suits it."""
+    if seconds is None:
+        return "unknown"
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def count(value: float | None) -> str:
+    """A count in thousands (k) or millions (M)."""
+    if value is None:
+        return "unknown"
+    for unit, length in (("M", 10**6), ("k", 10**3)):
+        if value >= length:
+            return f"{value / length:.3g} {unit}"
+    return str(int(value))
+
+
+def portable(text: object) -> str:
+    """A text whose absolute paths are cut down to their last part, as they mean nothing on another machine."""
+    return ABSOLUTE.sub("…/", str(text))

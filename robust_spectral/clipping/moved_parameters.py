@@ -1,0 +1,188 @@
+"""What a clip moves: the parameters a layer's norm is lowered through, and the gradients of ⟨u, A v⟩ by them.
+
+A plain layer moves its weight, a parametrised one what its weight is computed from, a ``ScaledStdConv2d`` its gain. Of a
+composite with a batch normalisation the weight may move, γ, or both: which one may is a matter of what the normalisation does
+while the network trains, and each `Move` says when it applies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from ..layers import LinearLayer
+from ..operators import batchnorm_scale, convolution_settings, evaluating, is_batchnorm, is_plain, unchecked_operator
+
+_HOLDING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
+
+
+class Move(Protocol):
+    """Parameters of a layer, and how ⟨u, A v⟩ depends on them."""
+
+    def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """What moves. Raises NotImplementedError, naming the layer, where there is nothing to move."""
+
+    def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
+        """∂⟨u_i, A v_i⟩/∂parameter for rows X (k, *in_shape) and U (k, *out_shape): (k, *parameter shape) each."""
+
+    def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """Parameters whose common factor is a factor of the norm."""
+
+
+@dataclass(frozen=True)
+class MoveWeight:
+    """The layer's weight moves. For layers alone, and for composites whose normalisation keeps its statistics frozen.
+
+    The composite is then a fixed diagonal times the layer, so that the move is exact. While the normalisation trains on batch
+    statistics it undoes every rescaling of a filter, and this move, taking no account of that, would drive the weight to zero.
+    """
+
+    def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """The weight, or what it is computed from."""
+        return list(weight_parameters(layer.module, layer.name).values())
+
+    def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
+        """By the weight, the normalisation's factors taken into u."""
+        return weight_gradients(layer.module, X, _through_batchnorm(layer, U) if composite else U)
+
+    def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """The same."""
+        return self.parameters(layer)
+
+
+@dataclass(frozen=True)
+class MoveGamma:
+    """γ of the batch normalisation moves, nothing else. For composites, whatever the normalisation does.
+
+    Reaches any target exactly, as the composite is proportional to γ, but has one number a channel to do it with: it turns
+    channels down where another move turns directions. A factor of exactly 0 stays 0.
+    """
+
+    def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """γ.
+
+        Raises:
+            NotImplementedError: there is no batch normalisation with a γ behind the layer.
+        """
+        gamma: Any = getattr(layer.batchnorm, "weight", None)
+        if not isinstance(gamma, nn.Parameter):
+            raise NotImplementedError(f"clipping '{layer.name}': there is no batch normalisation with a γ behind it to move")
+        return [gamma]
+
+    def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
+        """By γ: the channel's share of ⟨u, normalised layer v⟩. Costs one application a row."""
+        assert layer.batchnorm is not None
+        gamma = self.parameters(layer)[0].detach().double()
+        inverse_std = torch.where(gamma == 0, 0.0, batchnorm_scale(layer.batchnorm) / torch.where(gamma == 0, 1.0, gamma))
+        Y = unchecked_operator(layer.module, layer.in_shape, X.dtype).matmat(X)
+        return [(Y * U).reshape(*Y.shape[:2], -1).sum(2) * inverse_std.to(X.dtype)]
+
+    def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """γ."""
+        return self.parameters(layer)
+
+
+@dataclass(frozen=True)
+class MoveWeightAndGamma:
+    """Weight and γ move together, the weight only across its filters. For composites that train on batch statistics.
+
+    A change along a filter is one that the running variance follows and takes back, so it is left to γ; what is orthogonal to
+    the filter turns it, which the normalisation does not undo.
+
+    Attributes:
+        along: Whether the weight moves along its filters too, as in the published code of the paper, whose composites lose
+            their weight while the normalisation trains on batch statistics. For comparison, or with frozen statistics.
+    """
+
+    along: bool = False
+
+    def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """The weight and γ."""
+        return [*MoveWeight().parameters(layer), *MoveGamma().parameters(layer)]
+
+    def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
+        """By the weight, without its components along the filters (unless ``along``), and by γ."""
+        by_weight = MoveWeight().gradients(layer, X, U, composite)
+        if not self.along and is_plain(layer.module) and not getattr(layer.module, "transposed", False):
+            weight: Any = layer.module.weight
+            filters = weight.detach().to(X.dtype).flatten(1)
+            along = (by_weight[0].flatten(2) * filters).sum(2) / filters.square().sum(1).clamp_min(torch.finfo(X.dtype).tiny)
+            by_weight = [by_weight[0] - (along[..., None] * filters).reshape(by_weight[0].shape)]
+        return [*by_weight, *MoveGamma().gradients(layer, X, U, composite)]
+
+    def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
+        """γ."""
+        return MoveGamma().parameters(layer)
+
+
+def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Parameter]:
+    """What a layer's weight can be moved through, by name in the module.
+
+    Raises:
+        NotImplementedError: nothing of the layer has its norm follow it.
+    """
+    weight: Any = module._parameters.get("weight")
+    if is_plain(module) and type(weight) is nn.Parameter:  # as it is of nearly every layer, and asked at every step
+        return {"weight": weight}
+    kind, where = type(module).__name__, f"clipping '{name or type(module).__name__}' ({type(module).__name__})"
+    if parametrize.is_parametrized(module, "weight"):
+        holding = [type(part).__name__ for part in module.parametrizations.weight if type(part).__name__ in _HOLDING]  # type: ignore
+        if holding:
+            raise NotImplementedError(f"{where}: the parametrisation {holding[0]} holds its norm; remove that first")
+        prefix = "parametrizations.weight."
+        return {key: value for key, value in module.named_parameters() if key.startswith(prefix)}
+    if is_batchnorm(module):
+        raise NotImplementedError(f"{where}: a batch normalisation is clipped only with the layer in front of it")
+    gain: Any = getattr(module, "gain", None)
+    if "ScaledStdConv2d" in kind and isinstance(gain, nn.Parameter):  # by name, as timm is not imported here
+        return {"gain": gain}
+    if "StdConv2d" in kind:
+        raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
+    weight = getattr(module, "weight", None)
+    if hasattr(weight, "full_tensor"):  # a DTensor, whose package is not imported for this
+        raise NotImplementedError(f"{where}: its weight is sharded (FSDP, tensor parallel); train under DDP to clip")
+    if not isinstance(weight, nn.Parameter):
+        raise NotImplementedError(f"{where}: it has no weight parameter of its own")
+    return {"weight": weight}
+
+
+def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> list[Tensor]:
+    """∂⟨u_i, module(x_i)⟩/∂p for each of a layer's `weight_parameters`, for rows of inputs X and outputs U: (k, *p's shape)."""
+    parameters = weight_parameters(module)
+    if is_plain(module):
+        found = _plain_gradients(module, parameters["weight"].detach().to(X.dtype), X, U)
+        if found is not None:
+            return [found]
+    variables = {key: value.detach().to(X.dtype).requires_grad_() for key, value in parameters.items()}
+    state = {key: value.detach().to(X.dtype) for key, value in module.named_parameters()} | variables
+    rows = []
+    with torch.enable_grad(), evaluating(module), torch.autocast(X.device.type, enabled=False):
+        for x, u in zip(X.split(1), U.split(1), strict=True):
+            score = (torch.func.functional_call(module, state, (x,)) * u).sum()
+            rows.append(torch.autograd.grad(score, list(variables.values())))
+    return [torch.stack(by_one) for by_one in zip(*rows, strict=True)]
+
+
+def _plain_gradients(module: nn.Module, weight: Tensor, X: Tensor, U: Tensor) -> Tensor | None:
+    """Without autograd: outer products where the layer is a matrix, and the convolution's own weight gradient."""
+    matrix = (U[0].numel(), X[0].numel(), weight.numel()) == (len(weight), weight.shape[1], len(weight) * weight.shape[1])
+    if matrix and not getattr(module, "transposed", False):
+        return (U.flatten(1)[:, :, None] * X.flatten(1)[:, None]).reshape(-1, *weight.shape)
+    settings = convolution_settings(module) if isinstance(module, _ConvNd) else None
+    if settings is None:
+        return None
+    pairs, only_weight = zip(U.split(1), X.split(1), strict=True), [False, True, False]
+    backward = torch.ops.aten.convolution_backward
+    found = [backward(u, x, weight, None, *settings, only_weight)[1] for u, x in pairs]
+    return torch.stack(found) if len(found) > 1 else found[0][None]
+
+
+def _through_batchnorm(layer: LinearLayer, U: Tensor) -> Tensor:
+    if layer.batchnorm is None:
+        return U
+    return U * batchnorm_scale(layer.batchnorm).to(U.dtype).reshape(-1, *[1] * (U.ndim - 2))

@@ -1,0 +1,96 @@
+"""Rules of what puts elements in other places: in another shape or order, side by side, in several places, or left out.
+
+Nothing is computed with them, so that it counts only how often each appears; where copies are summed again, how many.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ...numerics import product_up
+from ..registry import rule
+from ..walk import Affine, LipschitzWalk
+from .node_arguments import given, operator_of, root_of_count, source_of
+
+
+@rule(torch.cat, torch.concat, torch.stack)
+def cat(walk: LipschitzWalk, n: fx.Node) -> float:
+    """Root of the sum of the branches' squares; concatenation along the batch axis is no function of one input."""
+    parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
+    axis = given(n, "dim").get("dim", 0)
+    if axis % walk.env[n].ndim == 0:
+        return math.inf
+    if isinstance(parts, fx.Node):  # of a value in parts
+        return walk.bound(parts)
+    return math.nextafter(math.hypot(*(walk.bound(part) for part in parts)), math.inf)
+
+
+@rule(
+    nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
+    "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten",
+)  # fmt: skip
+def rearranged(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
+    """The same elements in another shape."""
+    source = source_of(walk, n)
+    before, after = tuple(walk.env[source].shape), tuple(walk.env[n].shape)
+    if after[0] != before[0] or not before[1:] or not after[1:]:
+        return walk.bound(source)
+    build = operator_of(
+        walk, source, after[1:], lambda X: X.reshape(len(X), *after[1:]), lambda Y: Y.reshape(len(Y), *before[1:])
+    )
+    return Affine(source, (n.name, before[1:]), build, 1.0)
+
+
+@rule(
+    torch.permute, torch.transpose, torch.roll, torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.flip,
+    "permute", "transpose", "roll", "chunk", "split", "unbind", "tensor_split", "flip", "t", "movedim", "narrow", "select",
+    "swapaxes", "clone", "masked_fill", nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+)  # fmt: skip
+def picked(walk: LipschitzWalk, n: fx.Node) -> float:
+    """The same elements in another order, or in parts, which count together; or some of them; or constants around them."""
+    return walk.bound(source_of(walk, n))
+
+
+@rule("type_as", "reshape_as", "view_as")
+def like_another(walk: LipschitzWalk, n: fx.Node) -> float:
+    """The same elements in the type or the shape of another value, which counts for nothing else."""
+    return walk.bound(n.args[0])
+
+
+@rule(
+    operator.getitem, F.pad, nn.Unfold, F.unfold, "unfold", "expand", "expand_as", "repeat", torch.tile, "repeat_interleave",
+)  # fmt: skip
+def copied(walk: LipschitzWalk, n: fx.Node) -> float:
+    """Elements in other places, and constants: root of how often the element is there that is there most often."""
+    source: Any = n.args[0]
+    value = walk.env[source]
+    if n.target != "expand_as" and any(walk.depends(node) for node in n.all_input_nodes if node is not source):
+        return math.inf
+    if not isinstance(value, Tensor):  # a part of several values
+        return walk.bound(source)
+    numbers = torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
+    found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node]).flatten()
+    places = found[(found >= 1) & (found <= value.numel())].long()  # a constant may pass for an element, and count too much
+    most = int(torch.bincount(places).max()) if places.numel() else 1
+    return product_up(walk.bound(source), root_of_count(most))
+
+
+@rule(nn.Fold, F.fold)
+def summed_where_they_overlap(walk: LipschitzWalk, n: fx.Node) -> float:
+    """Each sum has elements of its own: root of the longest one's number of terms."""
+    source = source_of(walk, n)
+    terms = float(walk.rerun(n, lambda node: torch.ones_like(walk.env[node])).max())
+    return product_up(walk.bound(source), math.nextafter(math.sqrt(terms), math.inf))
+
+
+@rule(getattr)
+def attribute(walk: LipschitzWalk, n: fx.Node) -> float:
+    """A transposed matrix."""
+    return walk.bound(n.args[0]) if n.args[1] in ("T", "mT", "H", "mH") else math.inf

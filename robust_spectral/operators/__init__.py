@@ -1,0 +1,27 @@
+"""Linear operators: what a linear layer does to a batch of inputs, and its adjoint, without forming a matrix.
+
+`linear_operator` makes one from a module in eval mode; `LinearOperator` is the type. Also here is what the rest of the
+package asks of layers: eval mode for a while, the factor of a batch normalisation, the kernel that norm bounds are made from.
+"""
+
+from .base import Kernel as Kernel
+from .base import LinearOperator as LinearOperator
+from .base import Shape as Shape
+from .base import check_operator as check_operator
+from .base import compose as compose
+from .base import direct_sum as direct_sum
+from .base import full_precision_no_grad as full_precision_no_grad
+from .convolution import bounding_kernel as bounding_kernel
+from .convolution import convolution_settings as convolution_settings
+from .convolution import periods as periods
+from .convolution import phases_of_taps as phases_of_taps
+from .from_module import batchnorm_operator as batchnorm_operator
+from .from_module import batchnorm_scale as batchnorm_scale
+from .from_module import convolution_then_batchnorm as convolution_then_batchnorm
+from .from_module import evaluating as evaluating
+from .from_module import has_forward_hooks as has_forward_hooks
+from .from_module import is_batchnorm as is_batchnorm
+from .from_module import is_plain as is_plain
+from .from_module import linear_operator as linear_operator
+from .from_module import norm_shape as norm_shape
+from .from_module import unchecked_operator as unchecked_operator

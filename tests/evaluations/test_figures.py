@@ -1,0 +1,82 @@
+"""The tables of the documentation say what the reports in the repository say."""
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TWINS = [
+    ("docs/figures.md", 0, "mnist5k/demo"),
+    ("docs/figures.md", 1, "photos/demo-pretrained"),
+    ("docs/experiments.md", 0, "fashion-mnist/lite0"),
+]
+CERTIFIED = {"MNIST": "mnist/maxmin_mlp", "Fashion-MNIST": "fashion-mnist/maxmin_mlp"}
+ATTACKS = {"PGD-40": "pgd", "AutoAttack standard": "autoattack"}
+
+
+def report(name: str) -> Any:
+    return json.loads((ROOT / "evaluations" / "results" / name / "report.json").read_text())
+
+
+def tables(page: str, header: str) -> list[list[list[str]]]:
+    """The rows of cells of every table of a page with this header."""
+    found = re.findall(rf"^{re.escape(header)}\n\|[-:| ]+\|\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.MULTILINE)
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()] for table in found]
+
+
+def at(entries: list[Any], eps: float) -> Any:
+    (entry,) = [entry for entry in entries if entry["eps"] == pytest.approx(eps)]
+    return entry
+
+
+def figure(label: str, figures: Any) -> tuple[float, int | None]:
+    """What a report says under a table's label, in the table's unit, and the number of images."""
+    if label == "Lipschitz bound (proved)":
+        return figures["lipschitz"]["bound"], None
+    if label == "Lipschitz estimate (sampled)":
+        return figures["lipschitz"]["estimate"], None
+    if label == "largest layer norm (proved)":
+        return max(layer["upper"] for layer in figures["layers"]), None
+    kind, *rest = label.split(", ")
+    if kind == "clean":
+        return 100 * figures["accuracy"]["clean"], figures["accuracy"]["n"]
+    eps = float(rest[0].removeprefix("L2 "))
+    attacked = [entry for entry in figures["robust"] if entry["attack"] == ATTACKS.get(kind)]
+    entry = at(figures["certified"] if kind == "certified" else attacked, eps)
+    return 100 * entry["accuracy"], entry["n"]
+
+
+@pytest.mark.parametrize(("page", "index", "name"), TWINS)
+def test_a_table_of_twins_is_that_of_their_report(page: str, index: int, name: str) -> None:
+    rows = tables(page, "| | plain | clipped |")[index]
+    assert len(rows) >= 7
+    for label, *cells in rows:
+        for twin, cell in zip(("plain", "clipped"), cells, strict=True):
+            value, images = figure(label, report(name)["models"][twin])
+            tolerance = {"abs": 0.1} if images else {"rel": 1e-3}
+            assert float(cell) == pytest.approx(value, **tolerance), f"{page}: {label}, {twin}"
+            assert images is None or "images" not in label or f"{images} images" in label
+
+
+def test_the_table_of_certified_accuracy_is_that_of_the_reports() -> None:
+    (rows,) = tables("docs/figures.md", "| | clean | PGD-40 | certified |")
+    for label, *cells in rows:
+        data, size = label.split(", ")
+        found, eps = report(CERTIFIED[data]), float(Fraction(size))
+        attacked = [entry for entry in found["robust"] if entry["attack"] == "pgd"]
+        values = [found["accuracy"]["clean"], at(attacked, eps)["accuracy"], at(found["certified"], eps)["accuracy"]]
+        assert [float(cell) for cell in cells] == pytest.approx([100 * value for value in values], abs=0.1), label
+
+
+def test_what_the_readme_says_of_certificates_is_in_its_report() -> None:
+    (percent, eps) = re.search(r"has ([\d.]+) % .*? certified at L2 ([\d.]+)", (ROOT / "README.md").read_text()).groups()  # type: ignore
+    assert 100 * at(report("mnist/maxmin_mlp")["certified"], float(eps))["accuracy"] == pytest.approx(float(percent), abs=0.1)
+
+
+def test_the_readme_fits_a_screen_and_contributing_half_of_one() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 80
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 50
