@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report.json of an evaluated run.
-
-    Raises:
-        ValueError: it was not evaluated, or the file is cut short.
-    """
-    if not (folder / "report.json").is_file():
-        raise ValueError(f"{folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
-    report: dict[str, Any] = read_json(folder / "report.json")
-    return report
-
-
 def save_weights(model: nn.Module, path: Path) -> str:
     """Save a model's state dict as safetensors; returns the sha256 of the file."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -143,8 +132,51 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {"versions": versions, "hardware": {"machine": platform.machine(), "device": name}}
 
 
-def open_run(folder: Path) -> dict[str, Any]:
-    """The run.json of a folder.
+@dataclass(frozen=True)
+class Run:
+    """A finished run, opened once: its folder and its record.
+
+    Attributes:
+        folder: The run folder.
+        record: Content of its run.json.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether the folder holds several runs to compare, each in a folder of its own."""
+        return bool(self.record.get("twins"))
+
+    @property
+    def models(self) -> dict[str, Run]:
+        """The twins of a run that has some, opened, by name; else the run itself, under the name "model".
+
+        Raises:
+            ValueError: as `open_run`, of a twin.
+        """
+        return {name: open_run(self.folder / name) for name in self.record["twins"]} if self.has_twins else {"model": self}
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is a report.json."""
+        return (self.folder / "report.json").is_file()
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json.
+
+        Raises:
+            ValueError: the run has not been evaluated, or the file is cut short.
+        """
+        if not self.evaluated:
+            raise ValueError(f"{self.folder}: not evaluated yet; run `robust-spectral evaluate` on it first")
+        report: dict[str, Any] = read_json(self.folder / "report.json")
+        return report
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run folder.
 
     Raises:
         ValueError: the folder is missing, is not a run, or is one whose training was interrupted.
@@ -159,20 +191,13 @@ def open_run(folder: Path) -> dict[str, Any]:
         if (folder / "config.json").is_file():
             raise ValueError(f"{folder}: is no run; a model that timm saved is timm/local-dir:{folder}, spectrum: --pretrained")
         raise ValueError(f"{folder}: not a finished run: it has no run.json (make one with `robust-spectral finetune`)")
-    run: dict[str, Any] = read_json(folder / "run.json")
-    return run
+    return Run(folder, read_json(folder / "run.json"))
 
 
 def begun(folder: Path) -> bool:
     """Whether a folder has the configuration of a fine-tuning, and not another program's under the same name."""
     path = folder / "config.json"
     return path.is_file() and {"model", "data"} <= set(read_json(path))
-
-
-def twin_folders(folder: Path) -> dict[str, Path]:
-    """The runs under a run with twins, by name; the run itself, under the name "", where it has none."""
-    twins = open_run(folder).get("twins")
-    return {name: folder / name for name in twins} if twins else {"": folder}
 
 
 def _plain(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""One file for each host that robust_spectral plugs into, or a few whose names begin with the host's."""
+"""Integrations with other packages (hosts), one or several modules for each, and the defences and attacks available by name."""

@@ -1,10 +1,9 @@
 """Spectral clipping and Lipschitz certificates as defences of the Adversarial Robustness Toolbox (ART).
 
-ART has no plugin registry: a defence is a class that subclasses one of ART's bases and takes and returns ART estimators.
+ART has no plugin registry: a defence is a subclass of one of ART's base classes that takes and returns ART estimators.
 `FastClipTrainer` is a trainer, alone or around another one (Madry PGD, TRADES, AWP, FBF, OAAT); `FastClipTransformer` clips a
-classifier that is trained already; `LipschitzClassifier` certifies, and `LipschitzReport` sets what is proved against what
-attacks find. `register` makes them reachable where ART's own classes are, for tools that look a defence up by its ART module
-and name.
+trained classifier; `LipschitzClassifier` certifies predictions, and `LipschitzReport` compares certified with attacked accuracy.
+`register` adds these classes to ART's own modules, for tools that look a defence up by its ART module and name.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _HOMES = {
 
 
 def register() -> None:
-    """Put the classes here where ART keeps their like: ``art.defences.trainer.FastClipTrainer`` and so on."""
+    """Add these classes to the ART modules of their kind: ``art.defences.trainer.FastClipTrainer`` and so on."""
     for package, addition in _HOMES.items():
         setattr(package, addition.__name__, addition)
 

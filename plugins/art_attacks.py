@@ -1,8 +1,8 @@
 """Attacks of the Adversarial Robustness Toolbox (ART) on a PyTorch model that takes pixels in [0, 1].
 
-Each is a threat model and a budget, and a function from images and labels to adversarial images of the same order. Random
-starts follow torch's and numpy's global states, which the caller seeds. None of them is trusted to stay inside its ball or to
-keep the best of what it saw: the harness of the evaluations sees to both.
+Each attack has a threat model and a budget, and maps images and labels to adversarial images in the same order. Random starts
+depend on torch's and numpy's global random states, which the caller seeds. No attack is trusted to stay inside its ball or to
+return its best image: the harness of the evaluations checks both.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 _ORDER: dict[str, float | int] = {"l2": 2, "linf": np.inf}
-_ABOVE_MEDIAN = 7.0  # of the largest logit, where the cross-entropy neither vanishes in float32 nor weighs all classes alike
+_ABOVE_MEDIAN = 7.0  # the largest logit: its gradient neither vanishes in float32 nor weighs all classes alike
 
 
 class ScaleFreeCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy of logits that are scaled, image by image, until the largest is 7 above their median.
+    """Cross-entropy of logits that are scaled, image by image, such that the largest is 7 above their median.
 
-    So an attack does not depend on the scale of a model's logits. Without it large ones have no gradient in float32, and small
-    ones, such as those of networks with small norms, one that pushes towards all classes at once rather than the nearest: PGD
-    then leaves half as many images again standing. The median, unlike the smallest, does not move with a class that is
-    masked by a large negative logit.
+    An attack on this loss does not depend on the scale of a model's logits. Unscaled, large logits have no gradient in float32,
+    and the gradient of small logits, as of networks with small norms, points towards all classes rather than the nearest: half
+    as many images again then survive PGD. The median, unlike the smallest logit, does not depend on the value of a class that
+    is masked by a large negative logit.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Mean over the batch of logits (n, classes)."""
+        """The mean loss of logits (n, classes) with their target classes."""
         seen = input.detach()
         above = (seen.amax(1, keepdim=True) - seen.median(1, keepdim=True).values).clamp_min(1e-30)
         return F.cross_entropy(input * (_ABOVE_MEDIAN / above), target)
@@ -42,14 +42,14 @@ class ScaleFreeCrossEntropy(nn.CrossEntropyLoss):
 
 @dataclass(frozen=True)
 class _ArtAttack:
-    """What all of them have: the norm and size of the perturbation."""
+    """An attack of ART, with the norm and size of its perturbation."""
 
     norm: str = "l2"
     eps: float = 0.5
     package: ClassVar[str] = "adversarial-robustness-toolbox"
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (n, channels, height, width) in [0, 1] of images with labels (n,)."""
+        """Adversarial images (n, channels, height, width) in [0, 1] for images with labels (n,)."""
         with _current(images), torch.no_grad():
             classes = model(images[:1]).shape[1]
         device = "gpu" if images.is_cuda else "cpu"
@@ -80,7 +80,7 @@ class PGD(_ArtAttack):
 
 @dataclass(frozen=True)
 class APGD(_ArtAttack):
-    """Auto-PGD on the cross-entropy (Croce and Hein 2020) as ART has it, first step 2 eps."""
+    """Auto-PGD on the cross-entropy (Croce and Hein 2020) as ART implements it, with a first step of 2 eps."""
 
     steps: int = 100
     restarts: int = 1
@@ -94,7 +94,7 @@ class APGD(_ArtAttack):
 
 @dataclass(frozen=True)
 class FGSM(_ArtAttack):
-    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a control, no measure."""
+    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a sanity check, no measure of robustness."""
 
     def _attack(self, classifier: PyTorchClassifier, batch: int) -> Any:
         return FastGradientMethod(classifier, norm=_ORDER[self.norm], eps=self.eps, batch_size=batch)
@@ -102,7 +102,7 @@ class FGSM(_ArtAttack):
 
 @dataclass(frozen=True)
 class CarliniWagner(_ArtAttack):
-    """Carlini and Wagner's L2 attack (2017): smallest perturbations, of which those within eps count.
+    """Carlini and Wagner's L2 attack (2017), which minimises the perturbation; only results within eps count.
 
     Raises:
         ValueError: the norm is not l2.
@@ -123,7 +123,7 @@ class CarliniWagner(_ArtAttack):
 
 @dataclass(frozen=True)
 class DeepFoolAttack(_ArtAttack):
-    """DeepFool (Moosavi-Dezfooli et al. 2016): steps to linearised decision boundaries; what ends within eps counts."""
+    """DeepFool (Moosavi-Dezfooli et al. 2016): steps to linearised decision boundaries; only results within eps count."""
 
     steps: int = 50
 
@@ -133,7 +133,7 @@ class DeepFoolAttack(_ArtAttack):
 
 @contextmanager
 def _current(images: Tensor) -> Iterator[None]:
-    """ART's "gpu" is the current device; make it that of the images."""
+    """Make the images' GPU the current device, which ART uses for "gpu"."""
     if images.is_cuda:
         with torch.cuda.device(images.device):
             yield

@@ -1,4 +1,4 @@
-"""Lipschitz certificates as an ART estimator, and as an evaluation that sets them beside what ART's attacks find."""
+"""Lipschitz certificates as an ART estimator, and as an evaluation that compares them with ART's attacks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class LipschitzClassifier(PyTorchClassifier):
     """A ``PyTorchClassifier`` that certifies its predictions by a Lipschitz bound of its model.
 
     The standardisation that ART applies outside the model, ``preprocessing=(mean, std)``, is part of the bound; radii are in
-    the units of the arrays given.
+    the units of the classifier's arrays.
     """
 
     def lipschitz_bound(self, failure_probability: float = 1e-9) -> LipschitzBound:
         """Proved bound from the classifier's input to its logits, ART's standardisation included.
 
         Raises:
-            NotImplementedError: pre- or postprocessing defences are set, of which no Lipschitz constant is known.
+            NotImplementedError: the classifier has pre- or postprocessing without a known Lipschitz constant.
         """
         gain = standardising_gain("LipschitzClassifier", self)
         mean, std = standardisation(self)
@@ -49,14 +49,14 @@ class LipschitzClassifier(PyTorchClassifier):
         return bound.behind(gain, errors)
 
     def lipschitz_estimate(self, x: np.ndarray) -> float:
-        """Largest Jacobian norm of the logits over images (n, ...), standardisation included: a lower bound of the constant."""
+        """Largest Jacobian norm of the logits over images x (n, ...), with standardisation: a lower bound of the constant."""
         images = torch.from_numpy(x.astype(np.float32)).to(self.device)
         return lipschitz_estimate(Standardised(self.model, *standardisation(self)), images)
 
     def certify(self, x: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted classes and the L2 radii inside which they provably stay; -1 and 0 where nothing can be promised.
+        """Predicted classes and the L2 radii within which they provably do not change; -1 and 0 where nothing is proved.
 
-        Both are those of the forward pass in float64. Its rounding is accounted for where the classifier has ``clip_values``.
+        Both are for the forward pass in float64. Its rounding is accounted for where the classifier has ``clip_values``.
 
         Args:
             x: Images, (n, ...).
@@ -79,11 +79,11 @@ class LipschitzClassifier(PyTorchClassifier):
 
 
 class LipschitzReport(Evaluation):
-    """What is proved of a classifier beside what attacks find: bound, estimate, certified and attacked accuracy.
+    """Proved and attacked robustness of a classifier: bound, estimate, certified and attacked accuracy.
 
     Args:
         eps: L2 sizes of perturbation, in the units of the classifier's arrays.
-        clever_samples: Images whose CLEVER score is taken, ART's own estimate of a minimal perturbation.
+        clever_samples: Number of images to compute the CLEVER score of, ART's own estimate of the minimal perturbation.
     """
 
     def __init__(self, eps: Sequence[float], clever_samples: int = 0) -> None:
@@ -96,7 +96,7 @@ class LipschitzReport(Evaluation):
             classifier: The classifier.
             x: Images.
             y: Labels.
-            **pgd: For ART's ``ProjectedGradientDescent``, by which `SecurityCurve` attacks.
+            **pgd: Options of ART's ``ProjectedGradientDescent``, the attack of `SecurityCurve`.
 
         Returns:
             dict: ``lipschitz_bound`` (proved, to the logits), ``lipschitz_estimate`` (sampled on these images, a lower bound),
@@ -108,7 +108,7 @@ class LipschitzReport(Evaluation):
         """
         if not isinstance(classifier, LipschitzClassifier):
             kind = type(classifier).__name__
-            raise TypeError(f"LipschitzReport.evaluate: takes a LipschitzClassifier, got {kind}; it has the same arguments")
+            raise TypeError(f"LipschitzReport.evaluate: takes a LipschitzClassifier, got {kind}; make one with the same arguments")
         y = check_and_transform_label_format(y, nb_classes=classifier.nb_classes)
         prediction, radius = classifier.certify(x)
         _, attacked, accuracy = SecurityCurve(self.eps).evaluate(classifier, x, y, **{"norm": 2, "verbose": False} | pgd)

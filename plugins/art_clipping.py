@@ -1,4 +1,4 @@
-"""Spectral clipping as ART's defences: while a classifier is trained, by itself or by another trainer, and after the fact."""
+"""Spectral clipping as ART defences: during training, alone or inside another trainer, and of trained classifiers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .art_preprocessing import example_of, standardising_gain
 
 
 class FastClipTrainer(Trainer):
-    """Trains a classifier with the spectral norms of its layers held at ``max_norm``, and proves them at the end.
+    """A trainer that keeps the spectral norms of a classifier's layers at ``max_norm``, and proves them at the end.
 
     Args:
         classifier: A ``PyTorchClassifier`` with an optimizer, or another ART trainer around one, whose ``fit`` is used.
@@ -34,7 +34,8 @@ class FastClipTrainer(Trainer):
 
     Raises:
         TypeError: the estimator is not a ``PyTorchClassifier``.
-        ValueError: it has no optimizer, its model is on another device than it says, or ``max_norm`` is not positive.
+        ValueError: the classifier has no optimizer, its model is on another device than its own, or ``max_norm`` is not
+            positive.
     """
 
     def __init__(self, classifier: Any, max_norm: float = 1.0, **options: Any) -> None:
@@ -48,12 +49,12 @@ class FastClipTrainer(Trainer):
         self.results: dict[str, ClipResult] = {}
 
     def fit(self, x: np.ndarray, y: np.ndarray, scheduler: Any = None, **kwargs: Any) -> None:
-        """Train as the classifier, or the trainer given, does; then clip until every norm is proved.
+        """Train with the ``fit`` of the classifier or trainer given; then clip until every norm is proved.
 
         Args:
             x: Images in the classifier's units, (n, ...); float64 is cast to float32 with a warning.
             y: Labels, one-hot (n, classes) or indices (n,).
-            scheduler: A learning rate schedule of torch or timm, stepped once in an epoch.
+            scheduler: A learning rate scheduler of torch or timm, stepped once per epoch.
             **kwargs: For the inner ``fit``: ``batch_size``, ``nb_epochs``, ….
 
         Raises:
@@ -97,7 +98,7 @@ class FastClipTrainer(Trainer):
 
     @contextmanager
     def _following(self) -> Iterator[None]:
-        """Clip after the steps of the classifier's optimizer, also of one that a trainer puts in its place (OAAT does)."""
+        """Clip after each step of the classifier's optimizer, also when a trainer replaces it (as OAAT does)."""
         followed = self.classifier.optimizer
         handle = self.clipper.attach(followed)
 
@@ -117,13 +118,13 @@ class FastClipTrainer(Trainer):
 
 
 class _EpochScheduler(_LRScheduler):
-    """A scheduler of torch or timm with the one call that ART makes at an epoch's end, and of the class that ART asks for."""
+    """A scheduler of torch or timm as the class that ART requires, with the one call that ART makes after each epoch."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler, self._epoch = scheduler, 0
 
     def step(self, epoch: int | None = None) -> None:
-        """On to the next epoch."""
+        """Advance to the next epoch."""
         self._epoch += 1
         if isinstance(self._scheduler, torch.optim.lr_scheduler.LRScheduler):
             self._scheduler.step()
@@ -132,10 +133,10 @@ class _EpochScheduler(_LRScheduler):
 
 
 class FastClipTransformer(Transformer):
-    """Clips the layers of a classifier that is trained already, after the fact.
+    """A transformer that clips the layers of a trained classifier.
 
     Args:
-        classifier: The trained ``PyTorchClassifier``; it is left as it is.
+        classifier: The trained ``PyTorchClassifier``; it is not changed unless it is passed to be transformed.
         max_norm: The spectral norm allowed.
         **options: For `robust_spectral.FastClip`.
 
@@ -154,7 +155,7 @@ class FastClipTransformer(Transformer):
         self._check_params()
 
     def __call__(self, x: np.ndarray, transformed_classifier: Any) -> Any:
-        """Give ``transformed_classifier`` the trained weights, clipped; ``x`` is not needed.
+        """Load the trained weights into ``transformed_classifier`` and clip them; ``x`` is not needed.
 
         Args:
             x: Ignored; part of ART's interface.
@@ -169,14 +170,14 @@ class FastClipTransformer(Transformer):
         return transformed_classifier
 
     def fit(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> None:
-        """Nothing to fit: the clip needs no data."""
+        """Do nothing: clipping needs no data."""
 
     def _check_params(self) -> None:
         check_max_norm("FastClipTransformer", self.max_norm)
 
 
 def _check_classifier(call: str, classifier: Any) -> None:
-    """Refuse, for a call, what is no PyTorch classifier or has its model elsewhere."""
+    """Refuse anything but a PyTorch classifier with its model on its own device; errors begin with ``call``."""
     if not isinstance(classifier, PyTorchClassifier):
         raise TypeError(f"{call}: takes a PyTorchClassifier (or a trainer around one), got {type(classifier).__name__}")
     for parameter in classifier.model.parameters():
@@ -188,7 +189,7 @@ def _check_classifier(call: str, classifier: Any) -> None:
 
 
 def _clipper(classifier: PyTorchClassifier, max_norm: float, options: dict[str, Any]) -> FastClip:
-    """A clipper of its model; a target of the network's constant is put into the model's units."""
+    """A clipper of the classifier's model; a ``lipschitz_target`` is converted to the units of the model's input."""
     if options.get("lipschitz_target") is not None:
         options = options | {"lipschitz_target": options["lipschitz_target"] / standardising_gain("FastClip", classifier)}
     return FastClip(classifier.model, example_of(classifier), max_norm, **options)

@@ -1,7 +1,7 @@
-"""What ART does to a classifier's images in front of its model, and the Lipschitz constant of that.
+"""The standardisation that ART applies to a classifier's images before its model, and its Lipschitz constant.
 
-It takes off a mean and divides by a standard deviation. A constant of the model is one of the classifier, in the units of the
-classifier's arrays, only behind this one.
+ART subtracts a mean and divides by a standard deviation. The Lipschitz constant of the classifier, in the units of its arrays,
+is the product of this constant and the model's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMe
 
 
 def standardisation(classifier: PyTorchClassifier) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation that ART takes off in front of the model, as they are broadcast against images."""
+    """Mean and standard deviation that ART standardises images with, in shapes that broadcast against images."""
     given = (getattr(classifier.preprocessing, name, default) for name, default in (("mean", 0.0), ("std", 1.0)))
     mean, std = (np.asarray(value, dtype=np.float64) for value in given)
     if classifier.channels_first and mean.ndim == 1 and len(classifier.input_shape) == 3:
@@ -25,25 +25,25 @@ def standardisation(classifier: PyTorchClassifier) -> tuple[np.ndarray, np.ndarr
 
 
 def standardising_gain(call: str, classifier: PyTorchClassifier) -> float:
-    """Lipschitz constant, rounded up, of what ART does to images in front of the model.
+    """Lipschitz constant, rounded up, of ART's preprocessing of images.
 
     Raises:
-        NotImplementedError: it does more than to standardise them.
+        NotImplementedError: the preprocessing is more than a standardisation, or there are postprocessing defences.
     """
     if classifier.preprocessing_defences or classifier.postprocessing_defences:
-        raise NotImplementedError(f"{call}: no Lipschitz constant is known of pre- and postprocessing defences")
+        raise NotImplementedError(f"{call}: no Lipschitz constant is known for pre- and postprocessing defences")
     known = classifier.preprocessing is None or isinstance(
         classifier.preprocessing, StandardisationMeanStd | StandardisationMeanStdPyTorch
     )
     if not known:
         kind = type(classifier.preprocessing).__name__
-        raise NotImplementedError(f"{call}: no Lipschitz constant is known of the preprocessing {kind}")
+        raise NotImplementedError(f"{call}: no Lipschitz constant is known for the preprocessing {kind}")
     _, std = standardisation(classifier)
     return math.nextafter(1 / float(np.abs(std).min()), math.inf)
 
 
 class Standardised(torch.nn.Module):
-    """A model behind the standardisation that ART applies to its images."""
+    """A model preceded by the standardisation that ART applies to its images."""
 
     def __init__(self, model: torch.nn.Module, mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
@@ -56,5 +56,5 @@ class Standardised(torch.nn.Module):
 
 
 def example_of(classifier: PyTorchClassifier) -> torch.Tensor:
-    """A batch of one as the model behind it takes, (1, ...)."""
+    """A batch of one zero image for the classifier's model, (1, ...)."""
     return torch.zeros(1, *classifier.input_shape, device=classifier.device)

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020): the authors' own code, as packaged in pyautoattack, with the budget its name stands for."""
+"""AutoAttack (Croce and Hein 2020): the authors' own code, as packaged in pyautoattack, with its standard budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _said: set[str] = set()
 
 
 def _once(record: logging.LogRecord) -> bool:
-    """Whether nothing like this was logged before, whatever its numbers."""
+    """Whether no message with this text, apart from numbers, was logged before."""
     text = re.sub(r"\d+", "", record.getMessage())
     new = text not in _said
     _said.add(text)
@@ -29,8 +29,8 @@ def _once(record: logging.LogRecord) -> bool:
 class AutoAttack:
     """Standard version: APGD-CE, targeted APGD-DLR, targeted FAB and Square; 100 iterations, 9 targets, 5,000 queries.
 
-    The loss of targeted APGD is not defined for fewer than four classes; there the other three are run. The seed is that of
-    torch's global state, `torch.initial_seed`. What it warns of is said once in a process, not for every block of images.
+    The loss of targeted APGD is not defined for fewer than four classes; then only the other three attacks run. The seed is
+    `torch.initial_seed`, that of torch's global state. A warning is logged once in a process, not for every block of images.
     """
 
     norm: str = "l2"
@@ -39,7 +39,7 @@ class AutoAttack:
     parts: ClassVar[tuple[str, ...]] = ("apgd-ce", "apgd-t", "fab-t", "square")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (n, channels, height, width) in [0, 1]; the images themselves where none was found."""
+        """Adversarial images (n, channels, height, width) in [0, 1]; the original image where none was found."""
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         parts = [part for part in self.parts if part != "apgd-t" or classes >= 4]
@@ -54,18 +54,18 @@ class AutoAttack:
             found, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         finally:
             attack.logger.removeFilter(_once)
-            sys.settrace(tracer)  # a check of theirs takes it away
+            sys.settrace(tracer)  # removed by a check in AutoAttack
         return found.detach()
 
     def _set_budget(self, attack: Official, classes: int) -> None:
-        """What the standard version is given, with no more targets than there are other classes."""
+        """Set the budget of the standard version, with no more targets than there are other classes."""
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(_MOST_TARGETS, classes - 1)
 
 
 @dataclass(frozen=True)
 class Square(AutoAttack):
-    """The random search of AutoAttack by itself: no gradients (Andriushchenko et al. 2020)."""
+    """The random search of AutoAttack alone, without gradients (Andriushchenko et al. 2020)."""
 
     queries: int = 5000
     parts: ClassVar[tuple[str, ...]] = ("square",)
@@ -76,7 +76,7 @@ class Square(AutoAttack):
 
 @dataclass(frozen=True)
 class Gradients(AutoAttack):
-    """The parts of AutoAttack that follow gradients and keep to eps: APGD-CE, and targeted APGD-DLR from four classes on."""
+    """The gradient attacks of AutoAttack at a fixed eps: APGD-CE, and targeted APGD-DLR from four classes on."""
 
     steps: int = 100
     targets: int = _MOST_TARGETS

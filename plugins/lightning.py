@@ -1,9 +1,9 @@
 """`FastClip` as a callback of Lightning's ``Trainer``.
 
-The clipper is made when training starts, with the weights where they are trained and a checkpoint restored; it follows every
-optimizer that trains its layers, whether Lightning steps them or the module does. Its state travels in Lightning's checkpoints,
-so that a resumed run goes on exactly. Checkpoints written in training hold weights as the steps leave them; norms are proved
-when training ends, so ``trainer.save_checkpoint`` after ``fit`` writes proved ones.
+The clipper is made when training starts, after the weights are on their device and a checkpoint is restored. It clips after the
+steps of every optimizer that trains its layers, whether Lightning or the module calls them. Lightning's checkpoints include its
+state, so that a resumed run continues exactly. Checkpoints written during training contain the weights after the last step;
+norms are proved when training ends, so that ``trainer.save_checkpoint`` after ``fit`` writes weights with proved norms.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from robust_spectral.layers import example_for
 
 
 class FastClipCallback(Callback):
-    """Holds the spectral norms of a module's layers at ``max_norm`` while it is fitted, and proves them at the end.
+    """A callback that keeps the spectral norms of a module's layers at ``max_norm`` in a fit, and proves them at the end.
 
     The largest norm, an estimate from below, is logged as ``spectral/max_norm`` (``spectral/<module>/max_norm`` where a
-    submodule is named) at every ``log_every_n_steps``-th step. After a fit, ``clipper`` is the `FastClip` and ``results`` what
-    its `finish` moved. List it behind callbacks that average weights, so that what they leave is what is proved.
+    submodule is named) at every ``log_every_n_steps``-th step. After a fit, ``clipper`` is the `FastClip` and ``results``
+    the results of its `finish`, by layer. List this callback after those that average weights, so that the norms of the
+    averages are proved.
 
     Args:
         max_norm: The spectral norm allowed, or norms by name pattern.
         example_input: A batch that the module takes, (n, ...); default the ``example_input_array`` of the LightningModule.
-        module: Name of the submodule to hold ("discriminator", "net.head"); default the LightningModule itself.
-        **options: For `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, ….
+        module: Name of the submodule to clip ("discriminator", "net.head"); default the LightningModule itself.
+        **options: Options of `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, ….
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class FastClipCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks for several submodules apart in a checkpoint."""
+        """The key of this callback in a checkpoint, different for each submodule."""
         key: str = self._generate_state_key(module=self.module)
         return key
 
@@ -70,7 +71,7 @@ class FastClipCallback(Callback):
         self._handles = [self.clipper.attach(optimizer) for optimizer in _that_train(self.clipper, trainer.optimizers)]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log the largest norm, where the trainer logs."""
+        """Log the largest norm at the steps at which the trainer logs."""
         every = trainer.log_every_n_steps
         if self.clipper is not None and every and trainer.global_step and trainer.global_step % every == 0:
             name = "max_norm" if self.module is None else f"{self.module}/max_norm"
@@ -80,7 +81,7 @@ class FastClipCallback(Callback):
         """Unhook the optimizers and clip until every norm is proved.
 
         Raises:
-            RuntimeError: optimizers took steps of which the clipper saw none.
+            RuntimeError: the optimizers took steps, but the clipper saw none.
         """
         assert self.clipper is not None
         self._detach()
@@ -101,7 +102,7 @@ class FastClipCallback(Callback):
         return self._restored or ({} if self.clipper is None else self.clipper.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint, now or as soon as training starts."""
+        """Load the state of a checkpoint, now or as soon as training starts."""
         if self._handles and self.clipper is not None:
             self.clipper.load_state_dict(state_dict)
         else:
@@ -125,13 +126,13 @@ class FastClipCallback(Callback):
         for callback in callbacks[callbacks.index(self) + 1 :]:
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ValueError(
-                    f"FastClipCallback: {type(callback).__name__} comes after it in the trainer's callbacks, and would put its "
-                    "average in the place of weights whose norms are proved; list FastClipCallback last"
+                    f"FastClipCallback: {type(callback).__name__} comes after it in the trainer's callbacks, and would replace "
+                    "weights with proved norms by their average; list FastClipCallback last"
                 )
 
 
 def _that_train(clipper: FastClip, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """The optimizers of torch itself that hold a parameter of the layers; all, where those layers are still frozen."""
+    """The optimizers, unwrapped, that have a parameter of the clipper's layers; all if those layers are still frozen."""
     bare = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in optimizers]
     modules = [m for layer in clipper.layers for m in (layer.module, layer.batchnorm) if m is not None]
     held = {id(parameter) for module in modules for parameter in module.parameters()}
@@ -141,5 +142,5 @@ def _that_train(clipper: FastClip, optimizers: Sequence[torch.optim.Optimizer]) 
 def _largest_norm(clipper: FastClip) -> float:
     try:
         return max(clipper.norms().values())
-    except ValueError:  # weights are not finite; how long that may last is for the clipper to say
+    except ValueError:  # weights are not finite; the clipper raises an error if they stay so
         return math.nan

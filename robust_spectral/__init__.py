@@ -1,7 +1,7 @@
 """Spectral norms of implicitly linear layers: measured, bounded and clipped; Lipschitz bounds and certified radii of networks.
 
-Importing this package imports torch and nothing heavier. Hosts live in `robust_spectral.plugins`, the evaluations and the
-command line in `robust_spectral.evaluations`.
+Importing this package imports torch and nothing heavier. Adapters to other libraries are in `robust_spectral.plugins`,
+evaluations and the command line in `robust_spectral.evaluations`.
 """
 
 from .clipping import ClipResult as ClipResult

@@ -1,4 +1,4 @@
-"""What keeps numbers honest: exact scaling by powers of two, outward rounding, and top singular values with their error."""
+"""Exact scaling by powers of two, outward rounding, and largest singular values with a bound of their error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EPS = float(torch.finfo(torch.float64).eps)
 
 
 def power_of_two(size: float) -> float:
-    """The power of two just below a size, so that dividing by it is exact; 1 for 0.
+    """A power of two between size / 2 and ``size``, up to rounding, by which a division is exact; 1 for a size of 0.
 
     Raises:
         ValueError: the size is not finite.
@@ -22,28 +22,29 @@ def power_of_two(size: float) -> float:
 
 
 def round_up(value: float, operations: float) -> float:
-    """A float64 result moved outward, past the error of about ``operations`` accumulated roundings; 0 stays 0."""
+    """Round a float64 ``value`` up, past the error of about ``operations`` accumulated roundings; 0 stays 0."""
     return math.nextafter(value * (1 + 8 * operations * EPS), math.inf) if value > 0 else value
 
 
 def round_down(value: float, operations: float) -> float:
-    """A float64 result moved towards 0, past the error of about ``operations`` accumulated roundings."""
+    """Round a float64 ``value`` towards 0, past the error of about ``operations`` accumulated roundings."""
     return max(0.0, math.nextafter(value * (1 - 8 * operations * EPS), 0.0)) if value > 0 else value
 
 
 def smaller_gram(matrices: Tensor) -> Tensor:
-    """M Mᴴ or Mᴴ M, whichever is smaller, of matrices (..., m, n)."""
+    """The smaller of the Gram matrices M Mᴴ and Mᴴ M of matrices M (..., m, n)."""
     rows, columns = matrices.shape[-2:]
     return matrices @ matrices.mH if rows <= columns else matrices.mH @ matrices
 
 
 def largest_singular_value(matrices: Tensor) -> tuple[float, float]:
-    """The largest singular value of a batch of matrices, and how many roundings its error amounts to.
+    """The largest singular value in a batch of matrices, and the number of roundings (see `round_up`) that bounds its error.
 
-    Taken as the root of the largest eigenvalue of the smaller Gram matrix, several times faster than a singular value
-    decomposition and as exact for the largest value: the product errs by at most n u |M||Mᵀ|, which in norm is no more than
-    n u ‖M‖_F², u being the unit roundoff and n the inner dimension (Higham, Accuracy and Stability of Numerical Algorithms,
-    2nd ed., 3.5; a factor below 3 more for complex numbers), and the eigenvalue by a modest multiple of u ‖M‖².
+    Computed as the square root of the largest eigenvalue of the smaller Gram matrix, several times faster than a singular
+    value decomposition and as accurate for the largest value. The error of the product is at most n u |M||Mᵀ|, in norm at
+    most n u ‖M‖_F², where u is the unit roundoff and n the inner dimension (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2nd ed., 3.5; less than 3 times as much for complex numbers). The error of the eigenvalue is a modest multiple
+    of u ‖M‖².
 
     Args:
         matrices: (..., m, n), float64 or complex128, with a largest entry of the order of 1, so that squares stay finite.

@@ -1,4 +1,4 @@
-"""The table of layers that the tests go through: one row a layer, with the shape it is given."""
+"""A table of layers for parametrised tests, each with its input shape."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 @dataclass(frozen=True)
 class Case:
-    """One layer; ``build`` gives it with the same random weights every time."""
+    """One layer; ``build`` makes it with the same random weights every time."""
 
     name: str
     make: Callable[[], nn.Module] = field(repr=False)
@@ -67,7 +67,7 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def orthogonal(count: int, width: int, values: Sequence[float] = (1.0,)) -> nn.Sequential:
-    """Dense layers whose singular values are these, or all this one."""
+    """Square dense layers with the singular values given, one for each or one for all."""
     net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)])
     for layer in net:
         nn.init.orthogonal_(layer.weight).data.mul_(torch.tensor(values)[:, None])
@@ -126,7 +126,7 @@ CONVOLUTIONS = [
     Case("conv2d float64", lambda: nn.Conv2d(2, 3, 3, padding=1).double(), (2, 5, 5)),
 ]
 
-SCALES = [  # the tiny ones keep their bias of the usual size
+SCALES = [  # tiny weights keep biases of the usual size
     Case("linear x 1e-30", lambda: scaled(nn.Linear(5, 6), 1e-30), (5,)),
     Case("linear x 1e30", lambda: scaled(nn.Linear(5, 6), 1e30), (5,)),
     Case("conv2d x 1e-30", lambda: scaled(nn.Conv2d(2, 3, 3, padding=1), 1e-30), (2, 5, 5)),

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give ART its settings before there are workers: where two import it at once in a fresh home, one may fail."""
+    """Write the settings file of ART before there are workers: two that import ART at once in a fresh home may fail."""
     folder = Path.home() / ".art"
     if not hasattr(config, "workerinput") and find_spec("art") and not (folder / "config.json").exists():
         folder.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def convnet() -> nn.Module:
 
 @pytest.fixture
 def deadline() -> Iterator[None]:
-    """Fail, rather than wait for ever, where a loop might not end."""
+    """Fail a test that runs for more than 10 seconds, as its loop might not end."""
 
     def expire(*_: object) -> None:
         raise TimeoutError("still running after 10 seconds")

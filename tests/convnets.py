@@ -1,4 +1,4 @@
-"""What tests do with the small network of the fixture ``convnet``."""
+"""Training and exact norms of the small network of the fixture ``convnet``."""
 
 import torch
 from reference import norm
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int = 3) -> None:
-    """Some steps on a loss that makes the outputs large, on data that depend on the step alone."""
+    """Take steps on a loss that makes the outputs large, with data that depend only on the step."""
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(images.shape, generator=generator, dtype=images.dtype)

@@ -1,4 +1,4 @@
-"""Whether every bound of a generated layer holds, against its own dense float64 matrix. No slack but the reference's error."""
+"""Checks of every norm bound of a generated layer against its dense float64 matrix; the only slack is the reference's error."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ CHAIN_ROUNDING = 1e-11
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one layer: why it was refused, the bounds that do not hold, and upper / true of two intervals."""
+    """The outcome for one layer: the reason of a refusal, the bounds that fail, and upper / true of two intervals."""
 
     seed: int
     kind: str
@@ -43,7 +43,7 @@ class Reference:
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Reference":
-        """From singular values of the matrix over a power of two, so that nothing under- or overflows."""
+        """Compute both norms from the matrix divided by a power of two, so that nothing under- or overflows."""
         size = 2.0 ** math.frexp(float(matrix.abs().max()))[1]
         norm = size * float(torch.linalg.svdvals(matrix / size)[0])
         frobenius = size * float((matrix / size).norm())
@@ -52,7 +52,7 @@ class Reference:
 
 
 def verdict(layer: Layer) -> Verdict:
-    """Check `spectral_norm` and, each on its own, all theorems that it chooses from."""
+    """Check `spectral_norm` and, one by one, all bounds that it chooses from."""
     matrix = dense(layer.module, layer.in_shape)
     if not bool(torch.isfinite(matrix).all()):
         return Verdict(layer.seed, layer.kind, refusal="reference is not finite")
@@ -97,7 +97,7 @@ def theorems(A: LinearOperator) -> Iterator[tuple[str, tuple[float, float]]]:
 
 
 def chain_rounding(A: LinearOperator) -> float:
-    """What a chain whose parts cancel is known to at best: roundings of the product of their norms."""
+    """The rounding error of a chain whose parts cancel, proportional to the product of their norms."""
     return CHAIN_ROUNDING * math.prod(rs.spectral_norm(part).upper for part in A.parts) if A.parts else 0.0
 
 

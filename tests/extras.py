@@ -1,9 +1,9 @@
-"""Does each extra work alone? A clean environment for each, the package installed with that extra, and what it is for tried.
+"""Test each extra alone: install the package with that extra into a clean environment, and try the extra's use.
 
     python tests/extras.py [NAME ...]
 
-Takes about two minutes and six gigabytes, one after the other, for each; run by `make test-extras`. The name ``oldest`` stands
-for the tests of the core with the oldest torch, numpy, scipy, safetensors and timm that the package asks for.
+Each extra takes about two minutes and six gigabytes, one after the other; run by `make test-extras`. The name ``oldest`` runs
+the tests of the core with the oldest torch, numpy, scipy, safetensors and timm that the package allows.
 """
 
 import subprocess
@@ -47,7 +47,7 @@ EXTRAS = {
 
 
 def works(extra: str) -> bool:
-    """Install the package with one extra into an environment of its own, and try it."""
+    """Install the package with one extra into an environment of its own and try the extra; return whether it works."""
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, "-m", "venv", f"{scratch}/env"], check=True)
         python = f"{scratch}/env/bin/python"
@@ -62,7 +62,7 @@ def works(extra: str) -> bool:
 
 
 def oldest_work() -> bool:
-    """Run the tests of the core with the lowest versions in pyproject.toml."""
+    """Run the tests of the core with the lowest versions in pyproject.toml; return whether they pass."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["timm"]]
     pinned = [requirement.replace(">=", "==") for requirement in asked]
@@ -73,7 +73,7 @@ def oldest_work() -> bool:
         tests = [str(ROOT / "tests" / f"{name}.py") for name in CORE]
         if subprocess.run(install).returncode:
             return False
-        # not in ROOT: a part of the package lies there, and -m puts that first
+        # not in ROOT, which -m would put first on the path and which has the source folder of the core
         return not subprocess.run([python, "-m", "pytest", *tests], cwd=scratch).returncode
 
 

@@ -1,6 +1,6 @@
-"""Random affine layers of every kind that the package claims to cover, each one fixed by its seed.
+"""Random affine layers of every kind that the package supports, each determined by its seed.
 
-``generate_layer(seed)`` takes the kinds in turn, so any run of seeds holds all of them alike; a failing seed replays alone.
+``generate_layer(seed)`` cycles through the kinds, so consecutive seeds cover all of them; a failing seed can be replayed alone.
 """
 
 import random
@@ -37,7 +37,7 @@ class Layer:
 
 
 def generate_layer(seed: int) -> Layer:
-    """The layer of a seed, the same on every call; the global random state is left as it is."""
+    """The layer of a seed, the same on every call; the global random state is left unchanged."""
     layer = draw_layer(list(KINDS)[seed % len(KINDS)], random.Random(seed), seed)
     if layer is None:
         raise AssertionError(f"no layer fits its input, seed {seed}")

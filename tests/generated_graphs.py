@@ -1,4 +1,4 @@
-"""Random small networks in which every Lipschitz rule has its turn: branches, sums, gates, attention, parts of values."""
+"""Random small networks that exercise every Lipschitz rule: branches, sums, gates, attention, slices."""
 
 import math
 import random
@@ -15,7 +15,7 @@ Step = Callable[["Network", list[Tensor]], Tensor]
 
 @dataclass
 class Draft:
-    """A network as it is being drawn: its steps, its modules, and the shapes of the values so far."""
+    """A network under construction: its steps, its modules, and the shapes of the values so far."""
 
     draw: random.Random
     shapes: list[Shape]
@@ -32,7 +32,7 @@ class Draft:
 
 
 class Network(nn.Module):
-    """What a draft describes."""
+    """The network that a draft describes."""
 
     def __init__(self, draft: Draft) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ LOCAL_FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
 
 
 def ramp(like: Tensor, *shape: int) -> Tensor:
-    """A constant whose numbers differ, and are the same in float32."""
+    """A constant of different numbers that float32 represents exactly."""
     return ((torch.arange(math.prod(shape)) % 7 - 2.5) / 4).reshape(shape).type_as(like)
 
 
@@ -150,7 +150,7 @@ def constant(draft: Draft, i: int) -> Step:
 
 
 def both(draft: Draft, i: int) -> Step | None:
-    """Two values of one shape, or of which one is repeated."""
+    """The sum or difference of two values of one shape, or of shapes that broadcast."""
     shape = draft.shapes[i]
     fits = [j for j in draft.maps() if draft.shapes[j] in (shape, (shape[0], 1, 1), (1, *shape[1:]))]
     j = draft.draw.choice(fits)

@@ -26,12 +26,12 @@ def spatial(rng: random.Random, dims: int) -> Shape:
 
 
 def each(rng: random.Random, dims: int, values: tuple[int, ...]) -> Shape:
-    """A value an axis, the same on every axis half of the time."""
+    """One value per axis, the same on every axis half of the time."""
     return tuple(rng.choice(values) for _ in range(dims)) if rng.random() < 0.5 else (rng.choice(values),) * dims
 
 
 def groups_of(rng: random.Random, channels: int, out: int) -> int:
-    """A common divisor, 1 half of the time."""
+    """A number of groups, a common divisor of both numbers of channels; 1 half of the time."""
     common = gcd(channels, out)
     return rng.choice([g for g in range(1, common + 1) if common % g == 0]) if rng.random() < 0.5 else 1
 
@@ -78,7 +78,7 @@ def batchnorm(rng: random.Random, channels: int, dims: int) -> nn.Module:
 def chain(
     rng: random.Random, in_shape: Shape, output_shape: Callable[[nn.Module, Shape], Shape], length: int, largest: int = 200
 ) -> nn.Module:
-    """Parts in sequence; one that does not take what comes before it is drawn again."""
+    """Parts in sequence; a part that does not fit the preceding output is drawn again."""
     parts: list[nn.Module] = []
     shape, tries = in_shape, 0
     while len(parts) < length and (tries := tries + 1) < 100:

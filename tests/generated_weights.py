@@ -1,4 +1,4 @@
-"""Values for the weights of a random layer: of many sizes, and in the patterns on which norms go wrong."""
+"""Values for the weights of a random layer: of many orders of magnitude, in patterns on which norm bounds tend to fail."""
 
 import random
 
@@ -16,7 +16,7 @@ def fill(module: nn.Module, rng: random.Random) -> None:
         for name, tensor in [*part.named_parameters(recurse=False)]:
             if name == "weight":
                 tensor.data.copy_(pattern(tensor, rng) * scale(rng))
-            elif name in ("bias", "original0"):  # original0: the lengths of weight_norm
+            elif name in ("bias", "original0"):  # original0: the magnitudes of weight_norm
                 tensor.data.normal_().mul_(scale(rng))
             else:
                 tensor.data.normal_()

@@ -1,4 +1,4 @@
-"""Networks given by functions, and what tests ask of networks: the proved bound and the gains that are seen."""
+"""Networks given by functions, and the proved bound and largest sampled gain of a network."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def bound(model: nn.Module, *shape: int) -> rs.LipschitzBound:
 
 
 def sampled(model: nn.Module, *shape: int) -> float:
-    """Largest gain seen: Jacobians at random points, and finite differences short and long."""
+    """Largest sampled gain: Jacobians at random points, and finite differences short and long."""
     model = model.double().eval()
     x, direction = torch.randn(2, 16, *shape, dtype=torch.float64)
     gains = [gain(model, size * x, size * x + step * direction) for size in (0.1, 1, 10) for step in (1e-3, 1.0)]

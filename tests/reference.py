@@ -34,7 +34,7 @@ def singular_values(module: nn.Module, in_shape: Sequence[int]) -> Tensor:
 
 
 def norm(module: nn.Module, in_shape: Sequence[int]) -> float:
-    """The spectral norm; of a large matrix by ARPACK, which takes a quarter of the seconds."""
+    """The spectral norm, for a large matrix by ARPACK, which takes a quarter of the time."""
     matrix, size = _scaled(module, in_shape)
     if min(matrix.shape) < 1000 or size == 0:
         return float(torch.linalg.svdvals(matrix)[0]) * size

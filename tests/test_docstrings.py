@@ -24,6 +24,10 @@ _FROM_ELSEWHERE = [  # whose mathematics is published by others
 ]  # fmt: skip
 
 
+_BAD_START = {"That", "Those", "What", "And", "As", "Them", "Theirs", "They", "It", "Of"}
+_BAD_SUBJECT = re.compile(r"(?:^|(?<=[.:;?!])\s+)(That|Those|What|And|They|Them)\b(?! is to say)")
+
+
 def exported() -> dict[str, Any]:
     return {name: value for name, value in vars(rs).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
 
@@ -117,3 +121,23 @@ def test_a_function_tells_the_errors_that_it_raises() -> None:
 
 def test_mathematics_from_elsewhere_names_its_source() -> None:
     assert not [name for name in _FROM_ELSEWHERE if "Source" not in (inspect.getdoc(exported()[name]) or "")]
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the three folders, private functions' and modules' included, with the place that it is at."""
+    for folder in ("robust_spectral", "plugins", "evaluations"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                    yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", text
+
+
+def test_a_docstring_starts_with_a_noun_of_the_field_or_an_imperative() -> None:
+    assert not [
+        (place, text.split("\n")[0]) for place, text in docstrings() if re.split(r"\W", text.lstrip(' "'))[0] in _BAD_START
+    ]
+
+
+def test_no_sentence_of_a_docstring_leaves_its_subject_unnamed() -> None:
+    found = [(place, match[1], text) for place, text in docstrings() for match in _BAD_SUBJECT.finditer(text)]
+    assert not [(place, word) for place, word, _ in found]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """FastClip in a training loop of Hugging Face Accelerate: a small network on the handwritten digits of scikit-learn.
 
-The clipper takes the model that Accelerate has wrapped, unwrapped, and finds torch's optimizer inside Accelerate's. Nothing
-else in the loop changes, on one device or, under ``accelerate launch``, on several.
+The clipper takes the unwrapped model. `attach` takes Accelerate's optimizer and finds torch's optimizer inside it. The rest of
+the loop does not change, on one device or, under ``accelerate launch``, on several.
 """
 
 import torch
@@ -17,7 +17,7 @@ import robust_spectral as rs
 
 
 def main() -> None:
-    """Train with every layer's norm held at 1, and print what came of it."""
+    """Train with every layer's norm clipped to 1, and print the proved norms."""
     set_seed(0)
     accelerator = Accelerator()
     digits = load_digits()

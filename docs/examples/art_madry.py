@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""ART's adversarial training of Madry et al. with the norms of every layer held at 1, on the digits of scikit-learn."""
+"""ART's adversarial training of Madry et al. with every layer's norm clipped to 1, on the digits of scikit-learn."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ EPS = 0.2  # L2, pixels in [0, 1]
 
 
 def main() -> None:
-    """Train, attack what is certified, and print both accuracies."""
+    """Train, certify and attack the classifier, and print both accuracies."""
     torch.manual_seed(0)
     np.random.seed(0)
     digits = load_digits()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Clip a model of your own: the same network trained plain and with norms held at 1, on the digits of scikit-learn."""
+"""Train the same network without clipping and with every layer's norm clipped to 1, on the digits of scikit-learn."""
 
 import copy
 
@@ -17,7 +17,7 @@ train, test = slice(0, 1500), slice(1500, None)
 
 
 def fit(model: nn.Module, max_norm: float, logit_scale: float, epochs: int = 10) -> None:
-    """An ordinary training loop, with two lines for the clipper before it and one behind it."""
+    """An ordinary training loop, with two lines for the clipper before it and one after it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     clipper = rs.FastClip(model, images[:1], max_norm=max_norm)
     clipper.attach(optimizer)
@@ -31,7 +31,7 @@ def fit(model: nn.Module, max_norm: float, logit_scale: float, epochs: int = 10)
 
 
 def tell(name: str, model: nn.Module, eps: float = 0.2) -> None:
-    """Accuracy, the network's Lipschitz bound, and the share of test images certified at an L2 radius."""
+    """Print the accuracy, the network's Lipschitz bound, and the share of test images certified at an L2 radius."""
     bound = rs.lipschitz_bound(model, images[:1])
     logits = model(images[test])
     radii = rs.certified_radius(logits, labels[test], bound)
@@ -41,7 +41,7 @@ def tell(name: str, model: nn.Module, eps: float = 0.2) -> None:
 
 
 def main() -> None:
-    """Train both and compare."""
+    """Train both networks and compare them."""
     torch.manual_seed(0)
     start = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)

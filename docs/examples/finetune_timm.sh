@@ -1,5 +1,5 @@
-# A timm model trained on the digits, then two fine-tuning twins of it, plain and clipped; attacked; a page with what came of it.
-# Started again it does what is not done yet.
+# Train a timm model on the digits, fine-tune it without and with clipping, attack both models, and write a page with the results.
+# If started again, the script does only the steps that are not done yet.
 set -e
 robust-spectral finetune --model test_resnet --data digits --image-size 16 --epochs 5 --lr 3e-3 --max-norm inf --out runs/digits/start --resume
 robust-spectral finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 2e-3 --freeze-bn \

@@ -1,4 +1,5 @@
-# Three ways to train the same network, one attack on all, and a site that ranks them: site/index.html
+# Train the same network without a defence, with FastClip and with Gouk's projection; attack all three; build a site that ranks
+# them: site/index.html
 set -e
 for defence in none fastclip gouk; do
   robust-spectral finetune --model maxmin_mlp --data digits --image-size 28 --epochs 5 --lr 3e-3 \

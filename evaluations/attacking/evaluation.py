@@ -26,7 +26,7 @@ from torch import Tensor
 from robust_spectral import LipschitzBound, certified_radius
 
 from ..records import FOLDER, Record, Unit, figures, read_record, refuse_foreign, seconds_of
-from ..run_folder import check_device, environment, read_json, remove_scratch, twin_folders, write_atomically, write_json
+from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
 from ..wording import not_tested, percent
 from .engine import Engine, in_this_process, run_units
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, plan_work
@@ -75,26 +75,27 @@ def evaluate(
     """
     check_options(plans, device, block, gate_samples, shard)
     complete = True
-    for name, run in twin_folders(folder).items():
+    opened = open_run(folder)
+    for name, run in opened.models.items():
+        tell = _prefixed(say, name) if opened.has_twins else say
         subject = open_subject(run, device)
-        remove_scratch(run / FOLDER)
-        refuse_foreign(run, subject.run["model_sha256"], subject.run["test_data_sha256"])
+        remove_scratch(run.folder / FOLDER)
+        refuse_foreign(run.folder, run.record["model_sha256"], run.record["test_data_sha256"])
         how = {"seed": seed, "block": block, "gate_samples": gate_samples}
-        everything = _with_earlier(run, plans, how, _prefixed(say, name))
-        work = plan_work(subject.run, subject.data.tests, everything, **how)
+        everything = _with_earlier(run, plans, how, tell)
+        work = plan_work(run.record, subject.data.tests, everything, **how)
         mine = work.units[shard[0] - 1 :: shard[1]]
-        _do(engine, run, mine, device, progress)
-        left = sum(not unit.path(run).is_file() for unit in work.units)
+        _do(engine, run.folder, mine, device, progress)
+        left = sum(not unit.path(run.folder).is_file() for unit in work.units)
         if left:
-            say(
-                f"{name or folder}: {left} of {len(work.units)} units are left to other shards; the report is made when none is"
-            )
+            where = name if opened.has_twins else folder
+            say(f"{where}: {left} of {len(work.units)} units are left to other shards; the report is made when none is")
             complete = False
             continue
-        _merge(run, subject, work, _prefixed(say, name))
+        _merge(subject, work, tell)
         planned = {"plans": [asdict(plan) for plan in everything], **how}
         here = {"evaluated_with": environment(device), "command": command, "planned": planned, "checks": CHECKS}
-        write_json(run / "report.json", read_json(run / "report.json") | here)
+        write_json(run.folder / "report.json", run.report() | here)
     return complete
 
 
@@ -113,10 +114,10 @@ def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_sam
         raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
 
 
-def planned_work(folder: Path) -> Work:
+def planned_work(run: Run) -> Work:
     """The units that the report of an evaluated run was made from."""
-    subject, planned = open_subject(folder, "cpu"), read_json(folder / "report.json")["planned"]
-    return plan_work(subject.run, subject.data.tests, _plans_in(planned), **planned)
+    subject, planned = open_subject(run, "cpu"), run.report()["planned"]
+    return plan_work(run.record, subject.data.tests, _plans_in(planned), **planned)
 
 
 def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
@@ -124,9 +125,9 @@ def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
     return [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
 
 
-def _with_earlier(folder: Path, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
+def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
     """The plans, and those of the report that is there already, so that no attack is lost by running another."""
-    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    report = run.report() if run.evaluated else {}
     planned = dict(report.get("planned") or {"plans": []})
     found = {(plan.attack, plan.norm): plan for plan in plans}
     for earlier in _plans_in(planned):
@@ -156,8 +157,9 @@ def _prefixed(say: Say, name: str) -> Say:
     return lambda text: say(f"{name}: {text}" if name else text)
 
 
-def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
+def _merge(subject: Subject, work: Work, say: Say) -> None:
     """Verdicts and figures from the records of all units."""
+    folder, record = subject.run.folder, subject.run.record
     lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
     bound = bound_of(lipschitz)
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
@@ -171,9 +173,9 @@ def _merge(folder: Path, subject: Subject, work: Work, say: Say) -> None:
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
-    made = figures(subject.run, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
+    made = figures(record, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
     _write_figures(folder, work, made, lipschitz.told["parameters"])
-    _keep_examples(folder, subject, work)
+    _keep_examples(subject, work)
     seen = max(unit.stop for unit in work.gates)
     known = f", {int((predicted == labels)[:seen].sum())} classified correctly" if seen <= len(labels) else ""
     _say_gates(made["gates"], f"{seen} gate images{known}", say)
@@ -282,8 +284,9 @@ def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) 
     }
 
 
-def _keep_examples(folder: Path, subject: Subject, work: Work) -> None:
+def _keep_examples(subject: Subject, work: Work) -> None:
     """A few images that fell, at the smallest sizes at which any did, beside what they were."""
+    folder = subject.run.folder
     found = list(islice(_fallen_images(folder, work), _EXAMPLES))
     if found:
         clean = torch.stack([subject.data.test[told["sample"]][0] for _, told in found])

@@ -24,9 +24,9 @@ from robust_spectral.lipschitz import full_precision
 
 from ..attacks import HARNESS, describe, make_attack, predict, run_attack
 from ..data import ImageData, data_hash
-from ..models import load_run
+from ..models import restore
 from ..records import Record, Unit
-from ..run_folder import environment, open_run
+from ..run_folder import Run, environment, open_run
 from .gates import VERSION, check_attacks, check_model
 
 CHECKS = {"gates": VERSION, "harness": HARNESS}  # what a report was checked by
@@ -39,23 +39,23 @@ class Subject:
 
     model: nn.Module
     data: ImageData
-    run: dict[str, Any]
+    run: Run
 
 
-def open_subject(folder: Path, device: str) -> Subject:
-    """Open a finished run; once in a process, as long as it stays as it is.
+def open_subject(run: Run, device: str) -> Subject:
+    """Load the model and data of a run; once in a process, as long as its run.json stays the same.
 
     Raises:
-        ValueError: the folder is no run, or its model or test images are not those it was written for.
+        ValueError: the run's model or test images are not those that it was written for.
     """
-    open_run(folder)
-    return _open(folder, device, (folder / "run.json").stat().st_mtime_ns)
+    return _subject(run.folder, device, (run.folder / "run.json").stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _open(folder: Path, device: str, written: int) -> Subject:
-    model, data, run = load_run(folder)
-    if data_hash(data) != run["test_data_sha256"]:
+def _subject(folder: Path, device: str, written: int) -> Subject:
+    run = open_run(folder)
+    model, data = restore(run)
+    if data_hash(data) != run.record["test_data_sha256"]:
         raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
     return Subject(model.to(device).eval(), data, run)
 
@@ -146,7 +146,7 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
     Raises:
         ValueError: as `open_subject`; the model's logits are not finite; or an attack here is of another version.
     """
-    subject = open_subject(folder, device)
+    subject = open_subject(open_run(folder), device)
     images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
     started = time.perf_counter()
     tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}

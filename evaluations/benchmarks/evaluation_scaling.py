@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from robust_spectral.evaluations.attacking import AttackPlan, make_engine, open_subject, plan_work, run_units
-from robust_spectral.evaluations.run_folder import environment, write_json
+from robust_spectral.evaluations.run_folder import environment, open_run, write_json
 
 
 def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tuple[float, dict[str, float]]:
@@ -25,8 +25,8 @@ def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tup
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "run"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("records"))
-        subject = open_subject(copy, "cpu")
-        work = plan_work(subject.run, subject.data.tests, plans, 0, block, 1)
+        subject = open_subject(open_run(copy), "cpu")
+        work = plan_work(subject.run.record, subject.data.tests, plans, 0, block, 1)
         units = [unit for unit in work.units if unit.task in {plan.attack for plan in plans}]
         clock = time.perf_counter()
         run_units(make_engine("local", workers), copy, units, "cpu", lambda unit: None)

@@ -54,7 +54,7 @@ def evaluate(
     """
     from ..attacking import AttackPlan, check_options, make_engine, sizes
     from ..attacking import evaluate as attack_run
-    from ..run_folder import read_json, twin_folders
+    from ..run_folder import open_run
 
     usual = eps, samples
     own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
@@ -75,7 +75,7 @@ def evaluate(
         )  # fmt: skip
     if not complete:
         return
-    found = {name or "model": read_json(path / "report.json") for name, path in twin_folders(folder).items()}
+    found = {name: one.report() for name, one in open_run(folder).models.items()}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     if any(gate["status"] == "fail" and "certified" in gate["name"] for figures in found.values() for gate in figures["gates"]):

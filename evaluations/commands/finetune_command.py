@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from ..config import FinetuneConfig
 from ..finetuning import read_recipe, recipe_names
-from ..run_folder import read_json, twin_folders
+from ..run_folder import open_run
 from ..terminal import console, errors
 from ..wording import percent
 
@@ -118,7 +118,7 @@ def finetune(
     if not ranks().first:
         return
     if as_json:
-        typer.echo(json.dumps({name or "model": read_json(path / "run.json") for name, path in twin_folders(out).items()}))
+        typer.echo(json.dumps({name: run.record for name, run in open_run(out).models.items()}))
     else:
         console.print(f"run: {out}", markup=False, soft_wrap=True)
 

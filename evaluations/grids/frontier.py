@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import read_json
+from ..run_folder import open_run
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Frontier:
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:
     """The figures of one evaluated run; None for an attacked accuracy that is not valid, or whose gates were not tested."""
-    run, report = read_json(folder / "run.json"), read_json(folder / "report.json")
+    opened = open_run(folder)
+    run, report = opened.record, opened.report()
     attacked = {
         f"{entry['attack']} {entry['norm']} {entry['eps']:g}": entry["accuracy"] if entry["valid"] else None
         for entry in report["robust"]

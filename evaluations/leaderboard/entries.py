@@ -89,7 +89,7 @@ def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tup
         if not (folder / "report.json").is_file():
             if not (folder / "run.json").is_file() and not begun(folder):
                 return  # another program's config.json
-            if not open_run(folder).get("twins"):
+            if not open_run(folder).has_twins:
                 say(f"{folder}: left out: not evaluated; run `robust-spectral evaluate` on it")
             return
         report = read_json(folder / "report.json")

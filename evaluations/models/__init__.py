@@ -6,4 +6,5 @@ from .loading import input_in_words as input_in_words
 from .loading import load_model as load_model
 from .loading import load_run as load_run
 from .loading import logits_of as logits_of
+from .loading import restore as restore
 from .loading import sized as sized

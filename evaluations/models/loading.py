@@ -21,7 +21,7 @@ from robust_spectral.plugins.timm_blocks import average_residuals_, small_stem_
 
 from ..config import FinetuneConfig
 from ..data import ImageData, data_hash, load_data
-from ..run_folder import environment, file_hash, open_run, save_weights, write_json
+from ..run_folder import Run, environment, file_hash, open_run, save_weights, write_json
 from .specs import TRUSTED, check_trust, from_spec, told
 
 
@@ -103,9 +103,21 @@ def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     Raises:
         ValueError: the folder is no run, or its weights are not the ones run.json was written for.
     """
-    run = _checked(folder)
-    data = load_data(run["config"]["data"], run["config"].get("image_size"))
-    return _restored(folder, run, data.example()), data, run
+    run = open_run(folder)
+    model, data = restore(run)
+    return model, data, run.record
+
+
+def restore(run: Run) -> tuple[nn.Module, ImageData]:
+    """The model and the data of an opened run.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    _check(run)
+    config = run.record["config"]
+    data = load_data(config["data"], config.get("image_size"))
+    return _restored(run, data.example()), data
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -114,35 +126,36 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ValueError: as `load_run`.
     """
-    run = _checked(folder)
-    return _restored(folder, run, torch.zeros(1, run["channels"], run["image_size"], run["image_size"])), run
-
-
-def _checked(folder: Path) -> dict[str, Any]:
-    """The record of a run whose weights are the ones it speaks of, and whose model may be made."""
     run = open_run(folder)
-    if twins := run.get("twins"):
-        raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in twins)}")
+    _check(run)
+    record = run.record
+    return _restored(run, torch.zeros(1, record["channels"], record["image_size"], record["image_size"])), record
+
+
+def _check(run: Run) -> None:
+    """Raise ValueError unless a run's weights are the recorded ones and its model may be built."""
+    folder, record = run.folder, run.record
+    if run.has_twins:
+        raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in record['twins'])}")
     weights = folder / "model.safetensors"
-    if not weights.is_file() or file_hash(weights) != run["model_sha256"]:
+    if not weights.is_file() or file_hash(weights) != record["model_sha256"]:
         raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes; train or copy it anew")
-    if "spec" in run["config"]:
-        check_trust(run["config"]["spec"], folder)
-    return run
+    if "spec" in record["config"]:
+        check_trust(record["config"]["spec"], folder)
 
 
-def _restored(folder: Path, run: dict[str, Any], example: Tensor) -> nn.Module:
+def _restored(run: Run, example: Tensor) -> nn.Module:
     """The model of a run with its weights; ``example`` is an image of its shape."""
-    given = run["config"]
+    record, given = run.record, run.record["config"]
     model: nn.Module
     if "spec" in given:
-        model = from_spec(given["spec"], run["classes"], run["channels"], mean=given.get("mean"), std=given.get("std"))
+        model = from_spec(given["spec"], record["classes"], record["channels"], mean=given.get("mean"), std=given.get("std"))
     else:
         known = {field.name for field in fields(FinetuneConfig)}
         config = FinetuneConfig(**{key: value for key, value in given.items() if key in known})
-        model = _rebuilt(load(config.model, num_classes=run["classes"], in_chans=run["channels"],
+        model = _rebuilt(load(config.model, num_classes=record["classes"], in_chans=record["channels"],
                               **config.standardisation, **sized(config.model, example.shape[-1])), config, example)  # fmt: skip
-    load_weights(weighted(model), folder / "model.safetensors")
+    load_weights(weighted(model), run.folder / "model.safetensors")
     return model
 
 
@@ -219,7 +232,7 @@ def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
 
 def _refuse_another(out: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """See that a run folder is of this very model, as configured."""
-    there = open_run(out)
+    there = open_run(out).record
     with tempfile.TemporaryDirectory() as scratch:
         same = there["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
     if not same or there["config"] != config:

@@ -26,7 +26,7 @@ from ..attacking import open_subject, planned_work
 from ..attacks import predict
 from ..records import read_record
 from ..reporting import render
-from ..run_folder import read_json, read_report, twin_folders
+from ..run_folder import Run, open_run
 
 _REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
 
@@ -40,12 +40,11 @@ def to_hub(folder: Path, out: Path) -> Path:
     Raises:
         ValueError: the folder is no finished run, its network is not one that plain timm makes, or ``out`` holds something.
     """
-    _refuse_twins(folder)
-    subject = open_subject(folder, "cpu")
-    pixels, run = _plain(subject.model, subject.run, folder), subject.run
+    opened = _without_twins(folder)
+    pixels, run = _plain(open_subject(opened, "cpu").model, opened.record, folder), opened.record
     model, norm = pixels.model, pixels.normalize
     _refuse_filled(out)
-    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else None
+    report = opened.report() if opened.evaluated else None
     data: dict[str, Any] = {
         "input_size": (run["channels"], run["image_size"], run["image_size"]),
         "crop_pct": 1.0,
@@ -82,8 +81,8 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
     """
     if not BOARDS.get(board):
         raise ValueError(f"export(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
-    _refuse_twins(folder)
-    report, norm, eps = read_report(folder), board.split("/")[1].lower(), BOARDS[board][0]
+    run = _without_twins(folder)
+    report, norm, eps = run.report(), board.split("/")[1].lower(), BOARDS[board][0]
     found = [
         e for e in report["robust"] if (e["attack"], e["norm"]) == ("autoattack", norm) and abs(e["eps"] - Fraction(eps)) < 1e-6
     ]
@@ -102,30 +101,30 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
         raise ValueError(f"{about}: {str(error).removeprefix('model_info() ')}") from error
     _refuse_filled(out)
     write_model_info(info, out / "model_info", entry)
-    save_adversarial(*_adversarial(folder, norm, found[0]), out / f"{entry}.pt", board, eps)
+    save_adversarial(*_adversarial(run, norm, found[0]), out / f"{entry}.pt", board, eps)
     return out
 
 
-def _adversarial(folder: Path, norm: str, found: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _adversarial(run: Run, norm: str, found: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Test images, with those that fell to autoattack at a size or a smaller one replaced, and the test images.
 
     Raises:
         ValueError: the model's accuracy on them is not the one that was reported.
     """
-    subject = open_subject(folder, "cpu")
+    subject = open_subject(run, "cpu")
     clean, labels = subject.data.test_images(subject.data.tests)
     images = clean.clone()
     levels = sorted(
-        (level for level in planned_work(folder).attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True
+        (level for level in planned_work(run).attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True
     )
     for unit in (unit for (_, _, eps), units in levels if eps <= found["eps"] for unit in units):
-        record = read_record(folder, unit)
+        record = read_record(run.folder, unit)
         if record is None:
-            raise ValueError(f"{unit.path(folder)}: is gone, evaluate anew")
+            raise ValueError(f"{unit.path(run.folder)}: is gone, evaluate anew")
         images[unit.start + record.tensors["fallen"]] = record.tensors["adversarial"]
     right = predict(subject.model, images[: found["n"]]) == labels[: found["n"]]
     if float(right.double().mean()) != found["accuracy"]:
-        raise ValueError(f"{folder}: the adversarial images do not give the accuracy of the report; evaluate anew")
+        raise ValueError(f"{run.folder}: the adversarial images do not give the accuracy of the report; evaluate anew")
     return images, clean
 
 
@@ -150,9 +149,11 @@ def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, A
     return {"defence": run["defence"], "max_norm": run["config"]["max_norm"], "layers": layers, **bound}
 
 
-def _refuse_twins(folder: Path) -> None:
-    if list(twins := twin_folders(folder)) != [""]:
-        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(path) for path in twins.values())}")
+def _without_twins(folder: Path) -> Run:
+    run = open_run(folder)
+    if run.has_twins:
+        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(folder / name) for name in run.models)}")
+    return run
 
 
 def _refuse_filled(out: Path) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..records import certified_at
-from ..run_folder import open_run, read_report, twin_folders, write_json, write_text
+from ..run_folder import Run, open_run, write_json, write_text
 from ..wording import NORM_NAMES, interval, not_tested, number, percent, verdict
 from . import charts
 from .pages import render
@@ -27,12 +27,13 @@ def write_report(folder: Path) -> dict[str, Figures]:
     Raises:
         ValueError: the folder is no run, or was not evaluated.
     """
-    folders = twin_folders(folder)
-    models = {name or "model": read_report(path) for name, path in folders.items()}
-    _certify_alike(models, {name or "model": path for name, path in folders.items()})
-    if list(folders) != [""]:
+    run = open_run(folder)
+    runs = run.models
+    models = {name: one.report() for name, one in runs.items()}
+    _certify_alike(models, runs)
+    if run.has_twins:
         write_json(folder / "report.json", {"models": models})
-    training = {name or "model": _read_log(path / "training.jsonl") for name, path in folders.items()}
+    training = {name: _read_log(one.folder / "training.jsonl") for name, one in runs.items()}
     write_text(folder / "report.html", _render(models, training))
     return models
 
@@ -91,13 +92,13 @@ def _cell(entry: Figures) -> str:
     return f"{percent(entry['accuracy'])} ({interval(entry['ci'])}){', not tested' if valid is None else ''}"
 
 
-def _certify_alike(models: dict[str, Figures], folders: dict[str, Path]) -> None:
+def _certify_alike(models: dict[str, Figures], runs: dict[str, Run]) -> None:
     """Put certified accuracy on one grid for all models, from their verdicts per sample."""
     for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
         grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
         for name, figures in models.items():
-            run = open_run(folders[name])
-            rows = pq.read_table(folders[name] / "samples.parquet").to_pylist()
+            run = runs[name].record
+            rows = pq.read_table(runs[name].folder / "samples.parquet").to_pylist()
             clean = [row for row in rows if row["attack"] == "none"]
             others = [e for e in figures["certified"] if e["norm"] != norm]
             judged = {key: e[key] for e in figures["certified"] for key in ("valid", "reason") if key in e}

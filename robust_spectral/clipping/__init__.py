@@ -1,7 +1,7 @@
 """Clipping of one layer's spectral norm, in place, until the norm is proved to be small enough.
 
-`clip_` is the whole of it; `projected_weight` is the nearest weight. A `Move` says which parameters change. `TrackedLayer`
-holds a layer's top singular directions, along which clips and the training hook act.
+`clip_` clips a layer; `projected_weight` returns the nearest weight that obeys a norm. A `Move` says which parameters change.
+`TrackedLayer` keeps a layer's top singular directions, along which clips and the training hook act.
 """
 
 from .clip import ClipResult as ClipResult

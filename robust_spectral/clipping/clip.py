@@ -1,8 +1,8 @@
-"""Spectral-norm clipping of one layer, until a norm no larger than asked is proved.
+"""Spectral-norm clipping of one layer, until a norm of at most the target is proved.
 
-The change of a weight that lowers the top singular values followed is the smallest there is (`TrackedLayer`), but other
-directions then take over, so it is repeated from warm vectors. Where many values are far above, all of them are brought down
-together on a coarse grid of frequencies first (`coarse_start`). What is left above at the end is closed by a rescale.
+Each update is the smallest change of the weight that lowers the top singular values found (`TrackedLayer`). Other directions
+then become the largest, so updates are repeated from warm vectors. If many values are far above the target, all of them are
+first lowered together on a coarse grid of frequencies (`coarse_start`). A rescale removes the excess that remains at the end.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .weight_updates import add_by_groups_
 
 Method = Literal["update", "projection", "paper"]
 
-_MANY = 0.97  # of its norm, below which a target has many singular values above it
-_ROUNDS, _PATIENCE = 300, 50  # at most, and without progress, after which a rescale has to do
+_MANY_ABOVE = 0.97  # multiple of the norm, below which a target has many singular values above it
+_ROUNDS, _PATIENCE = 300, 50  # rounds at most, and rounds without progress, before the final rescale
 _PAPER_STEP, _PAPER_POWER_STEPS, _PAPER_ROUNDS = 0.35, 10, 200
 
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What a clip did.
+    """The result of a clip.
 
     Attributes:
-        before: The norm it found.
-        after: The norm it left.
-        distortion: ‖ΔW‖ / ‖W‖ of what moved, in Frobenius norm.
-        steps: Updates of the weights; 0 where nothing moved.
+        before: The norm before the clip.
+        after: The norm after the clip.
+        distortion: ‖ΔW‖ / ‖W‖ of the parameters that moved, in Frobenius norm.
+        steps: Number of updates of the weights; 0 if nothing moved.
     """
 
     before: NormInterval
@@ -48,7 +48,7 @@ class ClipResult:
     steps: int
 
     def then(self, last: ClipResult) -> ClipResult:
-        """This clip and the ``last`` behind it as one; what moved is at most the sum."""
+        """This clip followed by the clip ``last``, as one result. Its distortion is the sum of both, an upper bound."""
         return ClipResult(self.before, last.after, self.distortion + last.distortion, self.steps + last.steps)
 
 
@@ -56,27 +56,28 @@ def clip_(
     module: nn.Module, in_shape: Shape, max_norm: float = 1.0, *, method: Method = "update", failure_probability: float = 1e-9,
     vectors: int = 8,
 ) -> ClipResult:  # fmt: skip
-    """Clip the spectral norm of a layer to ``max_norm``, in place and near to the weights it has.
+    """Clip the spectral norm of a layer to ``max_norm``, in place, with a small change of its weights.
 
-    Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``: what the updates leave above is closed by a rescale, which
-    replaces them where it moves less. A layer already below is not touched, and a norm is never raised.
+    Ends with a proved ``after.upper`` of at most 1.001 ``max_norm``: a rescale removes the excess that the updates leave, or
+    replaces the updates if it moves the weights less. A layer already below is not touched, and a norm is never raised.
 
     Args:
         module: A dense or convolutional layer, or ``nn.Sequential(layer, batch normalisation)``, whose first part moves. A
-            parametrised weight moves through its parametrisation, that of timm's ``ScaledStdConv2d`` through its gain.
+            parametrised weight moves through its parametrisation, the weight of timm's ``ScaledStdConv2d`` through its gain.
         in_shape: Shape of one input, without the batch axis.
         max_norm: The spectral norm allowed.
-        method: "update", this module's, mostly within a few percent of the smallest change there is; or "projection", that
-            one itself (`projected_weight`), for dense layers and convolutions of stride 1 with zero or circular padding; or,
-            for comparison, "paper", the paper's gradient descent with its published step size, which proves nothing and stops,
-            with no rescale, when its own estimate is below ``max_norm`` or after 200 rounds.
-        failure_probability: Of the interval ``after``.
-        vectors: How many singular directions are clipped together; "paper" follows one.
+        method: "update", the updates of this module, mostly within a few percent of the smallest possible change; or
+            "projection", the smallest change itself (`projected_weight`), for dense layers and convolutions of stride 1 with
+            zero or circular padding; or, for comparison, "paper", the paper's gradient descent with its published step size,
+            which proves nothing and stops, with no rescale, when its own estimate is below ``max_norm`` or after 200 rounds.
+        failure_probability: Failure probability of the interval ``after``.
+        vectors: Number of singular directions clipped together; "paper" follows one.
 
     Raises:
         ValueError: ``max_norm`` is not positive, the method is unknown, or the weights are not finite.
         TypeError: ``max_norm`` is not a number.
-        NotImplementedError: the module has nothing that its norm follows, or its parametrisation holds it above.
+        NotImplementedError: the module has no parameters that its norm follows, or its parametrisation keeps the norm above
+            ``max_norm``.
 
     Source: the gradient descent is Algorithm 2 of Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024).
     """
@@ -93,14 +94,15 @@ def clip_(
 def clip_until_proved_(
     tracked: TrackedLayer, max_norm: float, failure_probability: float, method: Method = "update"
 ) -> ClipResult:
-    """Clip until the enclosure is at most (1 + TOLERANCE) max_norm (but for "paper").
+    """Clip until the proved upper end of the norm is at most (1 + TOLERANCE) max_norm (except for the method "paper").
 
     Raises:
-        ValueError: nothing is proved of the norm at the failure probability given.
-        NotImplementedError: the norm does not follow what moves; everything is as it was then.
+        ValueError: no upper end of the norm is proved at the failure probability given.
+        NotImplementedError: the norm does not follow the parameters that move; their values are restored. Also raised if the
+            method "projection" does not cover the layer.
     """
     tracked.resolve(bool(tracked.composite))
-    before = _decided(tracked, max_norm, failure_probability)
+    before = _deciding_enclosure(tracked, max_norm, failure_probability)
     if before.upper <= (1 + TOLERANCE) * max_norm:
         return ClipResult(before, before, 0.0, 0)
     parameters = tracked.move.parameters(tracked.layer)
@@ -118,16 +120,16 @@ def clip_until_proved_(
     if after.upper > (1 + TOLERANCE) * max_norm:
         _put_back_(parameters, originals)
         raise NotImplementedError(
-            f"clipping '{tracked.layer.name}' ({type(tracked.layer.module).__name__}): its norm does not follow its "
-            f"parameters down to {max_norm:g}; a parametrisation holds it, remove that first"
+            f"clipping '{tracked.layer.name}' ({type(tracked.layer.module).__name__}): changing its "
+            f"parameters does not lower its norm to {max_norm:g}; if a parametrisation fixes the norm, remove it first"
         )
     return ClipResult(before, after, _distortion(parameters, originals), rounds + more)
 
 
 def _update_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
-    """Clip until the search finds nothing above, or makes no progress; rounds taken."""
+    """Clip until a search finds no value above ``max_norm``, or makes no progress; return the number of rounds."""
     best, since, done = math.inf, 0, 0
-    if isinstance(tracked.move, MoveWeight) and max_norm < _MANY * norm:
+    if isinstance(tracked.move, MoveWeight) and max_norm < _MANY_ABOVE * norm:
         start = coarse_start(tracked.layer, bool(tracked.composite), norm, max_norm)
         if start is not None:
             done = _replace_(tracked, start)
@@ -141,17 +143,18 @@ def _update_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
 
 
 def _project_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
-    """Replace the weight by the nearest one of no larger norm."""
+    """Replace the weight by the nearest one of norm at most ``max_norm``; return the number of rounds, 1."""
     layer = tracked.layer
     if layer.batchnorm is not None or not is_plain(layer.module):
         raise NotImplementedError(
-            f"clipping '{layer.name}' ({type(layer.module).__name__}): only plain layers alone have a projection"
+            f"clipping '{layer.name}' ({type(layer.module).__name__}): method='projection' takes only layers of torch.nn "
+            "itself, without a batch normalisation"
         )
     return _replace_(tracked, projected_weight(layer.module, layer.in_shape, max_norm))
 
 
 def _descend_(tracked: TrackedLayer, max_norm: float, norm: float) -> int:
-    """The paper's gradient descent on ‖A v - (c / σ) A₀ v‖², averaged as its code does; rounds taken."""
+    """Minimise ‖A v - (c / σ) A₀ v‖² by the paper's gradient descent, averaged as in its code; return the number of rounds."""
     parameters = tracked.move.parameters(tracked.layer)
     step = 2 * _PAPER_STEP / math.prod(tracked.operator.out_shape[2:])
     for done in range(_PAPER_ROUNDS):
@@ -173,20 +176,20 @@ def _put_back_(parameters: list[nn.Parameter], originals: list[Tensor]) -> None:
         parameter.copy_(original)
 
 
-def _decided(tracked: TrackedLayer, max_norm: float, failure_probability: float) -> NormInterval:
-    """The norm, as close as it takes to tell whether it is above ``max_norm``."""
+def _deciding_enclosure(tracked: TrackedLayer, max_norm: float, failure_probability: float) -> NormInterval:
+    """The enclosure of the norm, narrow enough to decide whether the norm is above ``max_norm``."""
     norm = tracked.enclosure(failure_probability)
-    if norm.lower <= max_norm and norm.upper > (1 + TOLERANCE) * max_norm:  # undecided: look closer first
+    if norm.lower <= max_norm and norm.upper > (1 + TOLERANCE) * max_norm:  # undecided: narrow the interval
         norm = spectral_norm(tracked.operator, failure_probability, rtol=TOLERANCE / 4, max_steps=400)
     if math.isinf(norm.upper):
         raise ValueError(
-            f"clipping '{tracked.layer.name}': nothing is proved of its norm with failure_probability 0; allow one"
+            f"clipping '{tracked.layer.name}': no upper bound of its norm is proved with failure_probability 0; allow one"
         )
     return norm
 
 
 def _rescale_(tracked: TrackedLayer, max_norm: float, failure_probability: float, most: int = 20) -> tuple[NormInterval, int]:
-    """Scale down what is still above (1 + TOLERANCE) max_norm; the norm after that, and how many times it took."""
+    """Scale the parameters until the norm is at most (1 + TOLERANCE) max_norm; return that norm and the number of rescales."""
     parameters = tracked.move.rescaled(tracked.layer)
     smallest = 1 - max(torch.finfo(p.dtype).eps for p in parameters)  # a factor nearer to 1 may be rounded away
     after = tracked.enclosure(failure_probability)
@@ -207,14 +210,14 @@ def _as_layer(module: nn.Module, in_shape: Shape) -> LinearLayer:
 
 
 def _distortion(parameters: list[nn.Parameter], originals: list[Tensor]) -> float:
-    """‖Δp‖ / ‖p‖ over all parameters together, whatever their size."""
+    """‖Δp‖ / ‖p‖ over all parameters together, computed without overflow or underflow."""
     size = power_of_two(max(float(original.abs().max()) for original in originals))
     moved = [(p.detach().double() - o.double()) / size for p, o in zip(parameters, originals, strict=True)]
     return math.hypot(*(float(m.norm()) for m in moved)) / math.hypot(*(float((o.double() / size).norm()) for o in originals))
 
 
 def check_max_norm(call: str, max_norm: float, argument: str = "max_norm") -> None:
-    """Raise ValueError unless a norm is positive, TypeError unless it is a number."""
+    """Raise ValueError unless ``max_norm`` is positive, TypeError unless it is a number."""
     if not hasattr(max_norm, "__float__"):
         raise TypeError(f"{call}({argument}={max_norm!r}): must be a number")
     if not max_norm > 0:

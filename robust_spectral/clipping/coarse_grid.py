@@ -1,8 +1,8 @@
-"""Where a clip of many singular values starts: at the frequencies of a coarse grid, all of them at once.
+"""The start of a clip of many singular values, which lowers the symbols at all frequencies of a coarse grid together.
 
-Every convolution has a kernel whose symbols bound its norm, whatever its stride, padding and size (`bounding_kernel`). Brought
-below a limit on a grid of a few frequencies, by the smallest change that does it, they stay close to it in between, so what is
-left above are a few directions, and the change is nearly the smallest there is.
+Every convolution, whatever its stride, padding and size, has a kernel whose symbols bound its norm (`bounding_kernel`). If the
+smallest possible change brings the symbols below a limit on a grid of a few frequencies, they stay close to the limit in
+between. Only a few directions then remain above the target, and the change is nearly the smallest there is.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ..numerics import power_of_two
 from ..operators import batchnorm_scale, bounding_kernel, has_forward_hooks, is_plain
 from .symbols import RELAXATION, Transform, by_entries, cut, penalty, symbol_norms
 
-_ROUNDS = 12  # of the alternating direction method of multipliers; more bring it no nearer to what clips go on to
+_ROUNDS = 12  # of the alternating direction method of multipliers; more do not improve the clips that follow
 _MOST_WORK = 6e10  # multiply-adds of the symbols' Gram matrices in all rounds, half a minute
-_SLACK = 1.1  # by how much a kernel may overstate the norm, as it does on small inputs, to be of use
+_MOST_OVERSTATED = 1.1  # largest factor by which a kernel may overstate the norm, as on small inputs, and still be used
 
 
 @torch.no_grad()
 def coarse_start(layer: LinearLayer, composite: bool, norm: float, max_norm: float) -> Tensor | None:
-    """A weight near the layer's own, with a norm of about ``max_norm``; None where there is no way, or a costly one.
+    """A weight near the layer's own, with a norm of about ``max_norm``; None if no kernel is known or the start would not pay.
 
     Args:
-        layer: With a plain module; of a composite the batch normalisation is a fixed factor of each channel.
+        layer: A layer of torch.nn itself; the batch normalisation of a composite is a fixed factor of each channel.
         composite: Whether the norm is that of the layer with its batch normalisation.
-        norm: What it is, or a little more.
-        max_norm: What it shall be.
+        norm: The current norm, or a little more.
+        max_norm: The target norm.
 
     Returns:
-        The weight, float64. Nothing is proved of its norm: between the frequencies it may be several percent larger.
+        The weight, float64. No norm is proved for it: between the frequencies it may be several percent larger.
     """
     to_kernel = kernel_map(layer, composite)
     if to_kernel is None:
@@ -55,7 +55,7 @@ def coarse_start(layer: LinearLayer, composite: bool, norm: float, max_norm: flo
     overstated = float(norms.max()) / norm
     limit, change = max_norm * max(1.0, overstated), torch.zeros_like(start)
     above = norms > limit
-    if not bool(above.any()) or overstated > _SLACK:
+    if not bool(above.any()) or overstated > _MOST_OVERSTATED:
         return None
     change[:, above] = _nearest(start[:, above], squares[:, above], transform, limit / unit) - start[:, above]
     change = torch.where(squares > 0, change * scale / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0)
@@ -63,7 +63,10 @@ def coarse_start(layer: LinearLayer, composite: bool, norm: float, max_norm: flo
 
 
 def _nearest(start: Tensor, squares: Tensor, transform: Transform, limit: float) -> Tensor:
-    """About the kernel K (entries, g, out/g, in/g) nearest to ``start`` by Σ (ΔK)² / squares whose symbols obey the limit."""
+    """Approximate the kernel K nearest to ``start``, by Σ (ΔK)² / squares, whose symbols obey ``limit``.
+
+    Kernels are (entries, g, out/g, in/g).
+    """
     symbols = relaxed = transform.symbols(start)
     free = squares > 0
     squares = squares / squares[free].mean()
@@ -82,7 +85,11 @@ def _nearest(start: Tensor, squares: Tensor, transform: Transform, limit: float)
 
 
 def kernel_map(layer: LinearLayer, composite: bool) -> Callable[[Tensor], Tensor] | None:
-    """From the weight to the kernel whose symbols bound the norm: its entries elsewhere, times the channel's factor."""
+    """The map from the weight to the kernel whose symbols bound the norm: the entries rearranged, times the channel's factor.
+
+    None if the kernel is unknown: for layers of derived classes, with forward hooks, or with a batch normalisation on another
+    axis than the weight's first.
+    """
     module: Any = layer.module
     batchnorm = layer.batchnorm if composite else None
     on_other_axis = getattr(module, "transposed", False) or (isinstance(module, nn.Linear) and len(layer.in_shape) > 1)

@@ -1,8 +1,9 @@
-"""What a clip moves: the parameters a layer's norm is lowered through, and the gradients of ⟨u, A v⟩ by them.
+"""The parameters through which a clip lowers a layer's norm, and the gradients of ⟨u, A v⟩ with respect to them.
 
-A plain layer moves its weight, a parametrised one what its weight is computed from, a ``ScaledStdConv2d`` its gain. Of a
-composite with a batch normalisation the weight may move, γ, or both: which one may is a matter of what the normalisation does
-while the network trains, and each `Move` says when it applies.
+A layer of torch.nn itself moves its weight, a parametrised layer the parameters that its weight is computed from, a
+``ScaledStdConv2d`` its gain. In a composite (a layer together with the batch normalisation that follows it) the weight may
+move, γ, or both. The choice depends on whether the normalisation uses batch statistics while the network trains; each `Move`
+says when it applies.
 """
 
 from __future__ import annotations
@@ -18,64 +19,64 @@ from torch.nn.utils import parametrize
 from ..layers import LinearLayer
 from ..operators import batchnorm_scale, convolution_settings, evaluating, is_batchnorm, is_plain, unchecked_operator
 
-_HOLDING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
+_FIXING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
 
 
 class Move(Protocol):
-    """Parameters of a layer, and how ⟨u, A v⟩ depends on them."""
+    """The parameters of a layer that a clip changes, and how ⟨u, A v⟩ depends on them."""
 
     def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
-        """What moves. Raises NotImplementedError, naming the layer, where there is nothing to move."""
+        """The parameters that move. Raises NotImplementedError, naming the layer, if there are none."""
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
         """∂⟨u_i, A v_i⟩/∂parameter for rows X (k, *in_shape) and U (k, *out_shape): (k, *parameter shape) each."""
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
-        """Parameters whose common factor is a factor of the norm."""
+        """The parameters whose common factor is a factor of the norm."""
 
 
 @dataclass(frozen=True)
 class MoveWeight:
-    """The layer's weight moves. For layers alone, and for composites whose normalisation keeps its statistics frozen.
+    """A move of the layer's weight. For layers alone, and for composites whose batch normalisation keeps its statistics frozen.
 
-    The composite is then a fixed diagonal times the layer, so that the move is exact. While the normalisation trains on batch
-    statistics it undoes every rescaling of a filter, and this move, taking no account of that, would drive the weight to zero.
+    The composite is then a fixed diagonal times the layer, so the gradients are exact. A normalisation that trains on batch
+    statistics undoes every rescaling of a filter; this move ignores that and would drive the weight to zero.
     """
 
     def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
-        """The weight, or what it is computed from."""
+        """The weight, or the parameters that it is computed from."""
         return list(weight_parameters(layer.module, layer.name).values())
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
-        """By the weight, the normalisation's factors taken into u."""
+        """The gradients with respect to the weight, with the normalisation's factors applied to u."""
         return weight_gradients(layer.module, X, _through_batchnorm(layer, U) if composite else U)
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
-        """The same."""
+        """All parameters that move."""
         return self.parameters(layer)
 
 
 @dataclass(frozen=True)
 class MoveGamma:
-    """γ of the batch normalisation moves, nothing else. For composites, whatever the normalisation does.
+    """A move of γ of the batch normalisation and nothing else. For composites, with frozen or batch statistics.
 
-    Reaches any target exactly, as the composite is proportional to γ, but has one number a channel to do it with: it turns
-    channels down where another move turns directions. A factor of exactly 0 stays 0.
+    Reaches any target exactly, because the composite is proportional to γ. With only one number per channel, it weakens whole
+    channels where another move would change single directions. A factor of exactly 0 stays 0.
     """
 
     def parameters(self, layer: LinearLayer) -> list[nn.Parameter]:
         """γ.
 
         Raises:
-            NotImplementedError: there is no batch normalisation with a γ behind the layer.
+            NotImplementedError: no batch normalisation with a γ follows the layer.
         """
         gamma: Any = getattr(layer.batchnorm, "weight", None)
         if not isinstance(gamma, nn.Parameter):
-            raise NotImplementedError(f"clipping '{layer.name}': there is no batch normalisation with a γ behind it to move")
+            raise NotImplementedError(f"clipping '{layer.name}': no batch normalisation with a γ follows it")
         return [gamma]
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
-        """By γ: the channel's share of ⟨u, normalised layer v⟩. Costs one application a row."""
+        """The gradients with respect to γ: each channel's share of ⟨u, normalised layer v⟩. Costs one application a row."""
         assert layer.batchnorm is not None
         gamma = self.parameters(layer)[0].detach().double()
         inverse_std = torch.where(gamma == 0, 0.0, batchnorm_scale(layer.batchnorm) / torch.where(gamma == 0, 1.0, gamma))
@@ -89,10 +90,10 @@ class MoveGamma:
 
 @dataclass(frozen=True)
 class MoveWeightAndGamma:
-    """Weight and γ move together, the weight only across its filters. For composites that train on batch statistics.
+    """A move of weight and γ together, the weight only across its filters. For composites that train on batch statistics.
 
-    A change along a filter is one that the running variance follows and takes back, so it is left to γ; what is orthogonal to
-    the filter turns it, which the normalisation does not undo.
+    The running variance follows a change along a filter and so undoes it; γ makes that change instead. A change orthogonal to
+    the filter rotates it, which the normalisation does not undo.
 
     Attributes:
         along: Whether the weight moves along its filters too, as in the published code of the paper, whose composites lose
@@ -106,7 +107,7 @@ class MoveWeightAndGamma:
         return [*MoveWeight().parameters(layer), *MoveGamma().parameters(layer)]
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
-        """By the weight, without its components along the filters (unless ``along``), and by γ."""
+        """The gradients with respect to the weight, without its components along the filters (unless ``along``), and to γ."""
         by_weight = MoveWeight().gradients(layer, X, U, composite)
         if not self.along and is_plain(layer.module) and not getattr(layer.module, "transposed", False):
             weight: Any = layer.module.weight
@@ -121,30 +122,30 @@ class MoveWeightAndGamma:
 
 
 def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Parameter]:
-    """What a layer's weight can be moved through, by name in the module.
+    """The parameters through which a layer's weight can move, by name in the module.
 
     Raises:
-        NotImplementedError: nothing of the layer has its norm follow it.
+        NotImplementedError: the norm follows no parameter of the layer.
     """
     weight: Any = module._parameters.get("weight")
-    if is_plain(module) and type(weight) is nn.Parameter:  # as it is of nearly every layer, and asked at every step
+    if is_plain(module) and type(weight) is nn.Parameter:  # the case of nearly every layer, and checked at every step
         return {"weight": weight}
     kind, where = type(module).__name__, f"clipping '{name or type(module).__name__}' ({type(module).__name__})"
     if parametrize.is_parametrized(module, "weight"):
-        holding = [type(part).__name__ for part in module.parametrizations.weight if type(part).__name__ in _HOLDING]  # type: ignore
+        holding = [type(part).__name__ for part in module.parametrizations.weight if type(part).__name__ in _FIXING]  # type: ignore
         if holding:
-            raise NotImplementedError(f"{where}: the parametrisation {holding[0]} holds its norm; remove that first")
+            raise NotImplementedError(f"{where}: the parametrisation {holding[0]} fixes its norm; remove that first")
         prefix = "parametrizations.weight."
         return {key: value for key, value in module.named_parameters() if key.startswith(prefix)}
     if is_batchnorm(module):
-        raise NotImplementedError(f"{where}: a batch normalisation is clipped only with the layer in front of it")
+        raise NotImplementedError(f"{where}: a batch normalisation is clipped only together with the layer before it")
     gain: Any = getattr(module, "gain", None)
     if "ScaledStdConv2d" in kind and isinstance(gain, nn.Parameter):  # by name, as timm is not imported here
         return {"gain": gain}
     if "StdConv2d" in kind:
         raise NotImplementedError(f"{where}: it standardises its weight in forward, so its norm does not follow the weight")
     weight = getattr(module, "weight", None)
-    if hasattr(weight, "full_tensor"):  # a DTensor, whose package is not imported for this
+    if hasattr(weight, "full_tensor"):  # a DTensor; its package is not imported for this check
         raise NotImplementedError(f"{where}: its weight is sharded (FSDP, tensor parallel); train under DDP to clip")
     if not isinstance(weight, nn.Parameter):
         raise NotImplementedError(f"{where}: it has no weight parameter of its own")
@@ -169,7 +170,10 @@ def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> list[Tensor]:
 
 
 def _plain_gradients(module: nn.Module, weight: Tensor, X: Tensor, U: Tensor) -> Tensor | None:
-    """Without autograd: outer products where the layer is a matrix, and the convolution's own weight gradient."""
+    """The weight gradients without autograd: outer products if the layer is a matrix, else the convolution's weight gradient.
+
+    None if neither applies.
+    """
     matrix = (U[0].numel(), X[0].numel(), weight.numel()) == (len(weight), weight.shape[1], len(weight) * weight.shape[1])
     if matrix and not getattr(module, "transposed", False):
         return (U.flatten(1)[:, :, None] * X.flatten(1)[:, None]).reshape(-1, *weight.shape)

@@ -1,9 +1,9 @@
-"""The nearest convolution of no more than a given norm: clipped at every frequency and held to its window, both at once.
+"""The nearest convolution of at most a given norm, found by clipping every symbol while the kernel keeps its window.
 
-On a cyclic grid a convolution is one matrix per frequency, its symbol, and clipping their singular values gives the nearest
-convolution of smaller norm, but one whose kernel fills the grid. The nearest one that keeps the window lies in the
-intersection of two convex sets, each of which is easy to project onto, and is found by going back and forth between them
-with multipliers. These also bound from below how near any weight can be, which tells when to stop.
+On a cyclic grid a convolution is one matrix per frequency, its symbol. Clipping the singular values of the symbols gives the
+nearest convolution of smaller norm, but its kernel fills the grid. The nearest one that keeps the window lies in the
+intersection of two convex sets, each of which is easy to project onto, and is found by alternating between them with
+multipliers. The multipliers also give a lower bound of the distance of every feasible weight, which decides when to stop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..operators import Shape, evaluating, has_forward_hooks
 from ..singular_values import plain_circular
 from .symbols import RELAXATION, Transform, by_entries, cut, penalty, symbol_norms
 
-_CHECK_EVERY = 5  # rounds from one look at the norm and the bound from below to the next
+_CHECK_EVERY = 5  # rounds from one check of the norm and of the lower bound to the next
 
 
 @torch.no_grad()
@@ -30,30 +30,33 @@ def projected_weight(
 ) -> Tensor:
     """The weight nearest to a layer's own, in Frobenius norm, with which the layer's spectral norm is at most ``max_norm``.
 
-    A convolution with circular padding that keeps the input's size has the norm of its largest symbol on the input's grid,
-    and the result is the projection itself. One padded by zeros, however many, is a section of the circular convolution on a
-    grid larger by the window's reach, d (k - 1) an axis, and has that one's norm or less: there the result is feasible but
-    conservative, its true norm a little below ``max_norm``. A dense layer and a 1 x 1 kernel have one symbol only, and get the
-    plain clip of its singular values, in one round. Groups of channels are independent of each other.
+    A convolution with circular padding that keeps the input's size has the norm of its largest symbol on the input's grid, and
+    the result is the projection itself. A convolution with any amount of zero padding is a section of the circular convolution
+    on a grid larger by the window's reach, d (k - 1) an axis, whose norm is an upper bound: the result is feasible but
+    conservative, its true norm a little below ``max_norm``. A dense layer and a 1 x 1 kernel have one symbol only; their
+    singular values are clipped directly, in one round. Groups of channels are independent of each other.
 
     Args:
         module: A dense layer, or an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` of stride 1 padded with zeros or, to the
-            input's size, circularly; any dilation and groups. It is not run, and not changed.
+            input's size, circularly; any dilation and groups. The module is not run, and not changed.
         in_shape: Shape of one input, without the batch axis.
         max_norm: The spectral norm allowed, positive.
-        rtol: How far ‖ΔW‖² may be above the smallest, relative to the lesser of ‖ΔW‖² and ‖W + ΔW‖²; the result is then
-            within sqrt(rtol) of the projection, relative to the root of the same. A group with a norm of up to
-            (1 + rtol) max_norm counts as feasible and is left as it is, bit by bit.
-        max_rounds: After so many, the nearest feasible weight met so far is returned; it is never farther than a rescale.
+        rtol: How far ‖ΔW‖² may be above the smallest, relative to the lesser of ‖ΔW‖² and ‖W + ΔW‖²; the distance from the
+            projection is then at most sqrt(rtol) times the root of that lesser number. A group with a norm of up to (1 + rtol)
+            max_norm counts as feasible and is left unchanged, bit by bit.
+        max_rounds: The largest number of rounds; after them, the nearest feasible weight found so far is returned, which is
+            never farther than a rescale.
 
     Returns:
-        The weight in float64, in the module's shape. The norm on the grid is at most ``max_norm``, to rounding, but for groups
-        left as they are. A round costs one decomposition for every second frequency; the more places the grid has per entry
-        of the window, the more rounds: to half the norm, 120 to 250 for 3 x 3 on 16 x 16, 500 to 850 on 32 x 32.
+        The weight in float64, in the module's shape. The norm on the grid is at most ``max_norm``, to rounding, except for
+        groups left unchanged. A round costs one decomposition for every second frequency. The number of rounds grows with the
+        number of grid positions per entry of the window: to half the norm, a window of 3 x 3 takes 120 to 250 on 16 x 16, 500
+        to 850 on 32 x 32.
 
     Raises:
         ValueError: ``max_norm`` is not positive, ``in_shape`` does not fit, or the weights are not finite.
-        NotImplementedError: any other module: strided, transposed, padded otherwise, or with a forward pass of its own.
+        NotImplementedError: any other module: strided, transposed, padded otherwise, complex, or with a forward pass of its
+            own.
 
     Source: symbols as in Sedghi, Gupta and Long, The Singular Values of Convolutional Layers (2019).
     """
@@ -76,7 +79,7 @@ def _project(start: Tensor, transform: Transform, limit: float, rtol: float, max
 
     Minimises ½ ‖K - K₀‖² subject to S K = Z and ‖Z‖ <= limit by the alternating direction method of multipliers, over-relaxed.
     With multipliers Y and y = S*Y any feasible K is at most ½ ‖K - K₀ + y‖² + limit ‖Y‖₁ - ⟨K, y⟩ worse than the best, ‖Y‖₁
-    being the sum of all singular values: this duality gap bounds half its squared distance from the best, too.
+    being the sum of all singular values. This duality gap also bounds half the squared distance of K from the best.
 
     Source: Eckstein and Bertsekas, On the Douglas-Rachford splitting method and the proximal point algorithm (1992).
     """
@@ -85,7 +88,7 @@ def _project(start: Tensor, transform: Transform, limit: float, rtol: float, max
     eye = torch.eye(len(start), dtype=start.dtype, device=start.device)
     inverse = torch.linalg.inv(eye + weight * transform.kernel(transform.symbols(eye)))
     multipliers = torch.zeros_like(symbols)
-    nearest = start * _shrinking(symbols, limit)
+    nearest = start * _feasible_factors(symbols, limit)
     for done in range(1, max_rounds + 1):
         wanted = relaxed + multipliers
         multipliers, excess = cut(wanted, limit)
@@ -95,7 +98,7 @@ def _project(start: Tensor, transform: Transform, limit: float, rtol: float, max
         symbols = transform.symbols(kernel)
         relaxed = RELAXATION * symbols + (1 - RELAXATION) * clipped
         if done % _CHECK_EVERY == 1 or done == max_rounds:
-            feasible = kernel * _shrinking(symbols, limit)
+            feasible = kernel * _feasible_factors(symbols, limit)
             distance, y = _half_square(feasible - start), weight * transform.kernel(multipliers)
             if distance < _half_square(nearest - start):
                 nearest = feasible
@@ -106,8 +109,8 @@ def _project(start: Tensor, transform: Transform, limit: float, rtol: float, max
     return nearest
 
 
-def _shrinking(symbols: Tensor, limit: float) -> Tensor:
-    """The factors that make each group feasible, (g, 1, 1)."""
+def _feasible_factors(symbols: Tensor, limit: float) -> Tensor:
+    """The factors (g, 1, 1) that make each group feasible."""
     return (limit / symbol_norms(symbols).clamp_min(limit))[:, None, None]
 
 
@@ -122,14 +125,14 @@ def _weight(module: nn.Module) -> Tensor:
     if weight.is_complex():
         raise NotImplementedError(f"projected_weight: the weight of {module} is complex; only real layers are covered")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"projected_weight: the weight of {module} holds NaN or infinite values")
+        raise ValueError(f"projected_weight: the weight of {module} contains NaN or infinite values")
     return weight.detach().double()
 
 
 def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> Transform:
-    """The transform on a grid where the circular convolution has the layer's norm or more.
+    """The transform on a grid on which the circular convolution has at least the layer's norm.
 
-    Along an axis on which the window has a single entry all frequencies are alike, and one place will do.
+    Along an axis on which the window has a single entry all frequencies are alike, and one grid position suffices.
     """
     where = f"projected_weight(in_shape={in_shape}): {module}"
     if not isinstance(module, _ConvNd):
@@ -145,19 +148,19 @@ def _transform(module: nn.Module, weight: Tensor, in_shape: Shape) -> Transform:
         raise ValueError(f"{where} takes ({module.in_channels}, {len(window)} spatial axes)")
     reach = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
     if module.padding_mode == "circular":
-        plain_circular("projected_weight", module, in_shape)  # refuses what changes the size
+        plain_circular("projected_weight", module, in_shape)  # raises if the padding changes the size
         reach = [0] * len(reach)
     grid = [n + r if k > 1 else 1 for n, r, k in zip(in_shape[1:], reach, window, strict=True)]
     return Transform.of(window, dilation, grid, weight.device)
 
 
 def _check_plain(module: nn.Module) -> None:
-    """Refuse all but the dense and convolutional layers of torch, with their own forward pass."""
+    """Raise NotImplementedError unless the module is a dense or convolutional layer with torch's forward pass and no hooks."""
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, kind)), None)
     calls = [call for call in ("forward", "_conv_forward") if hasattr(kind, call)]
     plain = kind is not None and all(getattr(own, call) is getattr(kind, call) for call in calls)
     if not plain or has_forward_hooks(module):
         raise NotImplementedError(
-            f"projected_weight: {module} is not a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
+            f"projected_weight: {module} is not an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
         )

@@ -21,14 +21,14 @@ RELAXATION = 1.8  # anything in (0, 2) converges
 class Transform:
     """The Fourier transform S of the kernels of a window on a cyclic grid, for one frequency of each conjugate pair.
 
-    Kernels are (entries, g, o, i), symbols (frequencies, g, o, i). With every pair counted twice S is an isometry, but for
-    windows that wrap onto themselves. With few entries it is faster by two matrices than by FFT.
+    Kernels are (entries, g, o, i), symbols (frequencies, g, o, i). If every pair is counted twice, S is an isometry, except for
+    windows that wrap around the grid onto themselves. For windows of few entries two matrix products are faster than an FFT.
 
     Attributes:
         cosine: Real part, (frequencies, entries).
         sine: Imaginary part, likewise.
-        counts: How many frequencies each one stands for, (frequencies, 1).
-        places: How many places the grid has.
+        counts: The number of frequencies that each one represents (1 or 2), (frequencies, 1).
+        places: The number of positions on the grid.
     """
 
     cosine: Tensor
@@ -38,7 +38,7 @@ class Transform:
 
     @classmethod
     def of(cls, size: Sequence[int], dilation: Sequence[int], grid: Sequence[int], device: torch.device) -> Transform:
-        """That of a window of some size and dilation."""
+        """The transform of a window of a given ``size`` and ``dilation`` on a ``grid``."""
         kept, counts, _ = (index.to(device) for index in representatives(grid))
         waves = []
         for k, d, n in zip(size, dilation, grid, strict=True):
@@ -48,22 +48,23 @@ class Transform:
         return cls(wave.real.contiguous(), wave.imag.contiguous(), counts[:, None].double(), prod(grid))
 
     def symbols(self, kernel: Tensor) -> Tensor:
-        """S."""
+        """The symbols S K of a kernel K."""
         flat = kernel.flatten(1)
         return torch.complex(self.cosine @ flat, self.sine @ flat).unflatten(1, kernel.shape[1:])
 
     def kernel(self, symbols: Tensor) -> Tensor:
-        """The adjoint S*, conjugate frequencies included."""
+        """The adjoint S* applied to symbols, conjugate frequencies included."""
         flat = symbols.flatten(1) * self.counts
         return (self.cosine.mT @ flat.real + self.sine.mT @ flat.imag).unflatten(1, symbols.shape[1:])
 
 
 def penalty(symbols: Tensor, limit: float, spread: float) -> float:
-    """The penalty: any converges, this one fast. ``spread`` is how many places the grid has per entry of the window.
+    """The penalty of the method of multipliers. Any positive number converges, this one fast.
 
-    A single frequency has a share of 1 / spread in the window's entries, and multipliers compare to kernels as what a clip
-    takes to what it leaves; the exponents are fitted to rounds counted. In a window that fills the grid the first round is
-    the plain clip, and exact if the penalty is just ``spread``.
+    ``spread`` is the number of grid positions per entry of the window. A single frequency determines 1 / spread of the window's
+    entries, and the multipliers relate in size to the kernel as the part of the symbols removed by a clip to the part left; the
+    exponents are fitted to counted rounds. In a window that fills the grid the first round clips the symbols directly, and is
+    exact if the penalty is just ``spread``.
     """
     if spread <= 1:
         return spread
@@ -73,10 +74,10 @@ def penalty(symbols: Tensor, limit: float, spread: float) -> float:
 
 
 def cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """What a clip at ``limit`` takes from each symbol (frequencies, g, o, i), and from each singular value, 0 where nothing.
+    """The part of each symbol (frequencies, g, o, i) that a clip at ``limit`` removes, and the decrease of each singular value.
 
-    By the eigenvectors of the smaller Gram matrix, faster than a singular value decomposition, and as exact while the largest
-    value is of the order of the limit, which the penalty sees to after the first round.
+    Computed from the eigenvectors of the smaller Gram matrix: faster than a singular value decomposition, and as accurate while
+    the largest value is of the order of the limit, which the penalty ensures after the first round.
     """
     rows, columns = symbols.shape[-2:]
     if min(rows, columns) == 1:
@@ -84,7 +85,7 @@ def cut(symbols: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         return symbols * (1 - limit / sizes.clamp_min(limit)), (sizes[..., 0] - limit).clamp_min(0)
     squares, vectors = torch.linalg.eigh(smaller_gram(symbols))
     sizes = squares.clamp_min(0).sqrt().clamp_min(limit)
-    rest = int((sizes == limit).sum(-1).min())  # the largest come last
+    rest = int((sizes == limit).sum(-1).min())  # eigenvalues are in ascending order
     top, part = vectors[..., rest:], vectors[..., rest:] * (1 - limit / sizes[..., None, rest:])
     cut = part @ (top.mH @ symbols) if rows <= columns else (symbols @ part) @ top.mH
     return cut, (sizes - limit).clamp_min(0)
@@ -98,5 +99,5 @@ def symbol_norms(symbols: Tensor) -> Tensor:
 
 
 def by_entries(kernel: Tensor, groups: int) -> Tensor:
-    """(out, in/g, *window) -> (entries, g, out/g, in/g)."""
+    """Rearrange a kernel (out, in/g, *window) to (entries, g, out/g, in/g)."""
     return kernel.reshape(groups, len(kernel) // groups, kernel.shape[1], -1).movedim(-1, 0).contiguous()

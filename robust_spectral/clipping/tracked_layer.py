@@ -1,9 +1,9 @@
-"""A layer with the singular directions that are followed in it, and the smallest change of a weight that lowers them.
+"""A layer with the singular directions that are followed in it, and the smallest change of a weight that lowers their values.
 
 For weights W in which the operator A is linear, with top triplets (σ_i, u_i, v_i) and G_i = ∂⟨u_i, A v_i⟩/∂W, the update
 W - Σ a_i G_i with the a >= 0 that solves Σ_j ⟨G_i, G_j⟩ a_j = σ_i - c brings every ⟨u_i, A v_i⟩ above c to c, and is the
-smallest change of W that does. For a dense layer it is the exact clip of those singular values. Groups of a grouped
-convolution are followed and clipped separately, all at once.
+smallest change of W with this effect. For a dense layer it is the exact clip of those singular values. The groups of a grouped
+convolution are followed and clipped separately, in the same computations.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ from ..singular_values import (
 from .moved_parameters import Move, MoveWeight
 from .weight_updates import add_by_groups_, by_groups, smallest_change
 
-_SMALL = 3e8  # multiply-adds of a dense decomposition that is cheaper than a search
+_DENSE_WORK = 3e8  # multiply-adds of a dense decomposition, up to which it is cheaper than a search
 _Tracked = TypeVar("_Tracked", bound="TrackedLayer")
 TOLERANCE = 1e-3  # a clipped layer's proved norm is at most (1 + TOLERANCE) max_norm
 
 
 @dataclass(frozen=True)
 class Onward:
-    """Triplets found, and the vectors to go on from, back from their left ones where the last half step was forward."""
+    """The result of a power step that is not adopted yet: the triplets found, and the right vectors of the next step.
+
+    ``forward`` is set if the step was a half step with the operator; the next half step then applies the adjoint to its left
+    vectors.
+    """
 
     found: Found
     vectors: Tensor
@@ -55,19 +59,19 @@ class TrackedLayer:
     layer: LinearLayer
     move: Move
     vectors: Tensor  # (groups, k, in / groups), orthonormal rows
-    composite: bool | None  # None until settled
+    composite: bool | None  # whether the batch normalisation is included; None until decided
     operator: LinearOperator
-    left: Tensor | None = field(default=None)  # (groups, 1, out / groups) where the last half of a power step was forward
+    left: Tensor | None = field(default=None)  # (groups, 1, out / groups) if the last half step applied the operator
     scale: float = field(default=1.0)  # power of two the operator is divided by, so that squares stay finite
-    replaced: int = field(default=0)  # how often the vectors have been
-    found: Found = field(init=False, repr=False)  # by the last power step or search; values on the host once asked for
+    replaced: int = field(default=0)  # the number of times that the vectors have been replaced
+    found: Found = field(init=False, repr=False)  # by the last power step or search; its values may be on the host
     _proved: _Proved | None = field(default=None)
 
     @classmethod
     def of(
         cls: type[_Tracked], layer: LinearLayer, *, vectors: int, composite: bool | None, seed: int, move: Move | None = None
     ) -> _Tracked:
-        """Start to follow a layer from random directions; whether with its batch normalisation may be settled later."""
+        """Start to follow a layer from random directions; ``composite`` None leaves the choice to a later call of `resolve`."""
         move = move or MoveWeight()
         move.parameters(layer)
         operator = _operator(layer, bool(composite))
@@ -76,7 +80,7 @@ class TrackedLayer:
         return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what holds on to this very module: a copy follows the copy of the layer."""
+        """The attributes except those bound to this very module, so that a copy follows the copy of the layer."""
         return {key: value for key, value in self.__dict__.items() if key not in ("operator", "found")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,11 +89,11 @@ class TrackedLayer:
 
     @property
     def kind(self) -> str:
-        """The layer's kind, "+bn" only where the composite is what is clipped."""
+        """The layer's kind, with "+bn" only if it is clipped together with its batch normalisation."""
         return self.layer.kind if self.composite else self.layer.kind.removesuffix("+bn")
 
     def resolve(self, composite: bool) -> None:
-        """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
+        """Decide whether the layer is clipped together with its batch normalisation (if it has one) or alone."""
         self.composite = composite and self.layer.batchnorm is not None
         self.operator = _operator(self.layer, self.composite)
         self.vectors = self.vectors.to(self.operator.device, self.operator.dtype)
@@ -97,28 +101,28 @@ class TrackedLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is now."""
+        """The device that the layer's parameters are on."""
         return self.move.parameters(self.layer)[0].device
 
     @property
     def moved(self) -> bool:
-        """Whether the layer has gone to another device since it was last looked at."""
+        """Whether the layer is on another device than the vectors followed."""
         return self.vectors.device != self.device
 
     def follow_device(self) -> None:
-        """Go there, too."""
+        """Move the vectors to the layer's device."""
         if self.moved:
             self.resolve(bool(self.composite))
 
     def power_step(self) -> Tensor:
-        """A warm power step; the values found, (groups, k), without a wait for the device."""
+        """Take a warm power step; return the values found, (groups, k), without a wait for the device."""
         return self.follow(self.next_step())
 
     def next_step(self) -> Onward:
-        """Where a warm power step leads, which `follow` takes; of weights that are not finite neither are the values found.
+        """Compute a warm power step, which `follow` adopts. If the weights are not finite, neither are the values found.
 
-        A block takes a whole step. A single vector takes half of one, forward and back in turn, as either half already has a
-        pair u, v and a value ⟨u, A v⟩ of the weights as they are.
+        A block of vectors takes a whole step. A single vector takes half a step, with the operator and its adjoint in
+        alternation: either half already gives a pair u, v and the value ⟨u, A v⟩ for the current weights.
         """
         self.follow_device()
         if self.vectors.shape[1] > 1:
@@ -132,17 +136,17 @@ class TrackedLayer:
         return self._onward(Found(size[..., 0], left, right), right, forward=self.left is None)
 
     def follow(self, onward: Onward, values: Tensor | None = None) -> Tensor:
-        """Go on from there; the values found, or those given, which are the same on the host."""
+        """Adopt a power step or search; return its values, or the given ``values``, which are their copy on the host."""
         self.found = onward.found if values is None else replace(onward.found, values=values)
         self.vectors, self.left = onward.vectors, onward.found.left if onward.forward else None
         self.replaced += 1
         return self.found.values
 
     def clip_directions_(self, max_norm: float) -> None:
-        """Bring every followed direction above ``max_norm`` to it, by the smallest change of what moves that does."""
+        """Lower every value found above ``max_norm`` to it, by the smallest change of the parameters that move."""
         excess, G = (self.found.values - max_norm).clamp_min(0), self.gradients()  # (g, k), (g, k, numbers / g)
         parameters = self.move.parameters(self.layer)
-        if excess.numel() == 1:  # as for most layers in most steps, so in few computations
+        if excess.numel() == 1:  # most layers in most steps, so with few computations
             square = torch.linalg.vector_norm(G).square().clamp_min(torch.finfo(G.dtype).tiny)
             add_by_groups_(parameters, G[:, 0], over=square, times=-float(excess))
         else:
@@ -150,7 +154,7 @@ class TrackedLayer:
             add_by_groups_(parameters, (-a[:, None] @ G)[:, 0])
 
     def gradients(self) -> Tensor:
-        """Those of the values just found by what moves, (groups, k, numbers / groups)."""
+        """The gradients of the values just found with respect to the parameters that move, (groups, k, numbers / groups)."""
         A = self.operator
         X, U = from_groups(self.found.right, A.in_shape), from_groups(self.found.left, A.out_shape)
         return by_groups(self.move.gradients(self.layer, X, U, bool(self.composite)), A.groups)
@@ -159,9 +163,9 @@ class TrackedLayer:
         return self.operator if self.scale == 1 else self.operator.divided_by(self.scale)
 
     def enclosure(self, failure_probability: float, rtol: float = TOLERANCE / 4) -> NormInterval:
-        """The norm now; computed anew only when a tensor has changed or a closer interval is asked for.
+        """The enclosure of the current norm, recomputed only if a tensor has changed or another or narrower one is needed.
 
-        The default width is close enough to hold the norm against a target.
+        The default relative width is narrow enough to compare the norm with a target.
         """
         parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
         tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
@@ -173,11 +177,12 @@ class TrackedLayer:
         return known.norm
 
     def largest(self, max_norm: float) -> float:
-        """The largest value found, its directions followed: by a power step, and by a closer search once that is content.
+        """Find and follow the largest singular values, and return the largest: by a power step, then by a Lanczos search.
 
-        A small layer is decomposed instead, and all its directions above ``max_norm`` are followed (up to 64).
+        The search runs only if the power step finds nothing above ``max_norm``. A small layer is decomposed instead, and up to
+        64 of its triplets are kept for the next clip.
         """
-        if dense_work(self.operator) <= _SMALL:
+        if dense_work(self.operator) <= _DENSE_WORK:
             ritz = dense_ritz(self._scaled(), 64)
             return float(self.follow(self._onward(ritz, ritz.right[:, : self.vectors.shape[1]])).max())
         largest = float(self.power_step().max())
@@ -186,17 +191,17 @@ class TrackedLayer:
         steps = 32 if self.operator.groups == 1 else 12
         search = Lanczos(rtol=1e-2, max_steps=steps, each_group=True)
         start = self.vectors + 0.01 * random_block(self.operator, self.vectors.shape[1], seed=1) / self.vectors.shape[2] ** 0.5
-        ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # not blind to what is new
+        ritz = search.solve(self._scaled(), self.vectors.shape[1], start)  # random parts, so that no direction is missed
         return float(self.follow(self._onward(ritz, torch.linalg.qr(ritz.right.mT)[0].mT)).max())
 
     def _onward(self, found: Found, vectors: Tensor, forward: bool = False) -> Onward:
-        """From triplets of the scaled operator."""
+        """An `Onward` from triplets of the scaled operator."""
         return Onward(found if self.scale == 1 else replace(found, values=found.values * self.scale), vectors, forward)
 
 
 @dataclass(frozen=True)
 class _Proved:
-    """An interval, the width it was computed for, what was asked, and the tensors it holds for."""
+    """A proved enclosure, the relative width and arguments that it was computed for, and the tensors that it is valid for."""
 
     norm: NormInterval
     rtol: float
@@ -211,9 +216,9 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
 
 
 def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:
-    """The operator that is clipped; in one block where groups cannot be clipped apart, as they may share what moves.
+    """The operator that is clipped, as a single group if its groups may share parameters and so cannot be clipped separately.
 
-    Its kernel, a copy of the weight where there are strides, would not follow training; proofs make their own.
+    Its kernel is left out: with strides it is a copy of the weight and would not follow training. Enclosures build their own.
     """
     operator = replace(layer.operator(composite=composite), kernel=None)
     return operator if is_plain(layer.module) else replace(operator, groups=1)

@@ -1,4 +1,4 @@
-"""Changes of a weight by groups: the smallest one that lowers given singular values, additions and factors."""
+"""Changes of a weight by groups: the smallest change that lowers given singular values, additions and scalings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..singular_values import to_groups
 
 
 def by_groups(gradients: Sequence[Tensor], groups: int) -> Tensor:
-    """Gradients of one layer beside each other, (groups, k, numbers / groups)."""
+    """Concatenate the gradients with respect to the parameters of one layer: (groups, k, numbers / groups)."""
     parts = [to_groups(g, groups) for g in gradients]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -20,8 +20,8 @@ def by_groups(gradients: Sequence[Tensor], groups: int) -> Tensor:
 def smallest_change(G: Tensor, excess: Tensor) -> Tensor:
     """Multipliers a >= 0 of the smallest Σ a_i G_i that lowers direction i by at least excess_i; 0 where excess_i is 0.
 
-    The Gram system is solved as it stands, then without the directions whose multiplier came out negative (the others
-    lower them more than enough), so that nearly dependent directions cannot blow the change up.
+    The Gram system is solved first with all directions, then without those whose multiplier is negative (the others lower them
+    by more than enough), so that nearly dependent directions cannot blow up the change.
     """
     if G.shape[1] == 1:
         return excess / (G.norm(dim=2).square() + torch.finfo(G.dtype).tiny)
@@ -32,14 +32,14 @@ def smallest_change(G: Tensor, excess: Tensor) -> Tensor:
         pairs = active[:, :, None] & active[:, None, :]
         a = torch.linalg.solve_ex(torch.where(pairs, gram + ridge, eye), torch.where(active, excess, 0))[0]
         negative = a < 0
-        if not a.is_cuda and not bool(negative.any()):  # on a GPU, where to ask would be a wait, more rounds change nothing
+        if not a.is_cuda and not bool(negative.any()):  # on a GPU the check would wait; more rounds change nothing
             break
         active = active & ~negative
     return a
 
 
 def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor, over: Tensor | None = None, times: float = 1.0) -> None:
-    """Add ``times`` a change (groups, numbers / groups) ``over`` a number to parameters beside each other as in `by_groups`."""
+    """Add ``times`` * change / ``over`` to parameters; the change, (groups, numbers / groups), is ordered as in `by_groups`."""
     parts = change.split([p.numel() // len(change) for p in parameters], dim=1)
     for parameter, part in zip(parameters, parts, strict=True):
         part = part.reshape(parameter.shape)
@@ -50,7 +50,7 @@ def add_by_groups_(parameters: Sequence[nn.Parameter], change: Tensor, over: Ten
 
 
 def multiply_by_groups_(parameters: Sequence[nn.Parameter], factors: Tensor) -> None:
-    """Multiply each group's part of the parameters by its factor; these, (groups, 1), are on the host."""
+    """Multiply each group's part of the parameters by its factor; the factors, (groups, 1), are on the host."""
     if float(factors.min()) == 1 == float(factors.max()):
         return
     for parameter in parameters:

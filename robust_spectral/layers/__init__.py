@@ -1,6 +1,6 @@
-"""The linear layers of a model: found by watching one forward pass, with the batch normalisations that follow them.
+"""The linear layers of a model, found during one forward pass, with the batch normalisations that follow them.
 
-`fold_batchnorms_` writes a layer and its batch normalisation as one.
+`fold_batchnorms_` merges each batch normalisation with the layer before it.
 """
 
 from .batchnorm_folding import fold_batchnorms_ as fold_batchnorms_

@@ -1,7 +1,8 @@
-"""Batch normalisations folded into the layers in front of them, for fine-tuning without them.
+"""Batch normalisations folded into the layers before them, for fine-tuning without normalisation.
 
-A composite that normalises by frozen statistics is one affine layer. Written as such, its own weight is what is clipped, and
-what training with it, or a later change of statistics, could undo is gone.
+With fixed statistics, a composite (a layer together with the batch normalisation that follows it) is one affine layer. After
+folding, a clip acts on this layer's weight alone, and neither training of the normalisation nor a later change of its
+statistics can undo it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from .discovery import LinearLayer, linear_layers
 
 @torch.no_grad()
 def fold_batchnorms_(model: nn.Module, example_input: Tensor) -> list[str]:
-    """Fold every batch normalisation into the plain convolution or dense layer whose output it takes, in place.
+    """Fold each batch normalisation into the convolution or dense layer of torch.nn itself whose output it takes, in place.
 
-    In eval mode the model computes what it did before, to rounding. A normalisation becomes an ``nn.Identity``; of one that
-    ends in an activation (timm's) the activation stays.
+    The model's output in eval mode is unchanged, up to rounding. Each batch normalisation is replaced by an ``nn.Identity``,
+    or by its activation and dropout where these are part of the module (timm).
 
     Args:
-        model: Any model; its batch normalisations count with their running statistics.
+        model: Any model; its batch normalisations are folded with their running statistics.
         example_input: A batch the model takes, (n, ...).
 
     Returns:
-        The names of the batch normalisations that were folded. Others, in front of their layer for instance, are left.
+        The names of the folded batch normalisations. Others, for instance one before its layer, are left unchanged.
 
     Raises:
         ValueError: as `linear_layers`.
-        NotImplementedError: a layer with a forward pass of its own, or one shared between normalisations (named).
+        NotImplementedError: a layer has a forward pass of its own or is transposed and grouped, a batch normalisation has no
+            running statistics, or either is used more than once; the message names it. The model is then unchanged.
     """
     composites = [layer for layer in linear_layers(model, example_input) if layer.batchnorm is not None]
     for layer in composites:
@@ -53,7 +55,7 @@ def _check(layer: LinearLayer, composites: list[LinearLayer]) -> None:
     if isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
         raise NotImplementedError(f"{where} is transposed and grouped; folding '{layer.batchnorm_name}' into it is not covered")
     assert layer.batchnorm is not None
-    batchnorm_scale(layer.batchnorm)  # refuses one without running statistics
+    batchnorm_scale(layer.batchnorm)  # raises if there are no running statistics
     sharing = [other for other in composites if other.module is layer.module or other.batchnorm is layer.batchnorm]
     if len(sharing) > 1:
         raise NotImplementedError(f"{where} or its batch normalisation '{layer.batchnorm_name}' is used more than once")

@@ -1,8 +1,8 @@
-"""Which linear layers a model applies, found by watching one forward pass.
+"""The linear layers that a model applies, found during one forward pass.
 
-Names and shapes come from the pass itself, and so do composites: a batch normalisation belongs to the convolution or dense
-layer whose output tensor it was given, whatever either is called. Of a batch normalisation that ends in an activation (timm)
-the affine part belongs to the composite.
+Shapes and composites come from the pass itself. A composite is a convolution or dense layer together with the batch
+normalisation that takes its output tensor, whatever their names. If the batch normalisation includes an activation (timm), only
+its affine part belongs to the composite.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from ..operators import LinearOperator, Shape, convolution_then_batchnorm, evalu
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One linear layer of a model as it was applied.
+    """One linear layer of a model, as applied in a forward pass.
 
     Attributes:
-        name: Its name in the model; "#2", "#3", … is added where one module is applied to inputs of several shapes.
+        name: Name of the layer in the model. "#2", "#3", … is added where one module is applied to inputs of several shapes or
+            followed by several batch normalisations.
         module: The convolution or dense layer.
-        in_shape: Shape of its input, without the batch axis; of one position where all positions are alike (dense layers,
-            pointwise convolutions).
-        batchnorm: The batch normalisation that takes its output, if any.
-        batchnorm_name: That module's name in the model.
+        in_shape: Shape of the input, without the batch axis; of a single position where all positions are treated alike
+            (dense layers, pointwise convolutions).
+        batchnorm: The batch normalisation that takes the layer's output, or None.
+        batchnorm_name: Name of the batch normalisation in the model.
     """
 
     name: str
@@ -41,15 +42,15 @@ class LinearLayer:
 
     @property
     def kind(self) -> str:
-        """ "conv" or "dense", with "+bn" where a batch normalisation follows."""
+        """The kind of layer: "conv" or "dense", with "+bn" where a batch normalisation follows."""
         return ("dense" if isinstance(self.module, nn.Linear) else "conv") + ("+bn" if self.batchnorm is not None else "")
 
     def operator(self, *, composite: bool = True, dtype: torch.dtype | None = None) -> LinearOperator:
-        """The layer's operator, with its batch normalisation in eval mode where there is one and ``composite`` is set.
+        """The operator of the layer, or of its composite with the batch normalisation in eval mode.
 
         Args:
-            composite: Whether the batch normalisation behind the layer is part of it.
-            dtype: Type to compute in; default that of the weights, half precision being raised to float32.
+            composite: Whether to include the batch normalisation that follows the layer, if any.
+            dtype: Type to compute in; by default that of the weights, with float32 in place of half precision.
 
         Raises:
             NotImplementedError: the layer is not affine.
@@ -60,21 +61,23 @@ class LinearLayer:
 
 
 def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
-    """The convolutions and dense layers a forward pass applies, in order, with their input shapes and composites.
+    """The convolutions and dense layers that a forward pass applies, in order, with their input shapes and composites.
 
     Args:
-        model: Any model; it runs once in eval mode, without gradients, and is left as it was. A compiled one runs as written.
+        model: Any model; it runs once in eval mode, without gradients, and is left unchanged. A compiled model runs uncompiled.
         example_input: A batch the model takes, (n, ...).
 
     Raises:
         ValueError: the model applies no linear layer, or does not take the input.
-        TypeError: the input is no tensor.
+        TypeError: the input is not a tensor.
     """
     if not isinstance(example_input, Tensor):
-        raise TypeError(f"linear_layers: takes a batch that the model takes, a tensor; got {type(example_input).__name__}")
+        raise TypeError(
+            f"linear_layers: example_input must be a tensor, a batch that the model takes; got {type(example_input).__name__}"
+        )
     model = uncompiled(model)
     found: dict[tuple[Any, ...], LinearLayer] = {}
-    outputs: list[tuple[Tensor, int, tuple[Any, ...]]] = []  # keeps the tensors alive, so that identity means something
+    outputs: list[tuple[Tensor, int, tuple[Any, ...]]] = []  # references keep the tensors, and so their identities, alive
 
     def see_linear(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         shape = norm_shape(module, inputs[0].shape[1:])
@@ -89,7 +92,7 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
         for output, version, key in outputs:
             if output is inputs[0] and output._version == version:
                 layer = found[key]
-                if layer.batchnorm is not None and layer.batchnorm is not module:  # one more composite of the same layer
+                if layer.batchnorm is not None and layer.batchnorm is not module:  # another composite of the layer
                     seen = sum(other.module is layer.module for other in found.values())
                     key = (*key, id(module))
                     layer = LinearLayer(f"{layer.name.split('#')[0]}#{seen + 1}", layer.module, layer.in_shape)
@@ -116,9 +119,9 @@ def spectral_norms(
     Args:
         model: Any model.
         example_input: A batch the model takes, (n, ...).
-        failure_probability: Of each layer's upper bound; 0 for deterministic bounds only.
-        composites: Whether a layer is taken together with the batch normalisation behind it.
-        rtol: Width upper / lower - 1 asked of the intervals; closer ones cost more.
+        failure_probability: Probability that a layer's Lanczos bound fails; 0 for deterministic bounds only.
+        composites: Whether to take a layer together with the batch normalisation that follows it.
+        rtol: Relative width, upper / lower - 1, at which the Lanczos run of a layer stops; a smaller one costs more.
 
     Raises:
         ValueError: as `linear_layers` and `spectral_norm`.
@@ -130,13 +133,13 @@ def spectral_norms(
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model as it was written, which a compiled one holds with the same weights."""
+    """The module that was given to ``torch.compile``, with the same weights; any other model is returned unchanged."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def example_for(model: nn.Module, example: Tensor) -> Tensor:
-    """An example where the model's weights are, and of their type unless it holds indices."""
+    """The example on the device of the model's weights, and in their type unless it consists of integers (indices)."""
     parameter = next(model.parameters())
     return example.to(parameter) if example.is_floating_point() else example.to(parameter.device)
 

@@ -1,8 +1,8 @@
-"""Lipschitz bounds of whole networks, and the radii that they certify around images.
+"""Lipschitz bounds of whole networks, and certified radii of their predictions.
 
-`lipschitz_bound` walks the operations of a network with one rule each; `lipschitz_estimate` samples from below. The decorators
-`rule`, `interval` and `rounds` enter rules for the layers of a host; the rules of torch's own layers that such rules build on
-are offered here too.
+`lipschitz_bound` applies one rule to each operation of a network; `lipschitz_estimate` is a lower bound from sampled Jacobians.
+The decorators `rule`, `interval` and `rounds` register rules for layers of other packages. The rules of torch's own layers that
+such rules may build on are exported as well.
 """
 
 from .bound import LipschitzBound as LipschitzBound

@@ -1,9 +1,9 @@
-"""A Lipschitz bound of a whole network, read off its graph: sound, or silent with the node that is to blame.
+"""A Lipschitz bound of a whole network, computed from its graph: proved, or infinite with the name of the unbounded node.
 
-The model is traced with torch.fx and walked once with an example input. Every node gets a number L such that its value is
-L-Lipschitz as a function of the network's input (L2 to L2): along a chain norms multiply, at a sum the branches' numbers
-add, at a concatenation they add in squares. Each kind of module or function has one registered rule, found by exact type;
-a node without a rule makes the bound infinite and says so. `lipschitz_estimate` is the sampled counterpart from below.
+The model is traced with torch.fx, and its graph is run once on an example input. Each node gets a number L such that its value
+is L-Lipschitz as a function of the network's input (L2 to L2): norms multiply along a chain, the branches' constants add at a
+sum, and their squares add at a concatenation. Each type of module or function has one registered rule, found by exact type; a
+node without a rule makes the bound infinite and is named in its ``reason``. `lipschitz_estimate` is the sampled lower bound.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .rounding_walk import forward_error
 from .tracing import pair_of, traced_at
 from .walk import LipschitzWalk, composed, where
 
-_NO_WALK = "the network has no bound for all inputs, which that of rounding is made from"
-_MOST_IN_HEAD = 1e8  # numbers in the matrix of the last affine stretch, up to which pairs of classes are told apart
+_NO_WALK = "rounding errors are bounded only for a network with a Lipschitz bound for all inputs"
+_MOST_IN_HEAD = 1e8  # most elements in the matrix of the last affine stretch for which pairs of classes are bounded
 
 
 @dataclass(frozen=True)
 class NodeBound:
-    """One row of the walk: a node, what it is, and the Lipschitz bound from the network's input to its output."""
+    """A node, the kind of its module or function, and its Lipschitz bound as a function of the network's input."""
 
     name: str
     kind: str
@@ -45,15 +45,16 @@ class LipschitzBound:
 
     Attributes:
         value: Valid for all inputs; inf where nothing is proved.
-        nodes: The walk, node by node; affine nodes that are part of a longer affine stretch have no row of their own.
-        reason: Why ``value`` is infinite, and why ``local`` is if it is; None otherwise.
+        nodes: The bounds of single nodes; an affine node inside a longer affine stretch has no row of its own.
+        reason: Why ``value`` is infinite, and why ``local`` is, if so; None otherwise.
         failure_probability: Sum over the layers' probabilistic norm bounds; 0 if all are deterministic.
         local: Valid between any two inputs in the box; never above ``value``, and inf where nothing is proved.
-        pairs: (classes, classes), of the difference of each two outputs, for all inputs; None where the network does not end
-            in a linear layer.
-        errors: By dtype, how far the output for one input of the box can be from that in real arithmetic, in L2, if computed in
-            that dtype; inf where it is not known how an operation rounds. Empty where rounding is not accounted for.
-        errors_reason: Why errors are infinite, or empty as ``value`` is infinite; None otherwise.
+        pairs: (classes, classes), the Lipschitz constants of the differences of two outputs, for all inputs; None where
+            ``value`` is infinite, or the network does not end in a linear layer or ends in one that is too large.
+        errors: By dtype, a bound of the L2 distance between an output computed in that dtype and in real arithmetic, for any
+            input in the box; inf where no rounding rule covers an operation, and for float32 on a GPU. Empty without a box and
+            where ``value`` is infinite.
+        errors_reason: Why errors are infinite, or missing because ``value`` is infinite; None otherwise.
     """
 
     value: float
@@ -66,18 +67,18 @@ class LipschitzBound:
     errors_reason: str | None = None
 
     def __repr__(self) -> str:
-        """Without the walk and the constants of all pairs, of which the smallest stands for all."""
+        """The bounds without ``nodes``, and only the smallest constant of ``pairs``."""
         pairs = ""
         if self.pairs is not None and len(self.pairs) > 1:
             pairs = f", smallest pair={float(self.pairs[~torch.eye(len(self.pairs), dtype=torch.bool)].min())}"
         return f"LipschitzBound(value={self.value}, local={self.local}{pairs}, reason={self.reason!r})"
 
     def behind(self, constant: float, errors: Mapping[torch.dtype, float] | None = None) -> LipschitzBound:
-        """The bound of the network behind a function that is Lipschitz with a constant, rounded up.
+        """The bound of the composition x -> network(f(x)) for a function f with a known Lipschitz constant, rounded up.
 
         Args:
-            constant: The function's Lipschitz constant. It must take the inputs meant into the box this bound was made for.
-            errors: By dtype, how far the function's values are from those in real arithmetic, in L2; default not at all.
+            constant: The Lipschitz constant of f, which must map the intended inputs into the box of this bound.
+            errors: By dtype, a bound of the L2 distance between f's values computed and in real arithmetic; default 0.
         """
         up = math.nextafter(constant, math.inf)
         pairs = None if self.pairs is None else self.pairs * up * (1 + 1e-15)
@@ -96,14 +97,15 @@ def lipschitz_bound(
     """A proved upper bound of a network's Lipschitz constant, L2 to L2, in eval mode.
 
     Args:
-        model: A model that torch.fx can trace, whose output for an image does not depend on the others of its batch.
-        example_input: A batch it takes, (n, ...); only shapes matter, but there is a warning where its values leave the box.
-        failure_probability: Of each layer's norm; their sum is stored in the result. 0 for deterministic bounds only.
-        box: Least and largest value of an input's elements, for ``local`` and ``errors``; None for inputs without limits.
+        model: A model that torch.fx can trace, whose output for an image does not depend on the other images of its batch.
+        example_input: A batch for the model, (n, ...). Only its shape matters; values outside the box cause a warning.
+        failure_probability: Allowed for each layer's norm bound; the result has the sum. 0 for deterministic bounds only.
+        box: Least and largest value of an input's elements, for ``local`` and ``errors``; None for unlimited inputs.
 
     Returns:
-        LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no rule or no global constant, or the
-        model cannot be traced. Gates and attention have a constant on inputs in the box only, in ``local``.
+        LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no rule or no global constant, the model
+        cannot be traced, or images of a batch interact. Products of two functions of the input (gating, attention) have a
+        constant only on inputs in the box, in ``local``.
 
     Raises:
         ValueError: a weight is not finite, the model does not take the input, or the box is empty.
@@ -113,7 +115,7 @@ def lipschitz_bound(
     model = uncompiled(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"lipschitz_bound: '{name}' holds NaN or infinite values")
+            raise ValueError(f"lipschitz_bound: '{name}' has NaN or infinite values")
     example = pair_of(example_input)
     with evaluating(model), full_precision_no_grad():
         try:
@@ -121,8 +123,8 @@ def lipschitz_bound(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = tuple(example_input.shape)
             raise ValueError(
-                f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, of which it was "
-                f"given the first input twice: {error}"
+                f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, tested with "
+                f"the first input twice: {error}"
             ) from error
         try:
             traced = traced_at(model, example)
@@ -134,7 +136,7 @@ def lipschitz_bound(
         value = local = walk.value
         reason = walk.reason if math.isinf(value) else None
         if math.isfinite(value) and _mixes_the_batch(model, example):
-            mixed = f"the output of {type(model).__name__} for an input depends on the others of its batch"
+            mixed = f"the output of {type(model).__name__} for an input depends on the other inputs of its batch"
             return LipschitzBound(math.inf, reason=mixed, errors_reason=_NO_WALK)
         errors: dict[torch.dtype, float] = {}
         errors_reason = _NO_WALK if math.isinf(value) else None
@@ -155,12 +157,12 @@ def lipschitz_bound(
 
 
 def _warn_if_outside(example_input: Tensor, low: float, high: float) -> None:
-    """Warn where inputs do not look as if they stayed in their box; indices are not measured by it."""
+    """Warn if values of the example lie outside the box. Integer inputs (indices) are not checked."""
     least, largest = (float(end) for end in example_input.aminmax()) if example_input.is_floating_point() else (low, high)
     if not low <= least <= largest <= high:
         warn_user(
             f"lipschitz_bound(box=({low:g}, {high:g})): the example has values from {least:g} to {largest:g}, and `local` and "
-            "`errors`, which radii depend on, are about inputs in the box; give a box that all inputs stay in, or None"
+            "`errors`, which radii depend on, are valid only for inputs in the box; give a box of all inputs, or None"
         )
 
 
@@ -174,7 +176,7 @@ def _mixes_the_batch(model: nn.Module, example: Tensor) -> bool:
 def _local_bound(
     traced: fx.GraphModule, example: Tensor, walk: LipschitzWalk, lowest: float, highest: float
 ) -> tuple[float, str | None]:
-    """The bound between inputs in a box, in float64, and why there is none; known norms serve again."""
+    """The Lipschitz bound between inputs in a box, in float64 with the norms already known, and why it is infinite."""
     exact = copy.deepcopy(traced).double()
     low, high = (torch.full_like(example, end, dtype=torch.float64) for end in (lowest, highest))
     radius = math.sqrt(example.numel()) * (highest - lowest) / 2 * (1 + 1e-14)
@@ -182,25 +184,25 @@ def _local_bound(
     try:
         local.run((low + high) / 2)
     except (RuntimeError, ValueError, TypeError) as error:
-        return math.inf, f"it does not run in float64 ({error})"
+        return math.inf, f"the network does not run in float64 ({error})"
     return local.value, local.reason if math.isinf(local.value) else None
 
 
 def _errors(
     traced: fx.GraphModule, example: Tensor, walk: LipschitzWalk, low: float, high: float
 ) -> tuple[dict[torch.dtype, float], str | None]:
-    """What a forward pass in float32 or float64 errs by, and why nothing is known of that."""
+    """Bounds of the forward pass's rounding error in float32 and float64, and why they are infinite."""
     exact = copy.deepcopy(traced).double()
     errors, reason = {}, None
     for dtype in (torch.float32, torch.float64):
         errors[dtype], reason = forward_error(walk, exact, dtype, low, high, example.shape)
-    if example.device.type != "cpu":  # whose convolutions may be Winograd's
+    if example.device.type != "cpu":  # convolutions may be Winograd's, which no rule covers
         errors[torch.float32] = math.inf
     return errors, reason
 
 
 def _pairs(walk: LipschitzWalk, last: Any) -> Tensor | None:
-    """‖Aᵀ(e_i - e_j)‖ times the bound of what the last affine stretch A is given, for each two outputs i, j; rounded up."""
+    """‖Aᵀ(e_i - e_j)‖ times the bound of the input of the last affine stretch A, for all outputs i, j; rounded up."""
     step = walk.affine.get(last)
     if step is None or last in walk.changed or len(walk.shape(last)) != 1:
         return None

@@ -1,4 +1,4 @@
-"""Boxes, the lowest and highest values of a node's elements: their intersection, widening and outward rounding."""
+"""Boxes, the lowest and highest values of a node's elements: intersection, widening and outward rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Box = tuple[Any, Any]  # lowest and highest values, tensors or tuples of them
 
 
 def of_each_part(function: Callable[[Tensor], Box], value: Any) -> Box:
-    """A box from a value that may be a tuple of tensors."""
+    """The box that a function gives for a tensor, or for each tensor of a tuple."""
     if isinstance(value, Tensor):
         return function(value)
     lows, highs = zip(*(function(part) for part in value), strict=True)
@@ -20,14 +20,14 @@ def of_each_part(function: Callable[[Tensor], Box], value: Any) -> Box:
 
 
 def pairwise(function: Callable[..., Tensor], *values: Any) -> Any:
-    """A function of tensors, applied to tensors or, part by part, to tuples of them."""
+    """Apply a function to tensors, or to the corresponding tensors of several tuples."""
     if isinstance(values[0], Tensor):
         return function(*values)
     return tuple(function(*parts) for parts in zip(*values, strict=True))
 
 
 def widened(box: Box, by: Box) -> Box:
-    """The box of a tensor whose elements, or some of them, were replaced by others, in whatever order."""
+    """The box after elements were overwritten, at unknown places, by elements of a tensor in the box ``by``."""
     lowest, highest = (float(end.min() if end is by[0] else end.max()) for end in by)
     return box[0].clamp_max(lowest), box[1].clamp_min(highest)
 
@@ -38,6 +38,6 @@ def box_intersection(one: Box, other: Box) -> Box:
 
 
 def rounded_outward(box: Box) -> Box:
-    """Moved outward past what float64 arithmetic errs by; rules account for cancellation themselves."""
+    """The box enlarged by more than float64 rounding errors; rules account for cancellation themselves."""
     low = pairwise(lambda x: x - 1e-12 * x.abs() - 1e-300, box[0])
     return low, pairwise(lambda x: x + 1e-12 * x.abs() + 1e-300, box[1])

@@ -1,4 +1,4 @@
-"""What a Lipschitz bound promises for one image: a radius inside which no perturbation changes the predicted class."""
+"""Certified radii: the L2 distance within which a Lipschitz bound proves that an image's predicted class does not change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .bound import LipschitzBound
 
 
 def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> Tensor:
-    """L2 radius around each input inside which the predicted class provably stays the true one.
+    """L2 radius around each input within which the predicted class provably stays the true one.
 
-    With L a bound of the network's Lipschitz constant from L2 to L2, every difference of two logits is √2 L-Lipschitz, and
-    with the constant of the pair of classes itself where the bound has ``pairs``. The radius is the smallest margin to another
-    class over its constant, rounded down.
+    With L a Lipschitz bound of the network from L2 to L2, every difference of two logits is √2 L-Lipschitz; where the bound has
+    ``pairs``, the constant of the pair of classes is used if it is smaller. The radius is the smallest quotient of the margin
+    to another class and the constant of the difference, rounded down.
 
-    Where the bound knows how far logits of this dtype are from those in real arithmetic, the radius holds for forward passes in
-    this dtype of inputs in the bound's box; otherwise for the network in real arithmetic, at the logits as given. Rounding in
-    float32 may exceed every margin, as it does behind GroupNorm or LayerNorm and, as it is not known, on a GPU: there is a
-    warning where for that alone all radii are 0, and those of the logits of ``model.double()`` may not be.
+    Where the bound has ``errors`` for the logits' dtype, the radius is valid for forward passes in this dtype on inputs in the
+    bound's box; otherwise for the network in real arithmetic, at the logits given. Float32 rounding may exceed every margin, as
+    it does after GroupNorm or LayerNorm, and on a GPU, where it is not bounded: if all radii are 0 for this reason alone, there
+    is a warning, and the logits of ``model.double()`` may have positive radii.
 
     Args:
         logits: Scores before any softmax, (batch, classes), in the dtype that they were computed in: float32 or float64.
@@ -32,7 +32,7 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
 
     Returns:
         Tensor: (batch,) float64 radii in the unit of the network's input; 0 where the prediction is wrong or tied, a logit
-        is not finite, or nothing is proved of the network.
+        is not finite, rounding exceeds the margin, or the bound is infinite.
 
     Raises:
         TypeError: ``bound`` is not a proved bound, or the logits are in half precision or were made under autocast.
@@ -54,7 +54,7 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
     constants = torch.full_like(margins, math.sqrt(2) * bound.value)
     if bound.pairs is not None and bound.pairs.shape == (scores.shape[1],) * 2:
         constants = torch.minimum(constants, bound.pairs.to(scores)[labels.long()])
-    error = 2 * math.sqrt(2) * bound.errors.get(logits.dtype, 0.0) * (1 + 1e-14)  # of a difference, here and at the other input
+    error = 2 * math.sqrt(2) * bound.errors.get(logits.dtype, 0.0) * (1 + 1e-14)  # of a logit difference, at both inputs
     right = torch.isfinite(scores).all(1) & (margins > 0).all(1) & math.isfinite(bound.value)
     margins = torch.where(margins > 0, margins - error, margins)
     sound = right & (margins > 0).all(1)
@@ -67,7 +67,7 @@ def certified_radius(logits: Tensor, labels: Tensor, bound: LipschitzBound) -> T
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32, for the pass whose logits are certified: the logits would not show it afterwards."""
+    """Disable autocast and TF32 in the forward pass whose logits are certified: logits do not show whether either was on."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32, matmul.allow_tf32 = False, False
@@ -79,7 +79,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _warn_of_rounding(dtype: torch.dtype, error: float, bound: LipschitzBound) -> None:
-    """Say what off all margins left nothing of them, and what to do."""
+    """Warn that the rounding error exceeds every margin, with advice."""
     size = "of unknown size" if math.isinf(error) else f"{error:.3g} logits"
     helps = dtype == torch.float32 and math.isfinite(bound.errors[torch.float64])
     advice = "give logits of model.double()" if helps else bound.errors_reason or "nothing is certified"
@@ -87,7 +87,7 @@ def _warn_of_rounding(dtype: torch.dtype, error: float, bound: LipschitzBound) -
 
 
 def _check_precision(logits: Tensor) -> None:
-    """Refuse logits of whose errors nothing is known."""
+    """Refuse logits whose rounding error is not bounded: in half precision, under autocast, or with TF32."""
     if logits.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(logits.device.type):
         what = "under autocast" if logits.dtype in (torch.float32, torch.float64) else f"in {logits.dtype}"
         raise TypeError(f"certified_radius: logits {what} prove nothing; run the model in float32 or float64")

@@ -12,7 +12,7 @@ def lipschitz_estimate(model: nn.Module, images: Tensor) -> float:
     """The largest Jacobian norm over a batch: a lower bound of the Lipschitz constant, never an upper one.
 
     Args:
-        model: A model whose outputs (n, classes) depend on each image alone; it runs in eval mode.
+        model: A model from images to outputs (n, classes), each row depending on its image only; it runs in eval mode.
         images: (n, ...), the points to sample. Costs one backward pass for every class.
     """
     with evaluating(model), torch.enable_grad():

@@ -1,11 +1,11 @@
-"""How far what a forward pass computes in floating point can be from the network's value in real arithmetic.
+"""The rounding error of a forward pass: the distance between its output and the network's value in real arithmetic.
 
-The same walk that carries Lipschitz bounds carries errors: a rule that turns distances between arguments into a distance
-between values does so with errors too. To these each node adds what it rounds itself: of a sum of k terms, whatever their
-order, at most γ_k = k u / (1 - k u) times the sum of their absolute values, u being the unit roundoff (Higham, Accuracy and
-Stability of Numerical Algorithms, 2nd ed., 3.1 and 4.2). So every rule here tells k and a bound of that sum, in the L2 norm
-over a node's elements, for all inputs in a box. Covered are sums of products in any order, with or without fused multiply-add;
-not Winograd's or Fourier convolutions, and no TF32.
+Errors propagate by the same rules as Lipschitz bounds: a rule that bounds the distance of a node's values by the distance of
+its arguments applies to errors as well. Each node adds its own rounding error: a sum of k terms, in any order, errs by at most
+γ_k = k u / (1 - k u) times the sum of the terms' absolute values, where u is the unit roundoff (Higham, Accuracy and Stability
+of Numerical Algorithms, 2nd ed., 3.1 and 4.2). Each rounding rule gives k and a bound of that sum, in the L2 norm over a node's
+elements, for all inputs in a box. Covered are sums of products in any order, with or without fused multiply-add; Winograd and
+Fourier convolutions and TF32 are not.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..numerics import product_up
 from .registry import ROUNDINGS
 from .walk import Affine, LipschitzWalk, is_overridden, where
 
-_NO_ERROR = 1e-290  # of the input: its pixels are exact, but a node whose bound is 0 would count as a constant
-Terms = tuple[int, float]  # how many terms are summed, and a bound of their absolute values' sum, in L2
+_NO_ERROR = 1e-290  # error of the input: pixels are exact, but a node of bound 0 would count as a constant
+Terms = tuple[int, float]  # number of terms summed, and a bound of the sum of their absolute values, in L2
 
 
 class RoundingWalk(LipschitzWalk):
-    """A walk whose bounds are errors, in L2 and for any single input of a box, of a forward pass in one dtype.
+    """A walk whose bounds are the rounding errors of a forward pass in one dtype, in L2, for any single input in a box.
 
     Args:
-        walk: The same network's Lipschitz bounds, in which no node is local.
-        module: Its graph in float64.
-        dtype: That of the forward pass.
-        radius: Half the diagonal of the box, whose centre the walk is run on.
+        walk: The network's Lipschitz walk for all inputs (not local).
+        module: The network's graph in float64.
+        dtype: The dtype of the forward pass.
+        radius: Half the diagonal of the box; the walk is run on the centre of the box.
     """
 
     def __init__(self, walk: LipschitzWalk, module: fx.GraphModule, dtype: torch.dtype, radius: float) -> None:
@@ -40,11 +40,11 @@ class RoundingWalk(LipschitzWalk):
         twins = zip(module.graph.nodes, walk.graph.nodes, strict=True)
         self.lipschitz = {node: walk.bounds[twin] for node, twin in twins if twin in walk.bounds}
         self._unit, self._tiny, self._radius = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny, radius
-        self._own: dict[fx.Node, float] = {}  # what a node adds
-        self._sums: dict[fx.Node, float] = {}  # bounds of the values computed, from the terms they are summed of
+        self._own: dict[fx.Node, float] = {}  # rounding error that a node adds
+        self._sums: dict[fx.Node, float] = {}  # bounds of the computed values' norms, from the terms summed
 
     def size(self, node: Any) -> float:  # type: ignore[override]
-        """L2 norm of an argument's computed values, at most, for one input."""
+        """An upper bound of the L2 norm of an argument's computed value, for one input."""
         if not self.depends(node):
             values = self.env[node] if isinstance(node, fx.Node) else torch.as_tensor(float(node))
             return float(values.double().norm()) * (1 + 1e-12)
@@ -55,17 +55,17 @@ class RoundingWalk(LipschitzWalk):
         return min(sizes)
 
     def elements(self, node: Any) -> float:
-        """How many numbers a node's value has for one input; a value in parts counts all."""
+        """The number of elements of a node's value for one input, summed over the tensors of a tuple."""
         value = self.env[node]
         parts = [value] if isinstance(value, Tensor) else list(value)
         return sum(part.numel() for part in parts) / len(parts[0]) if parts[0].ndim else 1.0
 
     def bound_at(self, node: fx.Node) -> float:
-        """Error of an affine node: what its stretch makes of the error it is given, and all that its steps round."""
+        """Error of an affine node: the propagated error of its stretch's input, plus the rounding errors of all its steps."""
         return self.bound_of(self.affine[node]) + self._own[node]
 
     def bound_of(self, last: float | Affine) -> float:
-        """The same of a step's result, without what the step itself rounds."""
+        """Error of a step's result, without the rounding error of the step itself."""
         total = super().bound_of(last)
         if not isinstance(last, Affine):
             return total
@@ -84,7 +84,7 @@ class RoundingWalk(LipschitzWalk):
             return found
         if not any(self.depends(a) for a in n.all_input_nodes):
             constant = isinstance(result, Tensor) and result.is_floating_point() and n.all_input_nodes
-            return self._unknown(n, f"{n.target}, of constants,") if constant else found
+            return self._unknown(n, f"{n.target} of constants") if constant else found
         if isinstance(found, Affine):
             self.affine[n] = found
         self._own[n], self._sums[n] = self._rounded(n)
@@ -95,15 +95,15 @@ class RoundingWalk(LipschitzWalk):
         return math.inf
 
     def _rounded(self, n: fx.Node) -> tuple[float, float]:
-        """What a node adds to the error, and a bound of the values that it computes."""
+        """The rounding error that a node adds, and a bound of the norm of its computed value."""
         module = self.called(n)
         rule = ROUNDINGS.get(type(module) if module is not None else n.target)
         if rule is None or (module is not None and is_overridden(module)):
             return self._unknown(n, self.kinds[n]), math.inf
         try:
             terms, total = rule(self, n)
-        except Exception as error:  # noqa: BLE001 - a call the rule does not understand is no claim, whatever it trips over
-            return self._unknown(n, f"{self.kinds[n]} as it is called here ({error})"), math.inf
+        except Exception as error:  # noqa: BLE001 - an unsupported call has no bound, whatever error it raises
+            return self._unknown(n, f"this call of {self.kinds[n]} ({error})"), math.inf
         if terms * self._unit > 0.5:
             return self._unknown(n, f"a sum of {terms} terms"), math.inf
         if terms == 0:
@@ -116,18 +116,18 @@ class RoundingWalk(LipschitzWalk):
 def forward_error(
     walk: LipschitzWalk, module: fx.GraphModule, dtype: torch.dtype, low: float, high: float, shape: torch.Size
 ) -> tuple[float, str | None]:
-    """L2 distance, at most, between a network's output computed in a dtype and its value, for one input in [low, high].
+    """A bound of the L2 distance between a network's output in a dtype and in real arithmetic, for an input in [low, high].
 
     Args:
-        walk: Its Lipschitz bounds, finite.
-        module: Its graph in float64.
+        walk: The network's Lipschitz walk, with a finite bound.
+        module: The network's graph in float64.
         dtype: float32 or float64.
         low: Least value of an input's elements.
-        high: Largest.
-        shape: Of an example with its batch axis.
+        high: Largest value of an input's elements.
+        shape: Shape of an example with its batch axis.
 
     Returns:
-        The bound, and why it is infinite if it is.
+        The bound, and the reason if it is infinite.
     """
     radius = math.sqrt(prod(shape[1:])) * (high - low) / 2 * (1 + 1e-14)
     rounding = RoundingWalk(walk, module, dtype, radius)

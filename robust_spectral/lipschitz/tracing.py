@@ -1,7 +1,7 @@
-"""Tracing a model at the shape of one example: everything that depends on shapes alone is known, and branches on it are taken.
+"""Tracing of a model at the shape of one example: sizes are known numbers, and branches on them are taken.
 
-Plain torch.fx tracing gives up where a model asks for a size. Here every proxy carries the value that the example has there, so
-that sizes are numbers; what would need the values themselves, a branch on them for instance, is refused as before.
+Ordinary torch.fx tracing fails where a model needs a size as a number. Here every proxy carries its value on the example, so
+that sizes are numbers. Operations that need the values themselves as numbers, such as a branch on them, are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ASKED = ("size", "dim", "numel", "ndimension", "stride", "is_contiguous", "is_f
 
 
 class Tracer(fx.Tracer):
-    """Traces a model on an example; modules that ``is_leaf`` says yes to are not traced into."""
+    """A tracer that runs the model on an example; each module for which ``is_leaf`` is true becomes one node."""
 
     def __init__(self, example: Tensor, is_leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
@@ -31,26 +31,26 @@ class Tracer(fx.Tracer):
         return self.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A node, or nodes; a call on values just runs."""
+        """Record the call as one node or several, or just run it while example values are computed."""
         return forward(*args, **kwargs) if self._on_values else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A proxy of a parameter; its value where values are computed."""
+        """A proxy of a parameter, or the parameter itself while example values are computed."""
         return attr_val if self._on_values else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> Any:
-        """One input; all other arguments of the model keep their defaults."""
+        """A placeholder for the model's first argument; all others keep their defaults."""
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy that will carry a value."""
+        """A proxy that can carry its value on the example."""
         return _Proxy(node, self)
 
     @torch.no_grad()
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Proxy:
-        """A node, and the value it has on the example."""
+        """Record a node, and compute its value on the example."""
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         values = fx.node.map_aggregate((args, kwargs), lambda a: a.value if isinstance(a, _Proxy) else a)
         self._on_values = True
@@ -70,13 +70,13 @@ class Tracer(fx.Tracer):
         return target(*args, **kwargs) if kind == "call_function" else getattr(args[0], target)(*args[1:], **kwargs)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """The parts of a value that has several."""
+        """The parts of a value that has a length."""
         parts: Any = obj
         return iter([parts[index] for index in range(len(parts.value))])
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a value, and knows it."""
+    """A proxy that carries its value on the example."""
 
     value: Any = None
 
@@ -101,7 +101,7 @@ class _Proxy(fx.Proxy):
 
     def _number(self) -> Any:
         if isinstance(self.value, Tensor):
-            raise fx.proxy.TraceError("a number is read off a value")
+            raise fx.proxy.TraceError("the value of a tensor is read as a number")
         return self.value
 
 
@@ -111,12 +111,12 @@ def pair_of(example_input: Tensor) -> Tensor:
 
 
 def traced_at(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The model's graph at the shape of an example; modules that have a rule are nodes.
+    """The model's graph at the shape of an example, in which each module that has a rule is one node.
 
     Raises:
         ValueError: the model cannot be traced.
     """
-    if type(model) in RULES:  # a root would be traced into, whatever it is
+    if type(model) in RULES:  # torch.fx always traces into the root
         model = nn.Sequential(model)
     try:
         return fx.GraphModule(model, Tracer(example, lambda module: type(module) in RULES).trace(model))

@@ -1,7 +1,7 @@
-"""The walk over a network's graph that carries a Lipschitz bound from node to node, and the register of rules it obeys.
+"""The walk over a network's graph that computes the Lipschitz bound of each node from those of its arguments.
 
-Every node's value is bounded as a function of the network's input, all samples of a batch taken together. Affine nodes in a
-row are one operator, whose norm is taken as a whole, and only where a node that is not affine asks for it.
+Every node's value is bounded as a function of the network's input, all samples of a batch taken together. Consecutive affine
+nodes (an affine stretch) are one operator; its norm is computed only when a node that is not affine needs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..operators import LinearOperator, Shape, compose, has_forward_hooks
 from .boxes import Box, box_intersection, of_each_part, rounded_outward, widened
 from .registry import INTERVALS, JOINERS, RULES
 
-_LARGEST_STRETCH = 3e5  # elements up to which a stretch of several layers is bounded as a whole
+_LARGEST_STRETCH = 3e5  # most elements in a step's argument for which a stretch of several layers is bounded as a whole
 Key = tuple[Any, ...]
 
 
@@ -31,14 +31,14 @@ Build = Callable[[], LinearOperator]
 
 @dataclass(frozen=True)
 class Affine:
-    """A value that is an affine image of another node's.
+    """A node's value as an affine function of another node's value.
 
     Attributes:
-        source: That node.
-        key: What the operator is told apart by.
+        source: The other node.
+        key: Identifies the operator, so that its norm is computed once.
         build: Makes the operator at the node's full shape, without the batch axis.
-        norm: Its norm, rounded up, where it is known; or a key and a builder of a smaller operator of the same norm.
-        module: The layer, so that a batch normalisation behind it can be joined with it.
+        norm: The operator's norm, rounded up, if it is known; or a key and a builder of a smaller operator of the same norm.
+        module: The layer, so that the batch normalisation that follows it can be joined with it.
     """
 
     source: fx.Node
@@ -49,10 +49,10 @@ class Affine:
 
 
 class LipschitzWalk(fx.Interpreter):
-    """Runs the graph on the example and keeps, for every node, the Lipschitz bound from the network's input.
+    """An interpreter that runs the graph on the example and computes every node's Lipschitz bound from the network's input.
 
-    With a ``radius`` the walk is local: the example is the centre of a box of inputs with that half diagonal, and every node
-    keeps a box that its values stay in, so that rules may use their size.
+    With a ``box`` of inputs the walk is local: the example is the centre of the box, ``radius`` is half its diagonal, and every
+    node has a box that contains its values, so that rules may use their size.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LipschitzWalk(fx.Interpreter):
         self.affine: dict[fx.Node, Affine] = {}
         self.kinds: dict[fx.Node, str] = {}
         self.boxes: dict[fx.Node, Box] = {}
-        self.changed: dict[fx.Node, list[fx.Node]] = {}  # nodes whose values were changed in place later on, and by which
+        self.changed: dict[fx.Node, list[fx.Node]] = {}  # nodes changed in place later on -> the nodes that did so
         self.reason: str | None = None
         self.norms = {} if norms is None else norms
         self.local = box is not None
@@ -73,11 +73,11 @@ class LipschitzWalk(fx.Interpreter):
 
     @property
     def failure_probability(self) -> float:
-        """That any of the norms used is wrong."""
+        """A bound of the probability that any of the norms used is wrong."""
         return sum(interval.failure_probability for interval in self.norms.values())
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, then bound it, and note every earlier value that it changed in place."""
+        """Run a node, bound it, and record every earlier value that it changed in place."""
         before = {node: value._version for node, value in self.env.items() if isinstance(value, Tensor)}
         result = self.env[n] = super().run_node(n)
         self.kinds[n] = n.op
@@ -104,23 +104,23 @@ class LipschitzWalk(fx.Interpreter):
         return value in self.affine or self.bounds[value] != 0 or any(self.depends(n) for n in self.changed.get(value, ()))
 
     def bound(self, value: Any) -> float:
-        """Bound of an argument: of a node's value, 0 of a constant."""
+        """Bound of an argument: its node's bound, or 0 for a constant."""
         if not isinstance(value, fx.Node):
             return 0.0
         if value not in self.bounds:
             try:
                 self.bounds[value] = self.bound_at(value)
             except (NotImplementedError, ValueError, RuntimeError) as error:
-                self.bounds[value] = self._unknown(value, f"{self.kinds[value]} as it is called here ({error})")
+                self.bounds[value] = self._unknown(value, f"this call of {self.kinds[value]} ({error})")
         return max(self.bounds[value], *(self.bound(n) for n in self.changed.get(value, ())), 0.0)
 
     def bound_at(self, node: fx.Node) -> float:
-        """Bound of an affine node, anew."""
+        """Compute the bound of an affine node."""
         return self.bound_of(self.affine[node])
 
     @property
     def value(self) -> float:
-        """Bound of the network's output; inf where the walk did not come so far."""
+        """Bound of the network's output; inf where the walk did not reach it."""
         output = next(node for node in reversed(list(self.graph.nodes)) if node.op == "output")
         return self.bounds.get(output, math.inf)
 
@@ -129,41 +129,41 @@ class LipschitzWalk(fx.Interpreter):
         return tuple(self.env[node].shape[1:])
 
     def box(self, value: Any) -> Box:
-        """Lowest and highest values of an argument; a local walk's only."""
+        """Lowest and highest values of an argument's elements; only in a local walk."""
         if isinstance(value, fx.Node):
             return self.boxes[value] if value in self.boxes else (self.env[value], self.env[value])
         return value, value
 
     def size(self, value: Any) -> Tensor:
-        """Largest absolute values of an argument's elements; a local walk's only."""
+        """Largest absolute values of an argument's elements; only in a local walk."""
         low, high = self.box(value)
         return torch.maximum(torch.as_tensor(low).abs(), torch.as_tensor(high).abs()).double()
 
     def operator_norm(self, key: Key, build: Build) -> float:
-        """Proved norm of an operator, computed once for each key."""
+        """A proved upper bound of an operator's norm, computed once for each key."""
         if key not in self.norms:
             self.norms[key] = spectral_norm(build(), self.each)
         return self.norms[key].upper
 
     def rerun(self, n: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        """What a node gives for other values of its arguments."""
+        """Compute a node's value for other values of its arguments."""
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), value_of)
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def called(self, node: Any) -> nn.Module | None:
-        """The module a node calls, if it calls one."""
+        """The module that a node calls; None if it calls none."""
         called = isinstance(node, fx.Node) and node.op == "call_module"
         return self.submodules[node.target] if called else None
 
     def stretch(self, last: Affine) -> tuple[fx.Node, list[Affine]]:
-        """The node of which a step's result is an affine image by as many steps as there are, and those steps."""
+        """The input node of the affine stretch that ends with a step, and all steps of the stretch."""
         steps = [last]
         while steps[0].source in self.affine and steps[0].source not in self.changed:
             steps.insert(0, self.affine[steps[0].source])
         return steps[0].source, _joined(steps)
 
     def bound_of(self, last: float | Affine) -> float:
-        """Bound of a step's result: the smaller of the norm of its whole stretch and the product of the steps' norms."""
+        """Bound of the stretch's input times the smaller of the whole stretch's norm and the product of its steps' norms."""
         if not isinstance(last, Affine):
             return last
         root, steps = self.stretch(last)
@@ -175,7 +175,7 @@ class LipschitzWalk(fx.Interpreter):
         return min(alone, product_up(self.bound(root), whole))
 
     def product(self, steps: list[Affine]) -> float:
-        """Product of the norms of steps, a layer and the batch normalisation behind it being one."""
+        """Product of the norms of steps; a layer and the batch normalisation that follows it are one step."""
         return product_up(*(self._norm(step) for step in _joined(steps)))
 
     def _norm(self, step: Affine) -> float:
@@ -200,15 +200,15 @@ class LipschitzWalk(fx.Interpreter):
         if rule is None:
             return self._unknown(n, self.kinds[n])
         if module is not None and is_overridden(module) and rule is not RULES.get(nn.Linear):
-            return self._unknown(n, f"{self.kinds[n]} with hooks or a forward pass of its own")
+            return self._unknown(n, f"{self.kinds[n]} with hooks or an overridden forward")
         try:
             value = rule(self, n)
-        except Exception as error:  # noqa: BLE001 - a call the rule does not understand is no claim, whatever it trips over
-            return self._unknown(n, f"{self.kinds[n]} as it is called here ({error or type(error).__name__})")
+        except Exception as error:  # noqa: BLE001 - an unsupported call has no bound, whatever error it raises
+            return self._unknown(n, f"this call of {self.kinds[n]} ({error or type(error).__name__})")
         return value if isinstance(value, Affine) or value < math.inf else self._unknown(n, self.kinds[n])
 
     def _box(self, n: fx.Node, result: Any) -> Box:
-        """The box of a node's values: by its interval rule, and around its value at the centre by its Lipschitz bound."""
+        """The box of a node's values, from its interval rule and from its Lipschitz bound around its value at the centre."""
         if n.op == "placeholder":
             assert self._input_box is not None
             return self._input_box
@@ -218,7 +218,7 @@ class LipschitzWalk(fx.Interpreter):
         if rule is not None and n.op != "output":
             try:
                 found = rule(self, n)
-            except Exception:  # noqa: BLE001 - what the rule does not understand has the box around its centre
+            except Exception:  # noqa: BLE001 - an unsupported call has the box of its Lipschitz bound
                 found = None
         if found is not None and (n in self.affine or not isinstance(result, Tensor)):
             return rounded_outward(found)
@@ -232,22 +232,22 @@ class LipschitzWalk(fx.Interpreter):
             host = type(module).__module__.split(".")[0] if module is not None else ""
             hint = "; import robust_spectral.plugins.timm for its layers" if host == "timm" else ""
             hint = "; use model.float()" if what.endswith(("torch.float16", "torch.bfloat16")) else hint
-            self.reason = f"no Lipschitz constant is known of {what} (at '{where(n)}'){hint}"
+            self.reason = f"no Lipschitz constant is known for {what} (at '{where(n)}'){hint}"
         return math.inf
 
 
 def where(n: fx.Node) -> str:
-    """What a node is called in the model."""
+    """The name of a node in the model."""
     return str(n.target) if n.op == "call_module" else n.name
 
 
 def composed(steps: list[Affine]) -> LinearOperator:
-    """The operator of a stretch."""
+    """The operator of a stretch: the composition of its steps."""
     return reduce(compose, [step.build() for step in steps])
 
 
 def _joined(steps: list[Affine]) -> list[Affine]:
-    """Steps in which a layer and the batch normalisation behind it are one."""
+    """The steps, with each batch normalisation joined to the layer before it where possible."""
     joined: list[Affine] = []
     for step in steps:
         both = JOINERS.get(type(step.module), lambda *_: None)(joined[-1], step) if joined else None
@@ -266,12 +266,12 @@ def _parts(result: Any) -> Sequence[Tensor]:
 
 
 def is_overridden(module: nn.Module) -> bool:
-    """Whether the module's type does not tell what it does: those with an operator are asked by calling them."""
+    """Whether hooks or an instance's own ``forward`` may change what a module of its type computes."""
     return has_forward_hooks(module) or "forward" in vars(module)
 
 
 def _is_shape(n: fx.Node) -> bool:
-    """Whether a node reads only shapes and types off its arguments."""
+    """Whether a node reads only the shape, dtype or device of its argument."""
     if n.op == "call_function" and n.target is getattr:
         return n.args[1] in ("shape", "ndim", "dtype", "device")
     return n.op == "call_method" and n.target in ("size", "dim", "numel")

@@ -1,7 +1,7 @@
-"""Proved intervals around the spectral norm of an operator; each upper bound names its theorem.
+"""Proved intervals around the spectral norm of an operator, each with the name of the theorem that proves its upper end.
 
-`spectral_norm` takes the smallest of the bounds that fit: a dense decomposition, bounds of convolutions by their kernel, or a
-bound from a Lanczos run that holds with a stated probability.
+`spectral_norm` returns the smallest bound that applies: from a dense decomposition, from the kernel of a convolution, or from
+a Lanczos run, whose bound is valid with a stated probability.
 """
 
 from .enclosures import NormInterval as NormInterval

@@ -1,7 +1,7 @@
-"""Upper bounds of convolutions that are read off the kernel, by a theorem each; all deterministic, all in float64.
+"""Upper bounds of a convolution's norm from its kernel, one theorem each: deterministic, in float64, rounded outward.
 
-They hold for zero and circular padding whatever the size of the input, the stride and the dilation; a padding that repeats
-inputs enters by its own norm, `Kernel.gain`. Rounded outward.
+The bounds are valid for zero and circular padding and any input size, stride and dilation. A padding that repeats inputs
+multiplies them by its own norm, `Kernel.gain`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SYMBOL_WORK = 8e9  # multiply-adds that take a few seconds on two cores
 
 
 def schur_bound(kernel: Kernel) -> float:
-    """sqrt(‖A‖₁ ‖A‖_∞) from sums of absolute kernel entries, the largest over groups (Schur's test).
+    """The bound sqrt(‖A‖₁ ‖A‖_∞) from sums of absolute kernel entries, the largest over groups (Schur's test).
 
-    Every output sees each entry of its filter at most once, and every input meets each entry at most once, whatever the
-    stride, dilation and amount of zero or circular padding.
+    Each output uses each entry of its filter at most once, and each input is multiplied by each entry at most once, whatever
+    the stride, dilation and amount of zero or circular padding.
     """
     scale = power_of_two(float(kernel.weight.abs().max()))
     size = (kernel.weight / scale).abs().flatten(2).sum(2)  # (out, in/g)
@@ -33,13 +33,13 @@ def schur_bound(kernel: Kernel) -> float:
 
 
 def symbol_bound(kernel: Kernel, most_work: float = SYMBOL_WORK) -> float:
-    """Supremum over all frequencies of the norm of the kernel's Fourier symbol, the largest over groups.
+    """An upper bound of the supremum over all frequencies of the norm of the kernel's symbol, the largest over groups.
 
-    A zero-padded convolution is a section of the convolution on the infinite grid, whose norm is that supremum, and a
-    circular one samples the symbol. A trigonometric polynomial of degree d is at most 1 / cos(π d / N) above its maximum over
-    N > 2 d equispaced points (Ehlich and Zeller 1964), applied along every axis; it applies because ⟨y, K(ω) x⟩ is such a
-    polynomial for fixed x and y, of degree (window - 1) / 2 once centred. The grid is the finest that ``most_work``
-    multiply-adds allow; inf where even the coarsest costs more.
+    A zero-padded convolution is a section of the convolution on the infinite grid, whose norm is this supremum, and a circular
+    one samples the symbol. The modulus of a trigonometric polynomial of degree d is at most 1 / cos(π d / N) times its largest
+    value at N > 2 d equispaced points (Ehlich and Zeller 1964). This is applied along every axis to ⟨y, K(ω) x⟩, which for fixed x
+    and y is such a polynomial, of degree (window - 1) / 2 once centred. The grid is the finest that ``most_work`` multiply-adds
+    allow; the bound is inf where even the coarsest grid costs more, or with more than two axes.
     """
     c_out, c_in, *window = kernel.weight.shape
     per_out = c_out // kernel.groups
@@ -54,9 +54,10 @@ def symbol_bound(kernel: Kernel, most_work: float = SYMBOL_WORK) -> float:
 
 
 def fourier_norm(kernel: Kernel, most_work: float = SYMBOL_WORK) -> tuple[float, float] | None:
-    """The norm of a circular convolution, rounded down and up; None of any other, and where it costs more than ``most_work``.
+    """The norm of a circular convolution, rounded down and up; None for others, and where it costs more than ``most_work``.
 
-    The Fourier transform makes it block diagonal, with the symbols at the frequencies of its grid for blocks.
+    The Fourier transform makes a circular convolution block diagonal, with the symbols at the frequencies of its grid as
+    blocks.
     """
     c_out, c_in = kernel.weight.shape[:2]
     per_out = c_out // kernel.groups
@@ -67,7 +68,7 @@ def fourier_norm(kernel: Kernel, most_work: float = SYMBOL_WORK) -> tuple[float,
 
 
 def _largest_symbol(kernel: Kernel, grid: list[int]) -> tuple[float, float]:
-    """The largest norm of the symbols on a grid no smaller than the window, and how many roundings its error amounts to."""
+    """The largest norm of the symbols on a grid no smaller than the window, and a number of roundings that bounds the error."""
     scale = power_of_two(float(kernel.weight.abs().max()))
     pieces = [largest_singular_value(piece) for piece in _symbols(kernel.weight.double() / scale, grid, kernel.groups)]
     operations = max(operations for _, operations in pieces) + kernel.weight[0].numel() + prod(grid)
@@ -75,27 +76,27 @@ def _largest_symbol(kernel: Kernel, grid: list[int]) -> tuple[float, float]:
 
 
 def _grids(degrees: list[int]) -> Iterator[list[int]]:
-    """Points an axis, from generous to the fewest that give a bound; one where all frequencies are alike."""
+    """Numbers of points on the axes, from many to the fewest that give a bound; one on an axis where the window has one tap."""
     for halvings in range(6):
         yield [max(max(64, 32 * d) >> halvings, 2 * d + 2) if d else 1 for d in degrees]
 
 
 def frobenius_bound(A: LinearOperator) -> float:
-    """Frobenius norm, from above: every kernel entry acts at most once for each output position (or input position).
+    """An upper bound of the Frobenius norm: each kernel entry acts at most once per output position, and per input position.
 
-    Where the padding repeats inputs, ‖A‖_F ≤ ‖convolution of the padded input‖_F ‖padding‖, counted by positions of the
-    output, of which the adjoint's are the inputs.
+    Where the padding repeats inputs, ‖A‖_F ≤ ‖convolution of the padded input‖_F ‖padding‖, and entries are counted only per
+    output position, which for an adjoint is an input position; the larger number of the two is taken.
     """
     assert A.kernel is not None
-    fewest = max if A.kernel.gain > 1 else min
-    positions = fewest(prod(A.out_shape[1:]), prod(A.in_shape[1:]))
+    choose = max if A.kernel.gain > 1 else min
+    positions = choose(prod(A.out_shape[1:]), prod(A.in_shape[1:]))
     scale = power_of_two(float(A.kernel.weight.abs().max()))
     largest = float((A.kernel.weight / scale).norm()) * math.sqrt(positions)
     return round_up(A.kernel.gain * scale * largest, A.kernel.weight.numel())
 
 
 def _symbols(weight: Tensor, grid: list[int], groups: int) -> Iterator[Tensor]:
-    """Fourier symbols (frequencies, g, out/g, in/g) in pieces; conjugate frequencies are left out."""
+    """The symbols (frequencies, g, out/g, in/g) in pieces, without the conjugate half of the frequencies on the last axis."""
     axes = list(range(2, 2 + len(grid)))
     spectrum = torch.fft.rfftn(weight, s=grid, dim=axes)
     out, inn = weight.shape[:2]

@@ -1,8 +1,8 @@
-"""Two-sided enclosures of an operator's spectral norm: what may be called a bound, and by which theorem.
+"""Two-sided enclosures of an operator's spectral norm, with the theorem that proves the upper end.
 
-Everything is computed in float64 and rounded outward by a margin that covers the arithmetic. Small operators get a dense
-singular value decomposition. Larger ones get the smallest upper bound of several theorems: some hold for convolutions only
-and always, the Lanczos bound holds for any operator with a stated probability of failure over its own random start.
+Everything is computed in float64 and rounded outward by a margin that covers the arithmetic. Small operators are decomposed
+densely. Larger ones get the smallest of several upper bounds: those for convolutions are deterministic; the Lanczos bound, for
+any operator, has a stated probability of failure over its own random start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .convolution_bounds import SYMBOL_WORK, fourier_norm, frobenius_bound, schu
 from .lanczos_bound import lanczos_intervals
 
 _DENSE_WORK = 2e9  # multiply-adds of a dense decomposition that take a quarter of a second on two cores
-_QUICK_SYMBOL = 1e9  # of a symbol bound that is worth a try before a Lanczos run
+_QUICK_SYMBOL = 1e9  # most multiply-adds of a symbol bound that is computed before a Lanczos run
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,23 @@ def spectral_norm(
 ) -> NormInterval:
     """An interval that contains the spectral norm of an operator.
 
-    A small operator gets a dense decomposition, a convolution the smallest of the bounds that its kernel gives, and whatever
-    these leave wide a Lanczos run, two applications a step. The ends are rounded outward.
+    A small operator is decomposed densely, and a circular convolution by the Fourier transform where the cost allows it. For
+    all others a Lanczos run, two applications a step, gives the lower end, and the upper end is the smallest of its bound and
+    those from a convolution's kernel. The ends are rounded outward.
 
     Args:
         A: The operator; the computation runs in float64 whatever its type.
-        failure_probability: Of the probabilistic upper bound; 0 allows deterministic bounds only.
-        rtol: Width upper / lower - 1 at which the Lanczos run stops early.
-        max_steps: Steps of that run at most; each applies A and its adjoint once.
-        seed: Seed of its random start.
+        failure_probability: Probability that the Lanczos bound fails; 0 allows deterministic bounds only.
+        rtol: Relative width, upper / lower - 1, at which the Lanczos run stops early.
+        max_steps: Largest number of steps of the Lanczos run; each applies A and its adjoint once.
+        seed: Seed of the random start of the Lanczos run.
 
     Raises:
         ValueError: ``failure_probability`` is outside [0, 1), or the operator returns non-finite values.
         TypeError: A is not an operator.
 
-    Source: of the Lanczos bound, Hochstenbach (2013), Probabilistic upper bounds for the matrix two-norm, Theorem 3; of the
-    others, what `kernel_bounds` names at each.
+    Source: Hochstenbach (2013), Probabilistic upper bounds for the matrix two-norm, Theorem 3, for the Lanczos bound;
+    `norms.convolution_bounds` names the source of each bound from a kernel.
     """
     check_operator("spectral_norm", A)
     return norm_intervals([A], failure_probability, rtol=rtol, max_steps=max_steps, seed=seed)[0]
@@ -78,18 +79,18 @@ def norm_intervals(
     operators: Sequence[LinearOperator], failure_probability: float = 1e-9, *, rtol: float = 1e-2, max_steps: int = 200,
     seed: int = 0, together: bool | None = None,
 ) -> list[NormInterval]:  # fmt: skip
-    """`spectral_norm` of several operators; Lanczos runs of equal shapes share their steps where that pays.
+    """The interval of `spectral_norm` for each of several operators; Lanczos runs of equal shapes can share their steps.
 
-    It pays where the time goes into starting small computations, which is on a GPU; on a CPU the applications of the operators
-    take nearly all of it, and a run that is shared lasts as long as its slowest member.
+    Sharing saves time on a GPU, where most of a small computation's time is its launch. On a CPU nearly all time goes into
+    applications of the operators, and a shared run takes as many steps as its slowest operator needs.
 
     Args:
-        operators: Any, of any shapes.
-        failure_probability: Of each interval on its own.
+        operators: Operators of any shapes.
+        failure_probability: Probability that the Lanczos bound of one operator fails.
         rtol: As in `spectral_norm`.
         max_steps: As in `spectral_norm`.
         seed: As in `spectral_norm`.
-        together: Whether to share steps; by default where the device is not the CPU.
+        together: Whether operators of equal shapes share steps; by default only if they are not on the CPU.
 
     Raises:
         ValueError: as `spectral_norm`.
@@ -111,11 +112,11 @@ def norm_intervals(
         )  # fmt: skip
         for i, (lower, upper) in zip(members, runs, strict=True):
             found[i] = _intersection(exact[i], found[i], NormInterval(lower, upper, "lanczos", failure_probability))
-    return [_widened(interval, _roundings(A, failure_probability)) for A, interval in zip(exact, found, strict=True)]
+    return [_widened(interval, _rounding_error(A, failure_probability)) for A, interval in zip(exact, found, strict=True)]
 
 
 def _kernel_interval(A: LinearOperator, most_work: float) -> NormInterval:
-    """The norm itself where the kernel has it; else the smallest upper bound it gives, and nothing of the lower end."""
+    """The norm of a circular convolution where affordable; else the smallest upper bound from the kernel, with lower end 0."""
     if A.kernel is None:
         return NormInterval(0.0, math.inf, "none")
     ends = fourier_norm(A.kernel)
@@ -132,7 +133,7 @@ def _kernel_interval(A: LinearOperator, most_work: float) -> NormInterval:
 def _intersection(A: LinearOperator, proved: NormInterval, run: NormInterval) -> NormInterval:
     if proved.upper < run.lower:
         raise RuntimeError(
-            f"spectral_norm({A!r}): the {proved.method} bound {proved.upper} is below {run.lower}, the norm is not; report it"
+            f"spectral_norm({A!r}): {proved.method} upper bound {proved.upper} < lower bound {run.lower}; please report this"
         )
     return run if run.upper < proved.upper else replace(proved, lower=run.lower)
 
@@ -141,8 +142,8 @@ def _widened(interval: NormInterval, noise: float) -> NormInterval:
     return replace(interval, lower=max(0.0, interval.lower - noise), upper=interval.upper + noise) if noise else interval
 
 
-def _roundings(A: LinearOperator, failure_probability: float) -> float:
-    """Absolute error of applying a composition, whose parts may cancel: a few roundings of the product of their norms."""
+def _rounding_error(A: LinearOperator, failure_probability: float) -> float:
+    """The absolute rounding error in applying a composition: a few roundings of the product of the norms of its ``parts``."""
     if not A.parts:
         return 0.0
     allowed = max(failure_probability, 1e-9)
@@ -151,7 +152,7 @@ def _roundings(A: LinearOperator, failure_probability: float) -> float:
 
 
 def dense_interval(A: LinearOperator) -> NormInterval:
-    """Decomposition of the matrix, block by block, with its backward error (`largest_singular_value`)."""
+    """The interval from a dense decomposition, block by block, with its rounding error (`largest_singular_value`)."""
     blocks = dense_blocks(A)
     scale = power_of_two(float(blocks.abs().max()))
     value, operations = largest_singular_value(blocks / scale)

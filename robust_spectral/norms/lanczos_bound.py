@@ -17,14 +17,18 @@ from ..singular_values import golub_kahan, random_block, size_of
 def lanczos_interval(
     A: LinearOperator, failure_probability: float, *, rtol: float = 1e-2, max_steps: int = 200, seed: int = 0
 ) -> tuple[float, float]:
-    """Lower and upper end from one cold, uniformly random, single-vector, unrestarted Golub-Kahan run.
+    """Lower and upper bound from one Golub-Kahan run from a single, uniformly random vector, without restarts.
+
+    The arguments are those of `spectral_norm`.
 
     Let v be uniform on the sphere of Rⁿ, v₁ a top right singular vector, and p_j the Lanczos polynomials of AᵀA, so that
-    the j-th Lanczos vector is p_j(AᵀA) v. It has norm 1, hence |p_j(σ₁²)| |⟨v, v₁⟩| ≤ 1. Beyond the largest Ritz value
-    p_j grows without bound, so unless |⟨v, v₁⟩| < δ, σ₁² is at most the largest root of p_j(t) = 1/δ. The probability of
-    that exception is the regularised incomplete beta function I_{δ²}(1/2, (n-1)/2), which fixes δ; it covers all j at once.
-    A grouped operator runs once per group. Its norm is that of one of them, whichever the starts turn out to be, so that
-    the bound fails only where that one group's does, and the failure probability is not shared out.
+    the j-th Lanczos vector is p_j(AᵀA) v. This vector has norm 1, hence |p_j(σ₁²)| |⟨v, v₁⟩| ≤ 1. Beyond the largest Ritz
+    value p_j increases without bound, so unless |⟨v, v₁⟩| < δ, σ₁² is at most the largest root of p_j(t) = 1/δ. The
+    probability of |⟨v, v₁⟩| < δ is the regularised incomplete beta function I_{δ²}(1/2, (n-1)/2); δ is chosen such that it
+    equals ``failure_probability``. One event covers all j.
+
+    A grouped operator has one run per group. Which group attains the operator's norm does not depend on the random starts, and
+    the bound fails only if that group's bound does, so that the failure probability need not be divided among the groups.
 
     Source: van Dorsselaer, Hochstenbach and van der Vorst (2000); Hochstenbach (2013), Theorem 3.
     """
@@ -35,13 +39,14 @@ def lanczos_intervals(
     operators: Sequence[LinearOperator], failure_probability: float, known: Sequence[float], *, rtol: float, max_steps: int,
     seed: int,
 ) -> list[tuple[float, float]]:  # fmt: skip
-    """`lanczos_interval` of several operators of equal shapes and groups, in one run that goes on until all are settled.
+    """`lanczos_interval` of several operators of equal shapes and groups, in one run until all are narrow enough.
 
-    An operator is settled, too, where the upper bound that is ``known`` of it otherwise is near enough to its lower end.
+    The relative width, at most ``rtol`` at the end unless ``max_steps`` are reached, is that up to the smaller of the Lanczos
+    bound and the upper bound ``known`` for the operator (inf if none is).
     """
-    from scipy.special import betaincinv  # a tenth of the time that importing this package takes
+    from scipy.special import betaincinv  # takes a tenth of this package's import time
 
-    sizes = np.array([_size(A, seed) for A in operators])
+    sizes = np.array([_norm_scale(A, seed) for A in operators])
     scaled = [A.divided_by(size) for A, size in zip(operators, sizes.tolist(), strict=True)]
     A = scaled[0] if len(scaled) == 1 else direct_sum(scaled)
     B = A.H if prod(A.out_shape) < prod(A.in_shape) else A
@@ -57,15 +62,15 @@ def lanczos_intervals(
             beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
             previous = lower
             lower, upper = (ends.reshape(len(sizes), -1).max(1) for ends in _ritz_and_root(alpha, beta, delta))
-            nothing_to_wait_for = (delta == 0) & (lower <= (1 + rtol / 100) * previous)  # but the lower end
-            if last or (nothing_to_wait_for | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
+            settled = (delta == 0) & (lower <= (1 + rtol / 100) * previous)  # without a bound, only the lower end improves
+            if last or (settled | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
                 break
     margin = n * B.groups // len(sizes) + prod(B.out_shape) // len(sizes)
     ends = zip((sizes * lower).tolist(), (sizes * upper).tolist(), strict=True)
     return [(round_down(low, margin), round_up(high, margin)) for low, high in ends]
 
 
-def _size(A: LinearOperator, seed: int) -> float:
+def _norm_scale(A: LinearOperator, seed: int) -> float:
     try:
         return size_of(A, seed)
     except ValueError:
@@ -73,11 +78,11 @@ def _size(A: LinearOperator, seed: int) -> float:
 
 
 def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Largest Ritz value, and largest root of p_k(t) = 1/δ, of each group, as singular values.
+    """The largest Ritz value and the largest root of p_k(t) = 1/δ of each group, both as singular values (square roots).
 
-    p_k(t) = det(tI - BᵀB) / Π α_j β_j is followed through the pivots of tI - BᵀB, all positive exactly beyond the Ritz
-    values. Where a group's Krylov space became invariant at step j (α_j or β_j below the noise), the steps up to and with j
-    count, with the noise level as an upper bound of the vanished entry, which keeps the inequality.
+    p_k(t) = det(tI - BᵀB) / Π α_j β_j is evaluated by the pivots of tI - BᵀB, which are all positive exactly where t exceeds
+    all Ritz values. Where a group's Krylov space became invariant at step j (α_j or β_j below the noise level), only steps up
+    to and including j count, with the noise level, an upper bound, in place of the vanished entry: the inequality remains true.
     """
     steps = alpha.shape[1]
     size = np.maximum(alpha.max(1), beta.max(1))
@@ -86,14 +91,14 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[n
         return np.zeros(len(size)), np.zeros(len(size))
     a, b = alpha[live] / scale[live, None], beta[live] / scale[live, None]
     noise = 100 * EPS
-    goes_on = np.logical_and.accumulate((a > noise) & (b > noise), axis=1)
-    counts = np.pad(goes_on[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    continues = np.logical_and.accumulate((a > noise) & (b > noise), axis=1)
+    counts = np.pad(continues[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     a, b = np.where(counts, np.maximum(a, noise), 1.0), np.maximum(b, noise)
     previous_a, previous_b = (np.concatenate([np.zeros((len(a), 1)), x[:, :-1]], axis=1) for x in (a, b))
     diagonal, off, log_ab = a**2 + previous_b**2, previous_a * previous_b, np.log(a * b)  # BᵀB of the upper bidiagonal B
 
     def log_polynomial(t: np.ndarray) -> np.ndarray:
-        """log p(t) of each group at its own points t (g, points); -inf at or below the group's largest Ritz value."""
+        """log p_k(t) of each group at its own points t (g, points); -inf at or below the group's largest Ritz value."""
         total, pivot = np.zeros_like(t), np.ones_like(t)
         for j in range(steps):
             pivot = t - diagonal[:, j, None] - off[:, j, None] ** 2 / pivot
@@ -104,17 +109,17 @@ def _ritz_and_root(alpha: np.ndarray, beta: np.ndarray, delta: float) -> tuple[n
         return total
 
     norm_bound = (a * counts + b).max(1) * 2 + 1.0  # Gershgorin: above every Ritz value of B
-    ritz, _ = _first(lambda t: np.isfinite(log_polynomial(t)), np.zeros(len(a)), norm_bound**2)
+    ritz, _ = _bracket(lambda t: np.isfinite(log_polynomial(t)), np.zeros(len(a)), norm_bound**2)
     root = np.full(len(a), np.inf)
     if delta > 0:
-        _, root = _first(lambda t: log_polynomial(t) >= -math.log(delta), ritz, norm_bound**2 * 4)
+        _, root = _bracket(lambda t: log_polynomial(t) >= -math.log(delta), ritz, norm_bound**2 * 4)
     ends = np.zeros((2, len(size)))
     ends[:, live] = np.sqrt([ritz, root]) * scale[live]
     return ends[0], ends[1]
 
 
-def _first(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per group, where a monotone condition begins to hold: (last point without it, first point with it)."""
+def _bracket(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bracket the point of each group where a monotone condition becomes true: (a point before it, a point at or after it)."""
     while not holds(high[:, None]).all():
         high = high * 4
     rows, fractions = np.arange(len(low)), np.linspace(0, 1, 65)

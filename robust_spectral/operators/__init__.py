@@ -1,7 +1,7 @@
-"""Linear operators: what a linear layer does to a batch of inputs, and its adjoint, without forming a matrix.
+"""Linear operators: the action of a linear layer on a batch of inputs, and of its adjoint, without forming a matrix.
 
-`linear_operator` makes one from a module in eval mode; `LinearOperator` is the type. Also here is what the rest of the
-package asks of layers: eval mode for a while, the factor of a batch normalisation, the kernel that norm bounds are made from.
+`linear_operator` makes a `LinearOperator` from a module in eval mode. This package also provides a context manager for eval
+mode, the factor of each channel of a batch normalisation, and the kernel of a convolution from which its norm is bounded.
 """
 
 from .base import Kernel as Kernel

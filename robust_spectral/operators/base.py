@@ -1,6 +1,6 @@
-"""A linear map given by what it does to a batch, and its adjoint. No matrix is formed.
+"""Linear maps given by functions that apply the map and its adjoint to a batch. No matrix is formed.
 
-An operator that acts separately on equal, contiguous slices of the channel axis says so in ``groups``.
+The attribute ``groups`` counts the equal, contiguous slices of the channel axis on which an operator acts separately.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-_KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that may be under autocast
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # device types that may be under autocast
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel of a convolution: what bounds of convolutions are made from.
+    """The kernel of a convolution, from which upper bounds of its spectral norm are computed.
 
-    Neither dilation nor the amount of zero or circular padding appears, because the bounds that use a kernel hold for all of
-    them; a stride has become channels.
+    Neither the dilation nor the amount of zero or circular padding is recorded, because those bounds hold for all of them.
+    A stride is expressed by additional input channels.
 
     Attributes:
-        weight: (out channels, in channels / groups, *window); of a stride s, s times as many input channels an axis.
-        groups: Groups of channels.
-        gain: Norm of the padding in front of it where that repeats inputs (reflect, replicate, wide circular); else 1.
-        grid: Where the convolution is circular, the size of its output, on whose frequencies its symbols are the whole of it.
+        weight: (out channels, in channels / groups, *window). A stride s on an axis multiplies the input channels by s and
+            divides the window's length on that axis by s (polyphase form).
+        groups: Number of channel groups.
+        gain: Norm of the padding before the convolution where it repeats inputs (reflect, replicate, wide circular); else 1.
+        grid: Size of the output where the convolution is circular, so that the Fourier transform makes it block diagonal with
+            the symbols at the frequencies of this grid as blocks; else None.
     """
 
     weight: Tensor
@@ -39,7 +41,10 @@ class Kernel:
 
     @property
     def H(self) -> Kernel:
-        """That of the adjoint as far as bounds go, with the channels exchanged: no bound asks for the order of the window."""
+        """The kernel of the adjoint, with input and output channels exchanged.
+
+        The window keeps its order, which no bound depends on.
+        """
         out, per_in, *window = self.weight.shape
         exchanged = self.weight.reshape(self.groups, out // self.groups, per_in, *window).transpose(1, 2)
         return replace(self, weight=exchanged.reshape(self.groups * per_in, out // self.groups, *window))
@@ -53,17 +58,17 @@ class LinearOperator:
         in_shape: Shape of one input, without the batch axis.
         out_shape: Shape of one output.
         dtype: Type of inputs and outputs.
-        device: Where they live.
-        forward: The map, (k, *in_shape) -> (k, *out_shape); call `matmat`, which checks what it is given.
-        adjoint: Its adjoint, the other way; call `rmatmat`.
-        build: Makes the same operator in another type; None where there is no way to.
-        groups: More than 1 where the map is block diagonal over so many equal, contiguous slices of the channel axis (the
-            first one) of both spaces.
-        kernel: Where the map is a convolution or a channel-wise scaled one, what bounds of it are made from.
-        label: What it is, for messages.
-        diagonal: Whether it multiplies every element by a number.
-        parts: The maps of a composition in which products may cancel, so that roundings are of the size of the product of
-            their norms; a ``diagonal`` map beside one other cannot bring that about.
+        device: Device of inputs and outputs.
+        forward: The map, (k, *in_shape) -> (k, *out_shape). Call `matmat` instead, which checks its argument.
+        adjoint: The adjoint map, (k, *out_shape) -> (k, *in_shape). Call `rmatmat` instead.
+        build: Returns the same operator for another dtype; None where no such function is known.
+        groups: Number of equal, contiguous slices of the channel axis (the first one) of both spaces over which the map is
+            block diagonal.
+        kernel: Kernel for norm bounds, where the map is a convolution, or one followed by a factor for each channel; else None.
+        label: Name for messages.
+        diagonal: Whether the map multiplies each element by a number.
+        parts: The maps of a composition in which products may cancel, so that rounding errors are of the size of the product
+            of their norms. Empty where at most one of the maps is not ``diagonal``, as nothing cancels then.
     """
 
     in_shape: Shape
@@ -83,19 +88,19 @@ class LinearOperator:
         """Apply the operator to k inputs X: (k, *in_shape) -> (k, *out_shape). Costs k applications.
 
         Raises:
-            ValueError: X is of another shape or type.
+            ValueError: X has another shape or dtype.
         """
         self._check("matmat", X, self.in_shape)
-        return self._in_full(self.forward, X)
+        return self._in_full_precision(self.forward, X)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Apply the adjoint to k outputs Y: (k, *out_shape) -> (k, *in_shape). Costs k applications.
 
         Raises:
-            ValueError: Y is of another shape or type.
+            ValueError: Y has another shape or dtype.
         """
         self._check("rmatmat", Y, self.out_shape)
-        return self._in_full(self.adjoint, Y)
+        return self._in_full_precision(self.adjoint, Y)
 
     @property
     def H(self) -> LinearOperator:
@@ -112,19 +117,22 @@ class LinearOperator:
         )
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
-        """The same operator, built anew from the weights as they are now, computed in the floating-point type ``dtype``.
+        """The operator rebuilt from the current weights, computing in the floating-point type ``dtype``.
 
         Raises:
-            TypeError: the operator was made by hand, without a ``build`` function for other types.
+            TypeError: the operator has another dtype and no ``build`` function.
         """
         if self.build is None and dtype == self.dtype:
             return self
         if self.build is None:
-            raise TypeError(f"{self!r}.to({dtype}): this operator was given without a `build` function for other types")
+            raise TypeError(f"{self!r}.to({dtype}): this operator has no `build` function for other dtypes")
         return self.build(dtype)
 
     def divided_by(self, size: float) -> LinearOperator:
-        """The operator over ``size``, a power of two, which is exact: squares of its values neither under- nor overflow."""
+        """The operator divided by ``size``, exactly, as ``size`` is a power of two; without a ``kernel``.
+
+        With a size close to the norm, squares of the quotient's values neither underflow nor overflow.
+        """
         forward, adjoint, build = self.forward, self.adjoint, self.build
         return replace(
             self,
@@ -136,14 +144,14 @@ class LinearOperator:
         )
 
     def split(self, parts: int, axis: int = 0) -> tuple[LinearOperator, ...]:
-        """The operator's outputs in equal parts along an axis, each as an operator: a fused qkv projection is three.
+        """Split the outputs into equal parts along an axis, each an operator: a fused qkv projection gives three.
 
         Args:
-            parts: How many.
-            axis: Axis of ``out_shape`` to cut; the last one, -1, for a dense layer.
+            parts: Number of parts.
+            axis: Axis of ``out_shape`` to split; the last one, -1, for a dense layer.
 
         Raises:
-            ValueError: the parts would not be equal.
+            ValueError: ``parts`` does not divide the length of the axis.
         """
         axis %= len(self.out_shape)
         if parts < 1 or self.out_shape[axis] % parts:
@@ -172,13 +180,13 @@ class LinearOperator:
         )
 
     def to_dense(self) -> Tensor:
-        """The matrix, (out elements, in elements): costs one application per input element."""
+        """The matrix, (out elements, in elements). Costs one application per input element."""
         n = prod(self.in_shape)
         eye = torch.eye(n, dtype=self.dtype, device=self.device).reshape(n, *self.in_shape)
         return torch.cat([self.matmat(chunk).flatten(1) for chunk in eye.split(1024)]).T
 
-    def _in_full(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
-        """What a function makes of X without gradients or autocast, whose contexts are entered only where they do something."""
+    def _in_full_precision(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        """Call a function on X without gradients and autocast; enter the contexts only where one of the two is enabled."""
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
             return function(X)
         with full_precision_no_grad():
@@ -197,9 +205,9 @@ class LinearOperator:
 
 @contextmanager
 def full_precision_no_grad() -> Iterator[None]:
-    """Neither gradients nor autocast, whatever is around; for a ``with`` block, or a function as ``@in_full()``."""
+    """Disable gradients and autocast, in a ``with`` block or a function decorated by ``@full_precision_no_grad()``."""
     with torch.no_grad(), ExitStack() as stack:
-        for kind in _KINDS:
+        for kind in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
@@ -209,7 +217,7 @@ def check_operator(call: str, A: object) -> None:
     """Raise TypeError unless A is a `LinearOperator`."""
     if not isinstance(A, LinearOperator):
         raise TypeError(
-            f"{call}({type(A).__name__}): takes an operator, as from linear_operator(layer, in_shape); for a model there is "
+            f"{call}({type(A).__name__}): takes an operator, as from linear_operator(layer, in_shape); for a model use "
             "spectral_norms(model, images)"
         )
 
@@ -218,7 +226,7 @@ def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     """The operator ``x -> second(first(x))``.
 
     Raises:
-        ValueError: the first one's outputs are no inputs of the second.
+        ValueError: ``first.out_shape`` differs from ``second.in_shape``.
     """
     if first.out_shape != second.in_shape:
         raise ValueError(f"compose: {first!r} does not feed {second!r}")
@@ -237,20 +245,22 @@ def compose(first: LinearOperator, second: LinearOperator) -> LinearOperator:
 
 
 def direct_sum(operators: Sequence[LinearOperator]) -> LinearOperator:
-    """Operators of equal shapes and groups as one, each on its own slice of the first axis, so that they share every step.
+    """The direct sum of operators of equal shapes and groups, each acting on its own slice of the channel axis.
+
+    One application of the direct sum applies all of them.
 
     Raises:
-        ValueError: their shapes or groups differ.
+        ValueError: the operators differ in shape or groups.
     """
     first, many = operators[0], len(operators)
     if any((A.in_shape, A.out_shape, A.groups) != (first.in_shape, first.out_shape, first.groups) for A in operators):
         raise ValueError(f"direct_sum: {list(operators)} differ in shape or groups")
 
-    def beside(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    def on_slices(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
         return lambda X: torch.cat([f(x) for f, x in zip(functions, X.chunk(many, dim=1), strict=True)], dim=1)
 
     return LinearOperator(
         (many * first.in_shape[0], *first.in_shape[1:]), (many * first.out_shape[0], *first.out_shape[1:]),
-        first.dtype, first.device, beside([A.forward for A in operators]), beside([A.adjoint for A in operators]),
+        first.dtype, first.device, on_slices([A.forward for A in operators]), on_slices([A.adjoint for A in operators]),
         groups=many * first.groups, label=f"{many} x {first.label}",
     )  # fmt: skip

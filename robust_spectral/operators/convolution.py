@@ -1,4 +1,4 @@
-"""What a convolution's module says of it: how torch runs it, and the kernel that bounds of its norm are made from."""
+"""The settings of a convolution module for torch.convolution, and the kernel from which bounds of its norm are computed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .base import Kernel, Shape
 
 
 def convolution_settings(module: _ConvNd) -> tuple[Any, ...] | None:
-    """(stride, padding, dilation, transposed, output padding, groups) of a convolution, as torch.convolution takes them.
+    """Return (stride, padding, dilation, transposed, output padding, groups) as torch.convolution takes them.
 
-    None where the padding is not by zeros, alike on both sides.
+    None unless the padding is by zeros, equally many at both ends of each axis.
     """
     padding = symmetric_padding(module)
     if padding is None or module.padding_mode != "zeros":
@@ -25,10 +25,11 @@ def convolution_settings(module: _ConvNd) -> tuple[Any, ...] | None:
 
 
 def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
-    """The kernel for bounds, with the stride turned into channels: its phases see inputs of their own (polyphase).
+    """The kernel for norm bounds, in polyphase form: each phase of a stride becomes an input channel of its own.
 
-    A circular padding wraps phases onto themselves only where the stride divides the input; elsewhere the stride is left out,
-    which drops rows and is a bound all the same. A transposed convolution is the adjoint of one.
+    Circular padding maps each phase onto itself only where the stride divides the input's size. Elsewhere the stride is
+    ignored: the strided convolution consists of rows of the one with stride 1, so that the bounds still hold. A transposed
+    convolution gets the ``H`` of the kernel of the convolution whose adjoint it is.
     """
     for axis, (stride, dilation) in enumerate(zip(periods(module, in_shape), module.dilation, strict=True)):
         if stride > 1:
@@ -39,7 +40,10 @@ def bounding_kernel(module: _ConvNd, weight: Tensor, in_shape: Shape) -> Kernel:
 
 
 def phases_of_taps(module: _ConvNd, in_shape: Shape) -> Tensor:
-    """Which of the phases of all `periods` each tap of a window sees: (taps, phases), 1 or 0."""
+    """A matrix (taps, phases): 1 where a tap of the window multiplies inputs of that phase, else 0.
+
+    The phases are those of all axes together, as many on each axis as `periods` gives.
+    """
     table = torch.ones(1, 1, device="cpu")
     for stride, dilation, window in zip(periods(module, in_shape), module.dilation, module.kernel_size, strict=True):
         table = torch.kron(table, F.one_hot(torch.arange(window, device="cpu") * dilation % stride, stride))
@@ -47,13 +51,16 @@ def phases_of_taps(module: _ConvNd, in_shape: Shape) -> Tensor:
 
 
 def periods(module: _ConvNd, in_shape: Shape) -> list[int]:
-    """The phases that `bounding_kernel` turns into channels along each axis: its stride, 1 where that is left out."""
+    """The number of phases that `bounding_kernel` turns into channels on each axis: the stride, or 1 where it is ignored."""
     wraps = module.padding_mode == "circular"
     return [1 if wraps and size % stride else stride for size, stride in zip(in_shape[1:], module.stride, strict=True)]
 
 
 def _cyclic_grid(module: _ConvNd, in_shape: Shape) -> Shape | None:
-    """The output's size where a convolution with circular padding commutes with shifts by its stride; else None."""
+    """The output's size where a circularly padded convolution without dilation has input size / stride outputs; else None.
+
+    Such a convolution commutes with cyclic shifts of the input by its stride.
+    """
     reversed_padding: Any = module._reversed_padding_repeated_twice
     sizes = zip(in_shape[1:], module.kernel_size, module.stride, module.dilation, strict=True)
     grid = []
@@ -66,7 +73,7 @@ def _cyclic_grid(module: _ConvNd, in_shape: Shape) -> Shape | None:
 
 
 def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
-    """Every stride-th tap of an axis as channels of their own, (out, in * stride, *window) with a window that much shorter."""
+    """Every stride-th tap of an axis as a channel of its own: (out, in * stride, *window), with a shorter window."""
     places = torch.arange(weight.shape[axis], device=weight.device) * dilation
     length = -(-((weight.shape[axis] - 1) * dilation + 1) // stride)
     spread = weight.new_zeros(*weight.shape[:axis], length * stride, *weight.shape[axis + 1 :])
@@ -75,11 +82,11 @@ def _phases(weight: Tensor, axis: int, stride: int, dilation: int) -> Tensor:
 
 
 def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
-    """Norm of the padding where the kernel's own bounds do not cover it, rounded up.
+    """The norm of the padding, rounded up; 1 for a padding that the bounds from the kernel already cover.
 
-    A padding that repeats inputs is a matrix with a single 1 in each row, so its norm along an axis is the root of the
-    number of times the most repeated input appears. Circular padding so narrow that no input meets one kernel entry twice,
-    around a window that does not meet itself, is covered by the kernel's own bounds, and zeros add nothing.
+    A padding that repeats inputs is a matrix with a single 1 in each row, so its norm along an axis is the square root of the
+    number of copies of the input that is repeated most often. The bounds cover zeros, and circular padding so narrow that no
+    input meets a kernel entry twice, with a window short enough not to overlap itself around the grid.
     """
     if module.padding_mode == "zeros":
         return 1.0
@@ -98,7 +105,10 @@ def _padding_gain(module: _ConvNd, in_shape: Shape) -> float:
 
 
 def symmetric_padding(module: _ConvNd) -> Shape | None:
-    """The zeros added at both ends of each spatial axis; None where the two ends differ ('same' with an even window)."""
+    """The padding at each end of every spatial axis; None where the two ends differ ('same' with an odd reach).
+
+    The reach of a window is dilation * (taps - 1).
+    """
     if not isinstance(module.padding, str):
         return tuple(module.padding)
     reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

@@ -1,8 +1,8 @@
-"""From a module to its operator: ``x -> module(x) - module(0)`` in eval mode, and the adjoint.
+"""The operator of a module, ``x -> module(x) - module(0)`` in eval mode, and its adjoint.
 
-Any affine module is taken through its own forward pass and the vector-Jacobian product, so that every padding mode, stride
-and weight computed in forward is covered by one piece of code. The plain layers of ``torch.nn`` take a direct path without
-autograd and without the second forward for the offset.
+Any affine module is applied through its own forward pass and vector-Jacobian products, so that one function covers every
+padding mode, stride and weight computed in ``forward``. Dense layers, zero-padded convolutions and batch normalisations of
+torch.nn itself are applied directly, without autograd.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .base import LinearOperator, Shape, compose
 from .convolution import bounding_kernel, convolution_settings, symmetric_padding
 
-_FROZEN_BATCHNORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}  # of torchvision and timm, which are no _BatchNorm
+_FROZEN_BATCHNORMS = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}  # torchvision, timm: not derived from _BatchNorm
 
 
 def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
     """The linear part ``x -> module(x) - module(0)`` of an affine module in eval mode.
 
-    The operator follows later changes of the weights (its ``kernel`` does not; ``to`` renews it).
-    The module's training mode, gradients, buffers and the global random state are left as they are.
+    The operator follows later changes of the weights, except for its ``kernel``, which ``to`` recomputes.
+    The module's training mode, gradients and buffers and the global random state are left unchanged.
 
     Args:
         module: Any affine module; an ``nn.Sequential`` of affine modules is composed.
         in_shape: Shape of one input, without the batch axis.
-        dtype: Type to compute in; default the type of the weights, half precision being raised to float32.
+        dtype: Type to compute in; by default the type of the weights, with float32 in place of half precision.
 
     Raises:
         ValueError: ``in_shape`` is empty or does not fit the module, or the weights are not finite or have no values.
-        NotImplementedError: the module is not affine; the message names the part that is to blame.
+        NotImplementedError: the module is not affine (the message names the part that is not) or has complex weights.
     """
     shape = tuple(int(n) for n in in_shape)
     if not shape or min(shape) < 1:
@@ -47,7 +47,7 @@ def linear_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dty
 
 
 def unchecked_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype | None = None) -> LinearOperator:
-    """The same without a look at the weights, which would wait for a GPU."""
+    """`linear_operator` without its checks of the shape and of the weights' values, which would wait for a GPU."""
     builder = _module_operator if has_forward_hooks(module) else _BUILDERS.get(type(module), _module_operator)
     return builder(module, in_shape, dtype or _default_dtype(module))
 
@@ -55,11 +55,11 @@ def unchecked_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype | 
 def batchnorm_operator(batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
     """The affine part of a batch normalisation in eval mode: each channel times gamma / sqrt(running_var + eps).
 
-    Takes every kind of batch normalisation that keeps running statistics, those of timm that end in an activation
-    included (the activation is not part of the operator).
+    The module may be any batch normalisation with running statistics, including those of timm that end in an activation
+    (which is not part of the operator). ``dtype`` is by default that of the weights, with float32 in place of half precision.
 
     Raises:
-        ValueError: the first axis of ``in_shape`` has another number of channels.
+        ValueError: ``in_shape`` does not start with the number of channels, or has a wrong number of axes.
         NotImplementedError: the module keeps no running statistics, so it is not affine in eval mode.
     """
     shape = tuple(in_shape)
@@ -98,14 +98,14 @@ def batchnorm_scale(batchnorm: nn.Module) -> Tensor:
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Whether the module is a batch normalisation, trainable or frozen, with or without an activation behind it."""
+    """Whether the module is a batch normalisation, trainable or frozen, with or without a built-in activation."""
     return isinstance(module, _BatchNorm) or type(module).__name__ in _FROZEN_BATCHNORMS
 
 
 def convolution_then_batchnorm(
     convolution: nn.Module, batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> LinearOperator:
-    """A convolution or dense layer followed by the affine part of a batch normalisation in eval mode."""
+    """The operator of a convolution or dense layer followed by the affine part of a batch normalisation in eval mode."""
     first = linear_operator(convolution, in_shape, dtype)
     composite = compose(first, batchnorm_operator(batchnorm, first.out_shape, first.dtype))
     build = lambda other: convolution_then_batchnorm(convolution, batchnorm, in_shape, other)  # noqa: E731
@@ -117,15 +117,14 @@ def convolution_then_batchnorm(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module is a dense or convolutional layer of torch.nn itself, of no class derived from one."""
+    """Whether the module is a dense or convolutional layer of torch.nn itself, not of a derived class."""
     return type(module) in _PLAIN
 
 
 def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
-    """The smallest input shape at which a layer has the norm it has at ``in_shape``.
+    """The input shape to compute a layer's norm at: a single position if it treats all positions alike, else ``in_shape``.
 
-    A dense layer acts on its features, and a pointwise convolution without padding on its channels, at every position alike:
-    one position tells all.
+    A dense layer applies one matrix to the features at every position, a pointwise convolution without padding to the channels.
     """
     if isinstance(module, nn.Linear):
         return tuple(in_shape[-1:])
@@ -137,7 +136,7 @@ def norm_shape(module: nn.Module, in_shape: Sequence[int]) -> Shape:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode and give every submodule its own mode back afterwards."""
+    """Put a module in eval mode and restore the mode of every submodule afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -148,7 +147,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
-    """Any affine module, through its own forward pass and the vector-Jacobian product."""
+    """The operator of any affine module, through its own forward pass and vector-Jacobian products."""
     device = _device(module)
 
     def call(X: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> 
         return output
 
     def forward(X: Tensor) -> Tensor:
-        """The adjoint's adjoint: a difference module(x) - module(0) would lose x next to a large offset."""
+        """Apply the adjoint's adjoint: in module(x) - module(0), rounding would lose a small x next to a large offset."""
         with torch.enable_grad():
             Z = X.new_zeros(len(X), *in_shape, requires_grad=True)
             output = call(Z)
@@ -187,7 +186,7 @@ def _module_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> 
 def _probe_affine(
     module: nn.Module, call: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Shape:
-    """Check f(x + y) + f(0) = f(x) + f(y) and f(x) + f(-x) = 2 f(0) at 32 points of many sizes; returns the output's shape."""
+    """Check f(x + y) + f(0) = f(x) + f(y) and f(x) + f(-x) = 2 f(0) at 32 points of many sizes; return the output's shape."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 32, *in_shape, generator=generator, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype)
     scale = (2.0 ** torch.arange(32, dtype=torch.float64) / 2**16).to(device=device, dtype=dtype)
@@ -198,33 +197,33 @@ def _probe_affine(
             fx, fy, fxy, fm = out[:-1].chunk(4)
             f0 = out[-1:]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"linear_operator(in_shape={in_shape}): {type(module).__name__} does not take it: {error}") from error
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {type(module).__name__} rejects it: {error}") from error
     size = (fx.abs() + fy.abs() + fxy.abs() + f0.abs()).flatten(1).amax(1)
     if not bool(torch.isfinite(out).all()):
         raise ValueError(f"linear_operator: {type(module).__name__} returns NaN or infinite values")
     gap = torch.maximum((fxy + f0 - fx - fy).abs(), (fx + fm - 2 * f0).abs()).flatten(1).amax(1)
     limits = torch.finfo(dtype)
-    if not bool((gap <= 1e3 * limits.eps * (size + limits.tiny)).all()):  # below tiny, roundings do not shrink any more
+    if not bool((gap <= 1e3 * limits.eps * (size + limits.tiny)).all()):  # below tiny, rounding errors stop shrinking
         raise NotImplementedError(
-            f"linear_operator: {_blame(module)} is not affine; x -> module(x) - module(0) must be linear in eval mode"
+            f"linear_operator: {_not_affine(module)} is not affine; x -> module(x) - module(0) must be linear in eval mode"
         )
     return tuple(fx.shape[1:])
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks of the user's take part in the forward pass, so that only calling the module tells what it does."""
+    """Whether the module has forward hooks, which may change its inputs and outputs."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _blame(module: nn.Module) -> str:
-    """Name the innermost parts of a module that are not known to be affine."""
+def _not_affine(module: nn.Module) -> str:
+    """The names of the parts of a module that are not known to be affine, for messages."""
     if isinstance(module, nn.Sequential):
-        guilty = [f"{type(part).__name__} (at '{name}')" for name, part in module.named_children() if not _known(part)]
-        return ", ".join(guilty) or "Sequential"
+        parts = [f"{type(part).__name__} (at '{name}')" for name, part in module.named_children() if not _known_affine(part)]
+        return ", ".join(parts) or "Sequential"
     return type(module).__name__
 
 
-def _known(module: nn.Module) -> bool:
+def _known_affine(module: nn.Module) -> bool:
     return type(module) in _BUILDERS or isinstance(module, _AFFINE)
 
 
@@ -233,19 +232,19 @@ def _dense_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> L
     if in_shape[-1] != weight.shape[1]:
         raise ValueError(f"linear_operator(in_shape={in_shape}): {module} takes {weight.shape[1]} features on the last axis")
 
-    def live() -> Tensor:
+    def current_weight() -> Tensor:
         return _weight(module).to(dtype)
 
     return LinearOperator(
         in_shape, (*in_shape[:-1], weight.shape[0]), dtype, weight.device,
-        forward=lambda X: F.linear(X, live()),
-        adjoint=lambda Y: F.linear(Y, live().T),
+        forward=lambda X: F.linear(X, current_weight()),
+        adjoint=lambda Y: F.linear(Y, current_weight().T),
         build=lambda other: _dense_operator(module, in_shape, other), label="Linear",
     )  # fmt: skip
 
 
 def _convolution_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
-    """Convolutions, transposed ones too; without autograd where padding is by zeros and symmetric."""
+    """The operator of a convolution, transposed or not; without autograd where it pads symmetrically by zeros."""
     assert isinstance(module, _ConvNd)
     settings = convolution_settings(module)
     if settings is None:
@@ -276,7 +275,7 @@ def _out_shape(forward: Callable[[Tensor], Tensor], in_shape: Shape, dtype: torc
         with torch.no_grad():
             return tuple(forward(torch.zeros(1, *in_shape, dtype=dtype, device=_device(module))).shape[1:])
     except RuntimeError as error:
-        raise ValueError(f"linear_operator(in_shape={in_shape}): {module} does not take it: {error}") from error
+        raise ValueError(f"linear_operator(in_shape={in_shape}): {module} rejects it: {error}") from error
 
 
 def _batchnorm_module(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
@@ -284,7 +283,7 @@ def _batchnorm_module(module: nn.Module, in_shape: Shape, dtype: torch.dtype) ->
 
 
 def _sequential_operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype) -> LinearOperator:
-    """Parts composed in order; a batch normalisation scales the kernel of the convolution before it."""
+    """The composition of the parts in order; two parts, a convolution and a batch normalisation, keep a scaled kernel."""
     assert isinstance(module, nn.Sequential)
     parts = list(module)
     if not parts:

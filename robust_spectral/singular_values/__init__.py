@@ -1,7 +1,7 @@
 """Singular values of operators: the largest ones as estimates from below, and whole spectra of circular convolutions.
 
-`top_singular` runs a solver, `Lanczos` or the paper's `PowerQR`. The Krylov and power steps that they take are offered as well,
-for bounds of the norm and for training, which follow the same directions.
+`top_singular` runs a solver: `Lanczos`, or `PowerQR`, the block power method of Ebrahimpour Boroojeny et al. (2024). Single
+Krylov and power steps are available too, for norm bounds and for training, which updates singular vectors step by step.
 """
 
 from .circular_convolution import DuplicateStructure as DuplicateStructure

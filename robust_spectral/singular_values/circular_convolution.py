@@ -1,8 +1,8 @@
-"""The whole spectrum of a convolution that wraps around, which of its values come twice, and what clipping them all asks.
+"""All singular values of a circular convolution, their multiplicities, and the effect of clipping every one of them.
 
-A convolution with circular padding commutes with cyclic shifts, so the Fourier transform makes it block diagonal: one small
-matrix for each frequency, its symbol. A stride s keeps every s-th output, so s input frequencies per axis become one output
-frequency and their symbols stand side by side in one block.
+A convolution with circular padding commutes with cyclic shifts, so the Fourier transform makes it block diagonal, with one
+small matrix, the symbol, for each frequency. A stride s keeps every s-th output, so s input frequencies per axis are aliased
+to one output frequency, and their symbols are concatenated in one block.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..operators import Shape, evaluating, has_forward_hooks
 
 @dataclass(frozen=True)
 class DuplicateStructure:
-    """How the singular values of real circular convolutions are tied: ``total = single + 2 * pairs``.
+    """Pairs of equal singular values in real circular convolutions: ``total = single + 2 * pairs``.
 
     Attributes:
-        total: How many singular values there are.
-        single: How many of them, at most, are not tied to another one.
-        pairs: How many pairs of equal singular values there are, at least.
-        self_conjugate: The frequencies that are their own mirror image, where the single ones live, one index an axis.
+        total: Number of singular values.
+        single: Number of singular values that need not belong to a pair of equal values.
+        pairs: Number of pairs of equal singular values, whatever the kernel.
+        self_conjugate: The frequencies w = -w, to which the single values belong, with one index per axis.
     """
 
     total: int
@@ -41,13 +41,13 @@ class DuplicateStructure:
 
 @dataclass(frozen=True)
 class RepresentationGap:
-    """How far a spectrum clipped value by value is from the layers that the kernel's window allows.
+    """The gap between a circular convolution with all singular values clipped and those with the module's window.
 
     Attributes:
-        energy_outside: Frobenius norm of what the clipped convolution has outside the window, divided by the whole of it.
-        norm_after_projection: Spectral norm once that is cut off, in general above the ``max_norm`` that was asked for.
-        changed: How many singular values were above ``max_norm``.
-        total: How many there are.
+        energy_outside: Frobenius norm of the clipped kernel's entries outside the window, divided by that of the whole kernel.
+        norm_after_projection: Spectral norm after these entries are set to 0, in general above ``max_norm``.
+        changed: Number of singular values above ``max_norm`` before the clip.
+        total: Number of singular values.
     """
 
     energy_outside: float
@@ -59,20 +59,21 @@ class RepresentationGap:
 def circular_singular_values(module: nn.Module, in_shape: Sequence[int]) -> Tensor:
     """All singular values of a convolution with circular padding whose output has the input's size divided by the stride.
 
-    At the output frequency w the block is [K(w + a n / s) for a = 0, …, s - 1] / sqrt(s) on every axis, K being the Fourier
-    transform of the kernel laid around the grid, (out, in): a shifted delta's transform has modulus 1, so the amount of
-    padding on either side only turns phases. Blocks at w and -w are conjugate and decomposed once. Groups have a block each.
+    At the output frequency w the block is [K(w + a n / s) for a = 0, …, s - 1] / sqrt(s) on every axis, where K, (out, in), is
+    the Fourier transform of the kernel wrapped around the grid. The padding's distribution between the two sides shifts the
+    kernel, which multiplies K by phases and leaves the singular values unchanged. Blocks at w and -w are conjugate and
+    decomposed once. Each group has its own block.
 
     Args:
         module: An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` with ``padding_mode="circular"``; any dilation and groups,
-            and any window: it wraps around where it is wider than the input, more than once too, where torch refuses to run.
-            It is not run, and not changed.
+            and any window. A window wider than the input wraps around, even more than once, where torch refuses to run.
+            The module is neither run nor changed.
         in_shape: Shape of one input, (in channels, *grid).
 
     Returns:
-        Singular values, descending, shape (min(out elements, in elements),), zeros included, float64. Each errs, on either
-        side, by a few hundred roundings of the largest one. Costs prod(grid) log(prod(grid)) per pair of channels and one
-        decomposition for every second output frequency; no operator applications.
+        Singular values in descending order, zeros included, float64, shape (min(out elements, in elements),). The error of
+        each is at most a few hundred roundings of the largest one. Costs prod(grid) log(prod(grid)) per pair of channels and
+        one decomposition for every second output frequency; no operator applications.
 
     Raises:
         ValueError: ``in_shape`` does not fit the module, or its weights are not finite.
@@ -81,38 +82,39 @@ def circular_singular_values(module: nn.Module, in_shape: Sequence[int]) -> Tens
     Source: Sedghi, Gupta and Long, The Singular Values of Convolutional Layers (2019), for stride 1; the stride by the alias
     components of Vaidyanathan, Multirate Systems and Filter Banks (1993).
     """
-    convolution, kernel, _, scale = _on_grid("circular_singular_values", module, in_shape)
-    return _values(kernel, convolution.groups, convolution.stride) * scale
+    convolution, kernel, _, scale = _kernel_on_grid("circular_singular_values", module, in_shape)
+    return _singular_values(kernel, convolution.groups, convolution.stride) * scale
 
 
 def duplicate_structure(in_shape: Sequence[int], channels: int | tuple[int, int]) -> DuplicateStructure:
-    """Which singular values of a real circular convolution of stride 1 are bound to come in pairs.
+    """The number of singular values of a real circular convolution of stride 1 that must come in pairs of equal values.
 
-    Let c = min(channels) and let e of the grid's axes have even length. Then c 2ᵉ singular values may be single, and all the
-    others come in pairs, whatever the kernel: on one axis c of them for odd n and 2c for even n, on two axes c where both
-    lengths are odd, 2c where one is even and 4c where both are. So the spectrum of such a layer cannot be set at will, and
-    clipping one value of a pair alone leaves the norm as it is.
+    Let c = min(channels), and let e of the grid's axes have even length. Then at most c 2ᵉ singular values are single, and all
+    others come in pairs, whatever the kernel. On one axis these are c values for odd n and 2c for even n; on two axes, c
+    where both lengths are odd, 2c where one is even and 4c where both are. The spectrum of such a layer can therefore not be
+    chosen freely, and clipping only one value of the largest pair leaves the norm unchanged.
 
     Proof: the kernel is real, so its transform has K(-w) = conj K(w), and conjugate matrices have the same c singular values.
-    The frequencies with w = -w modulo n are w = 0 and, for even n, w = n / 2, on every axis. Only there nothing ties the
-    symbol to another one. The numbers are attained: for almost every kernel that fills the grid they are exact, for the
-    symbols of one frequency of each pair may be any complex matrices and those of self-conjugate frequencies any real ones.
-    A smaller window may tie more: with 1 x 1 kernels, and windows no wider than the stride, all frequencies are alike.
+    The frequencies with w = -w modulo n are w = 0 and, for even n, w = n / 2, on every axis; only their symbols do not
+    determine another symbol. The numbers are exact for almost every kernel that fills the grid, because the symbols at one
+    frequency of each pair may be any complex matrices, and those at self-conjugate frequencies any real ones. A smaller
+    window may imply more equal values: with 1 x 1 kernels, and with windows no wider than the stride, all frequencies have
+    the same singular values.
 
-    Groups change nothing when ``channels`` are those of all groups together. With a stride the same holds for the grid of the
-    output and (out channels, prod(stride) · in channels).
+    With groups, give the channels of all groups together. With a stride, give the grid of the output and (out channels,
+    prod(stride) · in channels).
 
     Args:
         in_shape: The grid, (n,) or (h, w), without channels.
         channels: (out channels, in channels), or one number for both.
 
     Raises:
-        ValueError: ``in_shape`` is empty, or a size is below 1.
+        ValueError: ``in_shape`` is empty, a size is below 1, or ``channels`` has not one or two numbers.
     """
     grid, both = tuple(in_shape), (channels, channels) if isinstance(channels, int) else tuple(channels)
     if not grid or len(both) != 2 or min(*grid, *both) < 1:
         raise ValueError(
-            f"duplicate_structure(in_shape={grid}, channels={channels}): give the grid and the channels, from 1 up"
+            f"duplicate_structure(in_shape={grid}, channels={channels}): needs a grid and channels, all at least 1"
         )
     own = tuple(product(*[(0,) if n % 2 else (0, n // 2) for n in grid]))
     total, single = prod(grid) * min(both), len(own) * min(both)
@@ -120,28 +122,28 @@ def duplicate_structure(in_shape: Sequence[int], channels: int | tuple[int, int]
 
 
 def representation_gap(module: nn.Module, in_shape: Sequence[int], max_norm: float = 1.0) -> RepresentationGap:
-    """What clipping every singular value of a circular convolution at ``max_norm`` asks of the kernel's window.
+    """The gap that clipping every singular value of a circular convolution at ``max_norm`` opens to the kernel's window.
 
-    min(σ, max_norm) at every frequency gives the nearest circular convolution of no larger norm, but its kernel fills the grid.
-    The nearest kernel with the module's window, in Frobenius norm, is what one gets by dropping all other entries, for the
-    norm of a convolution is sqrt(positions) times that of its kernel laid around the grid. Where the window wraps onto
-    itself, its entries' places count once.
+    min(σ, max_norm) at every frequency gives the nearest circular convolution with a norm of at most max_norm, but its kernel
+    fills the grid. The nearest convolution with the module's window, in Frobenius norm, has the same kernel with all entries
+    outside the window set to 0, because the Frobenius norm of a circular convolution is sqrt(positions) times that of its
+    kernel wrapped around the grid. Where the window overlaps itself on the grid, each position counts once.
 
     Args:
         module: As in `circular_singular_values`, with stride 1; it is not changed.
         in_shape: Shape of one input, (in channels, *grid).
-        max_norm: Where to clip, positive.
+        max_norm: Largest singular value after the clip, positive.
 
     Raises:
         ValueError: ``max_norm`` is not positive, or as `circular_singular_values`.
         NotImplementedError: the module has a stride, or as `circular_singular_values`.
 
-    Source: the clipped and projected layers are those of Sedghi, Gupta and Long (2019); that a window does not hold a
-    spectrum set at will is the limitation named by Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024).
+    Source: Sedghi, Gupta and Long (2019) for the clip and the projection; Ebrahimpour Boroojeny, Telgarsky and Sundaram
+    (AISTATS 2024) for the limitation that a kernel of a given window cannot have an arbitrary spectrum.
     """
     if not max_norm > 0:
         raise ValueError(f"representation_gap(max_norm={max_norm}): must be positive")
-    convolution, kernel, window, scale = _on_grid("representation_gap", module, in_shape)
+    convolution, kernel, window, scale = _kernel_on_grid("representation_gap", module, in_shape)
     if set(convolution.stride) != {1}:
         raise NotImplementedError(f"representation_gap: {module} has a stride; only stride 1 is covered")
     grid, groups, stride = kernel.shape[2:], convolution.groups, convolution.stride
@@ -155,7 +157,7 @@ def representation_gap(module: nn.Module, in_shape: Sequence[int], max_norm: flo
     change = torch.fft.ifftn(back, dim=list(range(2, kernel.ndim))).real
     clipped = kernel - change
     outside, whole = torch.where(window, 0.0, change).norm(), clipped.norm()
-    projected = _values(torch.where(window, clipped, 0.0), groups, stride)
+    projected = _singular_values(torch.where(window, clipped, 0.0), groups, stride)
     return RepresentationGap(
         energy_outside=float(outside / whole) if whole > 0 else 0.0,
         norm_after_projection=scale * float(projected[0]),
@@ -164,8 +166,8 @@ def representation_gap(module: nn.Module, in_shape: Sequence[int], max_norm: flo
     )
 
 
-def _on_grid(call: str, module: nn.Module, in_shape: Sequence[int]) -> tuple[_ConvNd, Tensor, Tensor, float]:
-    """The convolution, its kernel / scale laid around the grid (out, in/g, *grid), where its window lies (*grid), the scale."""
+def _kernel_on_grid(call: str, module: nn.Module, in_shape: Sequence[int]) -> tuple[_ConvNd, Tensor, Tensor, float]:
+    """The convolution, its kernel / scale wrapped around the grid (out, in/g, *grid), the window's mask (*grid), the scale."""
     convolution, grid = plain_circular(call, module, in_shape), tuple(in_shape)[1:]
     with torch.no_grad(), evaluating(module):
         weight = convolution.weight.detach()
@@ -179,7 +181,7 @@ def _on_grid(call: str, module: nn.Module, in_shape: Sequence[int]) -> tuple[_Co
 
 
 def _wrap(kernel: Tensor, dilation: Iterable[int], grid: Sequence[int]) -> Tensor:
-    """Lay the last axes of a kernel around a cyclic grid; entries that meet at one place add up."""
+    """Wrap the last axes of a kernel around a cyclic grid; entries that fall on one position are added."""
     for axis, (d, n) in enumerate(zip(dilation, grid, strict=True), start=kernel.ndim - len(grid)):
         places = torch.arange(kernel.shape[axis], device=kernel.device) * d % n
         kernel = kernel.new_zeros(*kernel.shape[:axis], n, *kernel.shape[axis + 1 :]).index_add(axis, places, kernel)
@@ -196,7 +198,7 @@ def _blocks(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
     return spectrum.permute(axes).reshape(prod(grid) // size, groups, out // groups, size * per_in) / math.sqrt(size)
 
 
-def _values(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
+def _singular_values(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
     kept, counts, _ = representatives([n // s for n, s in zip(kernel.shape[2:], stride, strict=True)])
     blocks = _blocks(kernel, groups, stride)[kept]
     if 1 in blocks.shape[-2:]:
@@ -207,7 +209,10 @@ def _values(kernel: Tensor, groups: int, stride: Sequence[int]) -> Tensor:
 
 
 def representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """One frequency of each conjugate pair, how many it stands for (1 or 2), and the mirror image of every frequency."""
+    """One frequency of each pair (w, -w), the number of frequencies it represents (1 or 2), and the index of -w for every w.
+
+    Frequencies are numbered in the order of the flattened grid.
+    """
     flat, axes = torch.arange(prod(grid)), tuple(range(len(grid)))
     mirror = flat.reshape(*grid).flip(axes).roll([1] * len(grid), axes).flatten()
     kept = (mirror >= flat).nonzero()[:, 0]
@@ -215,11 +220,11 @@ def representatives(grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _ConvNd:
-    """Refuse all but plain convolutions that map the cyclic grid onto every s-th of its points.
+    """Return the module if it is a circular convolution with torch's own forward pass and an output of size grid / stride.
 
     Raises:
         ValueError: ``in_shape`` does not fit the module.
-        NotImplementedError: the module is another one, or its stride does not divide the grid.
+        NotImplementedError: the module is not such a convolution, or its stride does not divide the grid.
     """
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
@@ -245,6 +250,6 @@ def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _Co
         if m != n // s:
             raise NotImplementedError(
                 f"{where} takes {n} positions to {m} in place of {n // s}, so it is not circular; "
-                f"pad by {max(r - s + 1, 0)} to {r} in all, not by {pad} (padding='same' does where the stride is 1)"
+                f"pad by {max(r - s + 1, 0)} to {r} in total, not by {pad} (padding='same' is right for stride 1)"
             )
     return module

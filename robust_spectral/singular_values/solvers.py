@@ -1,9 +1,9 @@
-"""Top singular triplets of a linear operator. Every value here approaches the truth from below: an estimate, not a bound.
+"""Top singular triplets of a linear operator. The values are estimates from below, not upper bounds.
 
-Two solvers share one contract. `Lanczos` is block Golub-Kahan bidiagonalisation with full reorthogonalisation, the fastest
-way from a cold start; `PowerQR` is the block power method of the paper, made for warm starts. Both work on blocks of k
-vectors, as single vectors cannot see how often a singular value repeats, and both treat an operator of several groups as
-so many separate ones that share each application.
+Two solvers share one interface. `Lanczos` is block Golub-Kahan bidiagonalisation with full reorthogonalisation, the fastest
+from a cold start; `PowerQR` is the block power method of Ebrahimpour Boroojeny et al. (2024), for warm starts. Both work on
+blocks of k vectors, since a single vector cannot detect how often a singular value repeats, and both treat the groups of an
+operator as separate operators that share each application.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..numerics import power_of_two
 from ..operators import LinearOperator, check_operator, full_precision_no_grad
 from .krylov import Bidiagonalization, apply_grouped, from_groups, golub_kahan, orthonormal_rows, random_block, to_groups
 
-_STIR = 1e-3  # of a random vector in a warm start, so that it is blind to no direction
+_STIR = 1e-3  # weight of a random vector added to a warm start, so that no direction is missing
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SingularTriplets:
     """The k largest singular values found, with vectors: ``A right = values * left`` and ``A.H left = values * right``.
 
     Attributes:
-        values: (k,), descending; zeros beyond the rank. Lower bounds up to rounding, never upper ones.
+        values: (k,), descending; zeros beyond the rank. Lower bounds up to rounding, not upper bounds.
         left: (k, *out_shape), orthonormal where the value is not zero.
         right: (k, *in_shape), orthonormal where the value is not zero.
         residuals: (k,), the larger of ‖A right - values left‖ and ‖A.H left - values right‖.
@@ -46,7 +46,7 @@ class SingularTriplets:
 
 @dataclass(frozen=True)
 class Found:
-    """Approximate triplets of each group: values (g, k), left (g, k, out/g), right (g, k, in/g)."""
+    """Approximate singular triplets of each group: values (g, k), left (g, k, out/g), right (g, k, in/g)."""
 
     values: Tensor
     left: Tensor
@@ -55,14 +55,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Ritz(Found):
-    """And residuals (g, k), after so many steps."""
+    """Ritz triplets with their residuals (g, k) and the number of block steps taken."""
 
     residuals: Tensor
     steps: int
 
 
 class Solver(Protocol):
-    """How `top_singular` finds triplets: from a starting block (g, b, in/g) of each group."""
+    """The interface of a solver to `top_singular`, which gives it a starting block (g, b, in/g)."""
 
     @property
     def rtol(self) -> float:
@@ -77,15 +77,15 @@ class Lanczos:
     """Block Golub-Kahan-Lanczos with full reorthogonalisation, stopped when all k residuals are below ``rtol`` times σ₁.
 
     Cost: 2 k applications a step. The error of a value is about residual² / gap, far below the residual itself. Memory: at
-    most about ``basis`` left and right vectors of each group; when they are used up, the run restarts from the leading half
-    of its Ritz vectors and the block that was due next, which keeps the space a Krylov space.
+    most about ``basis`` left and right vectors of each group; when the basis is full, the run restarts from the leading half
+    of its Ritz vectors and the next block, so that the space remains a Krylov space.
 
     Attributes:
         rtol: Residual, relative to the largest value, at which a triplet counts as converged.
-        max_steps: Block steps at most.
-        basis: Vectors kept of each group and side; at least six blocks whatever is asked for.
-        each_group: Whether to go on until the triplets of every group have converged, those too that are, up to their
-            residuals, below the k largest of all.
+        max_steps: Largest number of block steps.
+        basis: Largest number of left and of right vectors of each group, raised to six blocks if smaller.
+        each_group: Whether to continue until the triplets of every group have converged, including those that are, up to
+            their residuals, below the k largest of all groups.
 
     Source: Golub and Kahan (1965); full reorthogonalisation by Gram-Schmidt, repeated where needed (Daniel, Gragg, Kaufman
     and Stewart 1976); thick restart of Baglama and Reichel (2005).
@@ -101,36 +101,41 @@ class Lanczos:
         for step, state in enumerate(golub_kahan(A, start, max(self.basis, 6 * start.shape[1])), start=1):
             last = state.exhausted or step >= self.max_steps
             if last or (self.rtol > 0 and step % 4 == 0):
-                factors = [factor.to(state.B.device) for factor in torch.linalg.svd(state.B.cpu())]  # small
-                waiting = _open(factors[1][:, :k], _residuals(state, factors[0][:, :, :k]), self.rtol, self.each_group)
-                if last or not bool(waiting.any()):
+                factors = [factor.to(state.B.device) for factor in torch.linalg.svd(state.B.cpu())]  # B is small
+                unfinished = _unconverged(
+                    factors[1][:, :k], _residuals(state, factors[0][:, :, :k]), self.rtol, self.each_group
+                )
+                if last or not bool(unfinished.any()):
                     break
         return _ritz_of(state, factors, k, step)
 
 
 def _ritz_of(state: Bidiagonalization, factors: Sequence[Tensor], k: int, steps: int) -> Ritz:
-    """The k leading Ritz triplets, from the singular value decomposition of B."""
+    """The k leading Ritz triplets of every group, from the factors of the singular value decomposition of B."""
     left, values, rightH = factors[0][:, :, :k], factors[1][:, :k], factors[2][:, :k]
     return Ritz(values, left.mT @ state.U, rightH @ state.V, _residuals(state, left), steps)
 
 
 def _residuals(state: Bidiagonalization, left: Tensor) -> Tensor:
-    """Of the Ritz triplets with these left singular vectors of B, (g, m, k)."""
+    """The residuals (g, k) of the Ritz triplets with these left singular vectors (g, m, k) of B."""
     return (left[:, -state.block :].mT @ state.coupling).norm(dim=-1)
 
 
 @dataclass(frozen=True)
 class PowerQR:
-    """The paper's block power method: X <- QR(A.H A X + shift X), with Rayleigh-Ritz on the block.
+    """The block power method X <- QR(A.H A X + shift X), with Rayleigh-Ritz on the block.
 
-    The paper's version is ``PowerQR(shift=1.0, rayleigh_ritz=False)``: values from the diagonal of R, no projection. A
-    shift slows convergence down to nothing where σ is far below 1, so none is the default. Cost: 2 k applications a step.
+    The algorithm of the source is ``PowerQR(shift=1.0, rayleigh_ritz=False)``: values from the diagonal of R, no projection.
+    A shift far above σ² makes convergence very slow, so the default is 0. Cost: 2 k applications a step, 4 k without
+    Rayleigh-Ritz.
 
     Attributes:
-        steps: Block steps at most.
-        rtol: Residual, relative to the largest value, at which a triplet counts as converged and the run stops.
-        shift: Multiple of X that is added to its image, in the scale of σ².
-        rayleigh_ritz: Whether values and vectors come from a projection onto the block; else the values are those of R.
+        steps: Largest number of block steps.
+        rtol: Residual, relative to the largest value, at which a triplet counts as converged. With Rayleigh-Ritz the run
+            stops when the triplets have converged.
+        shift: Multiple of X that is added to A.H A X, in the units of σ².
+        rayleigh_ritz: Whether values and vectors come from a projection onto the block. Otherwise values come from the
+            diagonal of R: only the largest is a lower bound, and left vectors are not orthonormal.
 
     Source: Ebrahimpour Boroojeny, Telgarsky and Sundaram (AISTATS 2024), Algorithm PowerQR.
     """
@@ -145,7 +150,7 @@ class PowerQR:
         X, diagonal = orthonormal_rows(start), start.new_zeros(start.shape[:2])
         for step in range(1, self.steps + 1):  # noqa: B007
             ritz, image = power_step(A, X)
-            if self.rayleigh_ritz and not bool(_open(ritz.values, ritz.residuals, self.rtol).any()):
+            if self.rayleigh_ritz and not bool(_unconverged(ritz.values, ritz.residuals, self.rtol).any()):
                 break
             if not self.rayleigh_ritz:  # the Ritz vectors are a rotation of X
                 image = apply_grouped(A.H, apply_grouped(A, X))
@@ -157,8 +162,8 @@ class PowerQR:
         return Ritz(values, left / values[..., None].clamp_min(torch.finfo(X.dtype).tiny), X, torch.zeros_like(values), step)
 
 
-def _open(values: Tensor, residuals: Tensor, rtol: float, each_group: bool = False) -> Tensor:
-    """Which triplets (g, k) are still waited for: those that may be among the k largest of all, unless each group counts."""
+def _unconverged(values: Tensor, residuals: Tensor, rtol: float, each_group: bool = False) -> Tensor:
+    """Which triplets (g, k) have not converged; without ``each_group``, only of those that may be among the k largest."""
     unconverged = residuals > rtol * values.amax()
     if each_group:
         return unconverged
@@ -173,24 +178,24 @@ def top_singular(
 
     Args:
         A: The operator.
-        k: How many triplets; beyond the rank the values are zero.
+        k: Number of triplets; values beyond the rank are zero.
         solver: ``Lanczos()`` by default, or ``PowerQR()``.
         right: Warm start, (any number of vectors, *in_shape), for instance ``.right`` of an earlier result.
-        seed: Seed of the random start; the global random state is not touched.
+        seed: Seed of the random start; the global random state is not used.
 
     Raises:
-        ValueError: k is below 1, or ``right`` does not fit the operator.
+        ValueError: k is below 1, ``right`` does not fit the operator, or the operator returned NaN or infinite values.
         TypeError: A is not an operator.
     """
     check_operator("top_singular", A)
     if k < 1:
-        raise ValueError(f"top_singular(k={k}): ask for at least one triplet")
+        raise ValueError(f"top_singular(k={k}): must be at least 1")
     if right is not None and tuple(right.shape[1:]) != A.in_shape:
         raise ValueError(f"top_singular(right=...): expected (any number, {A.in_shape}), got {tuple(right.shape)}")
     chosen = Lanczos() if solver is None else solver
-    size = 1.0 if isinstance(chosen, PowerQR) and chosen.shift else size_of(A, seed)  # a shift is meant in the user's scale
+    size = 1.0 if isinstance(chosen, PowerQR) and chosen.shift else size_of(A, seed)  # a shift is in the units of A
     A = A.divided_by(size)
-    flip = prod(A.out_shape) < prod(A.in_shape)  # Krylov bases live on the smaller side
+    flip = prod(A.out_shape) < prod(A.in_shape)  # the right vectors are on the smaller side
     B = A.H if flip else A
     block = min(k, prod(B.in_shape) // B.groups)
     start = random_block(B, block, seed)
@@ -198,7 +203,7 @@ def top_singular(
         warm = to_groups(A.matmat(right) if flip else right, B.groups)[:, :block].to(start.dtype)
         rest = start[:, : warm.shape[1]]
         sizes, rests = warm.norm(dim=2, keepdim=True), rest.norm(dim=2, keepdim=True)
-        warm = torch.where(sizes == 0, rest, warm / sizes + _STIR * rest / rests)  # a zero row says nothing of its group
+        warm = torch.where(sizes == 0, rest, warm / sizes + _STIR * rest / rests)  # a zero row has no direction
         start = torch.cat([warm, start[:, warm.shape[1] :]], dim=1)
     ritz = chosen.solve(B, block, start)
     triplets = _merge_groups(B, ritz, k, chosen.rtol)
@@ -208,7 +213,7 @@ def top_singular(
 
 
 def size_of(A: LinearOperator, seed: int) -> float:
-    """A power of two of the order of the operator's norm, from one application; 1 for the zero operator.
+    """A power of two of roughly the operator's norm, from one application; 1 for the zero operator.
 
     Raises:
         ValueError: the operator returned NaN or infinite values.
@@ -217,7 +222,10 @@ def size_of(A: LinearOperator, seed: int) -> float:
 
 
 def dense_blocks(A: LinearOperator) -> Tensor:
-    """The transposed matrix of every group, (g, in/g, out/g): an application per input or output element, as are fewer."""
+    """The transposed matrix of every group, (g, in/g, out/g).
+
+    Costs one application per input element of a group, or per output element where these are fewer.
+    """
     size = prod(A.in_shape) // A.groups
     if prod(A.out_shape) // A.groups < size:
         return dense_blocks(A.H).mT
@@ -226,21 +234,21 @@ def dense_blocks(A: LinearOperator) -> Tensor:
 
 
 def dense_ritz(A: LinearOperator, k: int) -> Ritz:
-    """The k leading triplets of every group from dense decompositions."""
+    """The k leading singular triplets of every group from dense decompositions."""
     right, values, left = torch.linalg.svd(dense_blocks(A), full_matrices=False)
     return Ritz(values[:, :k], left[:, :k], right[:, :, :k].mT, torch.zeros_like(values[:, :k]), 0)
 
 
 def dense_work(A: LinearOperator) -> int:
-    """Multiply-adds of a dense decomposition of every group, up to a constant."""
+    """Multiply-adds of a dense decomposition of every group, up to a constant factor."""
     rows, columns = prod(A.out_shape) // A.groups, prod(A.in_shape) // A.groups
     return A.groups * rows * columns * min(rows, columns)
 
 
 def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
-    """Rayleigh-Ritz on orthonormal rows X (g, k, in/g), and the adjoint's image of the left vectors times the values.
+    """Rayleigh-Ritz on orthonormal rows X (g, k, in/g), and one power step.
 
-    Returns the Ritz triplets and ``A.H A right``, the block the next power step starts from. Costs 2 k applications.
+    Returns the Ritz triplets and ``A.H A right``, from which `next_block` makes the next X. Costs 2 k applications.
     """
     Y = apply_grouped(A, X)
     if Y.shape[1] == 1:  # one vector needs no decomposition
@@ -256,12 +264,12 @@ def power_step(A: LinearOperator, X: Tensor) -> tuple[Ritz, Tensor]:
 
 
 def next_block(image: Tensor, previous: Tensor) -> Tensor:
-    """Orthonormal rows for the next power step, from the image of the last one; where that is zero, those of before."""
+    """Orthonormal rows for the next power step, from the last one's image; a single row with image zero stays ``previous``."""
     return torch.linalg.qr(image.mT)[0].mT if image.shape[1] > 1 else unit_rows(image, previous)[0]
 
 
 def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (g, k, n) at unit length, the fallback (or zeros) where they vanish, and their lengths (g, k, 1)."""
+    """The rows (g, k, n) scaled to unit length, zero rows replaced by ``fallback`` if given, and the lengths (g, k, 1)."""
     size = torch.linalg.vector_norm(image, dim=2, keepdim=True)
     if fallback is None:
         return image / size.clamp_min(torch.finfo(image.dtype).tiny), size
@@ -269,14 +277,14 @@ def unit_rows(image: Tensor, fallback: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def _qr_rows(X: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and the diagonal of R of X's rows; rows stay as they were where the operator is zero."""
+    """Q and the diagonal of R of X's rows; in groups where X is zero, Q is ``fallback``."""
     Q, R = torch.linalg.qr(X.mT)
     alive = X.norm(dim=(1, 2), keepdim=True) > 0
     return torch.where(alive, Q.mT, fallback), R.diagonal(dim1=-2, dim2=-1)
 
 
 def _merge_groups(A: LinearOperator, ritz: Ritz, k: int, rtol: float) -> SingularTriplets:
-    """The k largest triplets of all groups, each vector zero outside its own group, with residuals measured anew."""
+    """The k largest triplets of all groups, each vector zero outside its own group, with recomputed residuals."""
     groups, per_group = ritz.values.shape
     values, order = ritz.values.flatten().sort(descending=True)
     values, order = values[:k], order[:k]

@@ -1,4 +1,4 @@
-"""Whether a convolution is clipped together with the batch normalisation behind it, and what is said where that cannot be."""
+"""The choice of whether a convolution is clipped together with the batch normalisation that follows it, and its warnings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Composites = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for: "auto", "always" or "never", and what is moved.
+    """The options ``composites`` ("auto", "always" or "never") and ``move`` of `FastClip`.
 
     Raises:
-        ValueError: there is no such choice, or the two do not go together.
+        ValueError: ``composites`` is unknown, or "never" is combined with a move of γ.
     """
 
     composites: Composites
@@ -36,47 +36,47 @@ class Choice:
         return not isinstance(self.move, MoveWeight)
 
     def together(self, layer: LinearLayer) -> bool:
-        """Whether a layer is clipped with its batch normalisation, in the mode that this is in now."""
+        """Whether a layer is clipped together with its batch normalisation, given the current mode of the normalisation."""
         if layer.batchnorm is None or self.composites == "never":
             return False
         return self.composites == "always" or self._gamma_moves or not layer.batchnorm.training
 
     def _alone(self, layers: Sequence[LinearLayer]) -> list[str]:
-        """Names of those with a batch normalisation behind them that are clipped without it."""
+        """The names of the layers that a batch normalisation follows and that are clipped without it."""
         return [layer.name for layer in layers if layer.batchnorm is not None and not self.together(layer)]
 
     def warn_of_training(self, layers: Sequence[LinearLayer]) -> None:
-        """Say which of these are clipped alone as their normalisation trains."""
+        """Warn of the layers that are clipped alone because the batch normalisation after them trains."""
         if self.composites == "auto" and (alone := self._alone(layers)):
             warn_user(
-                f"FastClip: behind {counted(alone)} a batch normalisation trains on batch statistics, so what is in front "
-                "of it is clipped alone and the normalisation can undo it. Freeze its statistics (put the batch normalisations "
+                f"FastClip: after {counted(alone)} a batch normalisation trains on batch statistics, so the layer before it "
+                "is clipped alone and the normalisation can undo the clip. Freeze its statistics (put the batch normalisations "
                 "in eval mode) to clip the composites."
             )
 
     def warn_of_thawed(self, tracked: Sequence[FollowedLayer]) -> bool:
-        """Say which composites' normalisations train again that did not where that was settled; whether there are any."""
+        """Warn of composites whose normalisation trains again but was frozen at the first step; return whether any does."""
         if self.composites != "auto" or self._gamma_moves:
             return False
         thawed = [part.layer.name for part in tracked if part.changes_in_passes]
         if not thawed:
             return False
         warn_user(
-            f"FastClip: behind {counted(thawed)} the batch normalisation trains on batch statistics again, which were frozen "
-            "at the first step. It undoes clips of the composite, which then drive the weight to zero: put the batch "
-            "normalisations in eval mode after each model.train()."
+            f"FastClip: after {counted(thawed)} the batch normalisation trains on batch statistics again; it was frozen "
+            "at the first step. The normalisation undoes clips of the composite, which then drive the weight to zero: put the "
+            "batch normalisations in eval mode after each model.train()."
         )
         return True
 
     def check_bound(self, lipschitz_target: float, layers: Sequence[LinearLayer]) -> None:
-        """See that what is clipped is what the network's bound is made of.
+        """Check that the clipped operators are the ones in the network's bound.
 
         Raises:
-            ValueError: a layer is clipped without the batch normalisation behind it.
+            ValueError: a layer is clipped without the batch normalisation that follows it.
         """
         if alone := self._alone(layers):
             raise ValueError(
                 f"FastClip(lipschitz_target={lipschitz_target:g}): {counted(alone)} would be clipped without the batch "
-                "normalisation behind, so that no norm of theirs bounds the network. Train with the statistics frozen (batch "
+                "normalisation that follows, so clipped norms do not bound the network. Train with frozen statistics (batch "
                 "normalisations in eval mode), fold them (fold_batchnorms_), or give move=MoveGamma()"
             )

@@ -1,7 +1,8 @@
-"""Inputs of a layer that are constant over its map: a matrix of channels tells its gain on them, for next to nothing.
+"""The gain of a layer on inputs that are constant over its feature map, at almost no cost: the norm of a matrix of channels.
 
-Maps behind an activation are positive, so that gradients push a weight along such inputs, and a singular direction that
-overtakes the others in training is nearly one of them. Behind a stride "constant" means with the period of the stride.
+Feature maps after an activation are mostly positive, so gradients push a weight along such inputs, and a singular direction
+that overtakes the others in training is nearly one of them. With a stride, "constant" means periodic with the period of the
+stride.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from ..layers import LinearLayer
 from ..operators import batchnorm_scale, periods, phases_of_taps
 from ..singular_values import to_groups, unit_rows
 
-_NOISE = 1e-4  # of the largest squared gain
-_BLOCK = 4  # directions that are followed, so that a new one is among them before it is the largest
+_NOISE = 1e-4  # multiple of the largest squared gain, below which squared gains are rounding errors
+_BLOCK = 4  # directions that are followed, so that a growing one is among them before it is the largest
 
 
 class SlowDirections:
-    """The top singular directions of a layer's matrix of channels, followed by a step of subspace iteration at a time.
+    """The top singular directions of a layer's matrix of channels, followed by one step of subspace iteration at a time.
 
     Attributes:
-        block: The directions of each group, (groups, inputs / groups, k), the largest first.
-        turned: What a turn that is under way has made of it so far.
+        block: The right singular vectors of each group, (groups, inputs / groups, k), the largest first.
+        turned: The block after the half iteration of `turn`, before `settle` orthonormalises it.
     """
 
     def __init__(self, layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> None:
         self.layer, self._batchnorm = layer, layer.batchnorm if composite else None
         self._groups, module = int(getattr(layer.module, "groups", 1)), layer.module
         phases = phases_of_taps(module, layer.in_shape) if isinstance(module, _ConvNd) else torch.ones(1, 1, device="cpu")
-        seen = phases.any(0)  # a window shorter than the stride misses some
+        seen = phases.any(0)  # a window shorter than the stride misses some phases
         self._phases = phases[:, seen].to(like)  # (taps, phases seen)
         self._places = torch.eye(len(seen), device="cpu")[seen].to(like)  # (phases seen, phases)
         channels = self._matrix(like).shape[2]
@@ -47,7 +48,10 @@ class SlowDirections:
 
     @torch.no_grad()
     def turn(self) -> Tensor:
-        """Half an iteration: the Gram matrix (g, k, k) of what the block becomes, float64; `settle` does the other half."""
+        """Start an iteration by applying Mᵀ M, M the matrix of channels, to the block; `settle` completes it.
+
+        Returns the Gram matrix (g, k, k) of the result, in float64.
+        """
         weight: Any = self.layer.module.weight
         known = self.block, self._phases, self._places
         self.block, self._phases, self._places = (tensor.to(weight.device) for tensor in known)
@@ -57,9 +61,9 @@ class SlowDirections:
         return exact.mT @ exact
 
     def rows(self, in_shape: tuple[int, ...]) -> Tensor:
-        """The first direction of each group as an input of this shape at length 1, (groups, 1, inputs / groups).
+        """The first direction of each group as an input of shape ``in_shape`` and length 1, (groups, 1, inputs / groups).
 
-        Where zeros are behind the borders it fades towards them, so that less of its image is lost there.
+        If the layer pads with zeros, the input fades towards the borders, so that less of its image is lost there.
         """
         weight: Any = self.layer.module.weight
         top = self.block[:, :, 0].to(weight.device)
@@ -74,7 +78,7 @@ class SlowDirections:
         return unit_rows(to_groups((X[:, phases] * window)[None], self._groups))[0]
 
     def _phases_of_map(self, in_shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """The phase of each position of a map, all of them in a row."""
+        """The index of the stride's phase at each position of a feature map, flattened."""
         module: Any = self.layer.module
         at = torch.zeros(1, dtype=torch.long, device=device)
         lengths = [1] * len(module.stride) if module.transposed else periods(module, in_shape)
@@ -83,7 +87,7 @@ class SlowDirections:
         return at
 
     def _window(self, in_shape: tuple[int, ...]) -> Tensor:
-        """What loses least at the borders of a map, all its positions in a row: half a wave where zeros are behind them."""
+        """The flattened window over a feature map that loses least at the borders: half a sine wave with zero padding, or 1."""
         module: Any = self.layer.module
         window = torch.ones(1, device="cpu")
         for size in in_shape[1:]:
@@ -95,7 +99,10 @@ class SlowDirections:
         return window
 
     def _matrix(self, like: Tensor) -> Tensor:
-        """The matrix of channels, (groups, outputs / groups, inputs / groups), with the phases of a stride as channels."""
+        """The matrix of channels, (groups, outputs / groups, inputs / groups), with the phases of a stride as channels.
+
+        Each entry is a sum over the taps of the kernel.
+        """
         weight: Any = self.layer.module.weight
         weight = weight.detach().to(like)
         matrix = weight.flatten(1)
@@ -108,14 +115,14 @@ class SlowDirections:
 
 
 def slow_directions(layer: LinearLayer, composite: bool, like: Tensor, seed: int) -> SlowDirections | None:
-    """Those of a layer, from random ones on; None of one whose kernel is not known."""
+    """Random starting directions for a layer; None if its kernel is not known."""
     return None if kernel_map(layer, composite) is None else SlowDirections(layer, composite, like, seed)
 
 
 def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[float]:
-    """End the turn of several, given their matrices on the host; the largest gain of each, NaN where it is not finite.
+    """Complete the iteration of several layers, given their Gram matrices on the host; return the largest gain of each.
 
-    Where a group's weights are zero, or next to it, its directions stay as they were.
+    The gain is NaN if it is not finite. If a group's weights are zero, or nearly so, its directions are kept.
     """
     gains = [math.nan] * len(turned)
     alike: dict[tuple[Any, ...], list[int]] = {}
@@ -127,7 +134,7 @@ def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[fl
         lengths = squares.clamp_min(0).sqrt()  # squared gains
         largest = lengths.amax(1, keepdim=True)
         least = torch.finfo(turned[places[0]].turned.dtype).tiny / _NOISE
-        shorten = 1 / lengths.clamp_min(_NOISE * largest.clamp_min(least))  # what is noise gets no length
+        shorten = 1 / lengths.clamp_min(_NOISE * largest.clamp_min(least))  # directions of rounding errors stay short
         factors = to_device((vectors * shorten[:, None]).flip(2), turned[places[0]].turned)  # the largest first
         groups = [len(grams[i]) for i in places]
         for i, factor, size in zip(places, factors.split(groups), largest.split(groups), strict=True):
@@ -139,5 +146,5 @@ def settle(turned: Sequence[SlowDirections], grams: Sequence[Tensor]) -> list[fl
 
 
 def _before(module: Any, axis: int) -> int:
-    """Padding before the first input of an axis."""
+    """The padding before the first input of an axis."""
     return int(module._reversed_padding_repeated_twice[2 * (len(module.kernel_size) - 1 - axis)])

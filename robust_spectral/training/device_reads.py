@@ -1,8 +1,9 @@
-"""Computations that now and then need a few numbers of the device, as generators that yield tensors and are sent them back.
+"""Computations that occasionally read a few numbers from the device, as generators that yield tensors and receive their copies.
 
-`answered` waits for the device each time. `Later` does not: it goes on from one call to the next, by when the numbers have
-come. One that yields no tensors says where it may rest: up to the next tensors it only reads what others may read meanwhile.
-`beside` runs them beside what else a GPU does.
+`answered` runs such a generator and waits for the device at each read. `Later` does not wait: each call continues with the
+numbers that the previous call requested, which have arrived in the meantime. A generator that yields an empty list marks a
+point where it may pause: until its next request it only reads data that other computations may read at the same time. `beside`
+runs computations concurrently with the other work of a GPU.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ T = TypeVar("T")
 Asking = Generator[list[Tensor], list[Tensor], T]
 
 
-_FIRST = -1  # the priority of small computations beside large ones, which would let them wait at each
+_FIRST = -1  # stream priority; otherwise small computations would wait for large ones, each time
 
 
 def answered(asking: Asking[T]) -> T:
-    """Run it to its end, with a wait for each round of numbers."""
+    """Run a generator to its end, waiting for the device at each request; return its result."""
     run = Later(asking)
     while not run.done:
         run.go_on()
@@ -33,7 +34,7 @@ def answered(asking: Asking[T]) -> T:
 
 
 def together(all_asking: Sequence[Asking[T]]) -> Asking[list[T]]:
-    """Several that never rest, with one round for all in place of one for each; their results."""
+    """Merge generators that never pause into one that makes their requests together; return the list of their results."""
     results: dict[int, T] = {}
     answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(all_asking)))
     while answers:
@@ -50,12 +51,12 @@ def together(all_asking: Sequence[Asking[T]]) -> Asking[list[T]]:
 
 
 class Later(Generic[T]):
-    """Runs up to where numbers are asked for, and on from there when told to.
+    """A generator that has run up to a request for numbers, and continues when `go_on` is called.
 
     Attributes:
-        done: Whether it has ended.
-        result: Once it has.
-        resting: Whether it rests, and asks for nothing.
+        done: Whether the generator has ended.
+        result: Its return value, once it has ended.
+        resting: Whether it paused, with no request for numbers.
     """
 
     result: T
@@ -66,7 +67,7 @@ class Later(Generic[T]):
         self.go_on()
 
     def go_on(self) -> None:
-        """As far as what was asked for last time allows, if there is more; waits only if that is still on its way."""
+        """Continue until the next numbers are requested. Waits for the device only if the last ones have not arrived."""
         if self.done:
             return
         try:
@@ -77,7 +78,7 @@ class Later(Generic[T]):
 
 
 class _Copies:
-    """Tensors on their way to the host, all of one type and device in one transfer."""
+    """Tensors on their way to the host, in one transfer for each type and device."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
@@ -92,7 +93,7 @@ class _Copies:
             self._parts.append((places, host, event))
 
     def arrived(self) -> list[Tensor]:
-        """Them, on the host."""
+        """The tensors on the host; waits for transfers that are not complete."""
         found = list(self._tensors)
         for places, host, event in self._parts:
             event.synchronize()
@@ -103,7 +104,7 @@ class _Copies:
 
 
 def branch_off(devices: Iterable[torch.device]) -> None:
-    """What `beside` runs from now on comes after all that has been started by now."""
+    """Let the computations started later under `beside` run after all work queued on the GPUs so far."""
     for device in devices:
         if device.type == "cuda":
             _beside(device).wait_stream(torch.cuda.current_stream(device))
@@ -111,7 +112,10 @@ def branch_off(devices: Iterable[torch.device]) -> None:
 
 @contextmanager
 def beside(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Start computations that run after what came before `branch_off`, and before what is started next, on these GPUs."""
+    """Run computations on a side stream of these GPUs, after the work queued before `branch_off`.
+
+    Work queued after the ``with`` block waits for these computations.
+    """
     used = {_beside(device): torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
     with ExitStack() as stack:
         for stream, current in used.items():

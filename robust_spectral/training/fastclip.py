@@ -1,4 +1,4 @@
-"""The training hook: every linear layer of a model held at a spectral norm, whatever loop trains it."""
+"""The training hook, which clips the spectral norms of a model's linear layers in any training loop."""
 
 from __future__ import annotations
 
@@ -26,45 +26,46 @@ from .measurements import NotFiniteError, not_finite
 from .optimizer_hooks import alive, captured, dead, hooked
 from .step_runner import Turns
 
-_MOST_SKIPPED = 10  # steps in a row that weights may be without finite values
-_MANY_CHANGES = 8  # of a weight: more than when it is drawn and loaded
-_HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper hooks an optimizer
+_MOST_SKIPPED = 10  # steps in a row with weights that are not finite, before an error
+_MANY_CHANGES = 8  # in-place changes of a weight, more than initialisation and loading make
+_HELD_BY: WeakKeyDictionary[nn.Module, ref[FastClip]] = WeakKeyDictionary()  # layers whose clipper is attached to an optimizer
 
 
 class FastClip:
-    """Holds the spectral norms of a model's linear layers at ``max_norm`` while it trains.
+    """A hook that clips the spectral norms of a model's linear layers to ``max_norm`` while it trains.
 
-    Finds the layers itself, and asks nothing of the training loop: `attach` hooks the optimizer, after each of whose steps
-    one warm power step follows the top singular directions of the layers that are due and those above the target are
-    clipped; layers get closer looks in turn, from which the clipper learns what its power steps miss. `finish` ends training
-    with every norm proved. Vectors live here, never in the model or its state dict.
+    The layers are found in the model, and the training loop stays unchanged. `attach` hooks the optimizer: after each step, one
+    warm power step follows the top singular directions of the layers that are due, and values above the target are clipped.
+    Short Krylov searches refresh a few layers at a time and measure by how much power steps underestimate the norms. `finish`
+    ends training with every norm proved. Singular vectors are stored here, never in the model or its state dict.
 
-    ``composites="auto"`` clips a convolution together with the batch normalisation behind it where that normalises by
-    frozen running statistics, and alone (with one warning) where it trains on batch statistics: such a composite does not
-    change when a filter is rescaled, so clipping it through the weight would drive the weight to zero. Which of the two
-    holds is read off the model's mode at the first step. A ``move`` that takes γ along clips composites in either case.
+    ``composites="auto"`` clips a convolution together with the batch normalisation that follows it (the two are a composite) if
+    that normalises by frozen running statistics, and alone (with one warning) if it trains on batch statistics: such a
+    composite does not change when a filter is rescaled, so clipping it through the weight would drive the weight to zero. The
+    model's mode at the first step decides. A ``move`` of γ clips composites in either case.
 
-    Where weights hold NaN or infinite values nothing is clipped, and ``skipped`` counts the step; after ten in a row, an error.
+    Steps with NaN or infinite weights clip nothing and are counted in ``skipped``; the tenth in a row raises an error.
 
     Args:
         model: Any model.
         example_input: A batch the model takes, (n, ...).
-        max_norm: The spectral norm allowed, of the composite where one is clipped, else of the layer; inf turns the
-            clipper off. Or norms by name pattern, {"conv*": 1.0, "fc": 2.0}: the first that matches holds, layers that none
-            matches are left alone.
+        max_norm: The spectral norm allowed, of the composite if one is clipped, else of the layer; inf turns the clipper off.
+            Or norms by name pattern, {"conv*": 1.0, "fc": 2.0}: the first pattern that matches a layer applies, and layers that
+            no pattern matches are left alone.
         composites: "auto", "always" or "never".
-        move: What is moved to clip a composite: `MoveWeight` (default), `MoveGamma` or `MoveWeightAndGamma`.
-        include: Name patterns (as in shells) of the layers to hold; default all.
+        move: The parameters that clip a composite: `MoveWeight` (default), `MoveGamma` or `MoveWeightAndGamma`.
+        include: Name patterns (as in shells) of the layers to clip; default all.
         exclude: Name patterns of layers to leave alone.
         relative: Whether ``max_norm`` is a multiple of each layer's own norm at the first step.
-        warmup_steps: Steps over which the target falls geometrically from each layer's norm at the first step to its last.
-        vectors: Singular directions followed in each layer (and group).
-        every: Each layer is due once in so many optimizer steps, the layers taking turns.
+        warmup_steps: Steps over which the target falls geometrically from each layer's norm at the first step to its last
+            value.
+        vectors: Number of singular directions followed in each layer (and group).
+        every: Number of optimizer steps in which each layer is due once; the layers are due at different steps.
         sweeps: Power steps and clips of a layer that is due.
-        failure_probability: Of each layer's proved norm.
-        seed: Of the starting vectors.
-        lipschitz_target: A bound for the whole network, spread over its layers: all get the one target with which the
-            network's bound is at most this, unless ``max_norm`` is smaller. `finish` sees to it that the bound holds.
+        failure_probability: Failure probability of each layer's proved norm.
+        seed: Seed of the starting vectors.
+        lipschitz_target: A bound for the whole network, spread over its layers: all get the same target, the one with which the
+            network's bound is at most this, unless ``max_norm`` is smaller. `finish` lowers the targets until the bound holds.
 
     Raises:
         ValueError: ``max_norm`` is not positive, a pattern matches no layer, or the model applies no linear layer or does not
@@ -106,7 +107,7 @@ class FastClip:
 
     @property
     def layers(self) -> list[LinearLayer]:
-        """The layers held, in the order of the forward pass."""
+        """The layers that the clipper controls, in the order of the forward pass."""
         return [tracked.layer for tracked in self._tracked.values()]
 
     @property
@@ -116,31 +117,31 @@ class FastClip:
 
     @property
     def attached(self) -> bool:
-        """Whether an optimizer that is still alive calls this clipper."""
+        """Whether an optimizer that still exists calls this clipper."""
         return any(alive(handle) for handle in self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, no optimizer calls the hooks."""
+        """The state of a copy, in which no optimizer calls the hooks."""
         return self.__dict__ | {"_handles": dead(len(self._handles))}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Clip after every step of an optimizer; ``remove()`` of the handle ends it. Once more changes nothing.
+        """Clip after every step of ``optimizer``; ``remove()`` of the handle ends this. A second call changes nothing.
 
-        A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again. A wrapper without hooks of
-        its own, such as Accelerate's, is looked through. Replays of a CUDA graph that the optimizer's step was captured in
-        call nothing: call `step` after each.
+        A copy of the optimizer, deep or pickled, does not have the hook: attach to the copy again. In a wrapper without hooks
+        of its own, such as Accelerate's, the wrapped optimizer is hooked. If the optimizer's step was captured in a CUDA graph,
+        replays call no hook: call `step` after each.
 
         Raises:
-            ValueError: another clipper is attached and holds a layer of this one.
+            ValueError: another clipper is attached and controls a layer of this one.
             NotImplementedError: a weight has been sharded since the clipper was made.
-            TypeError: what is given has no hooks of an optimizer.
+            TypeError: ``optimizer`` is neither an optimizer nor a wrapper of one.
         """
         for name, tracked in self._tracked.items():
-            tracked.move.parameters(tracked.layer)  # refuses weights that were sharded meanwhile
+            tracked.move.parameters(tracked.layer)  # raises if a weight has been sharded since
             other = _HELD_BY.get(tracked.layer.module, lambda: None)()
             if other is not None and other is not self and other.attached and not self.off and not other.off:
                 raise ValueError(
-                    f"FastClip.attach: layer '{name}' is held by another clipper already; remove the handle of that one first"
+                    f"FastClip.attach: layer '{name}' is controlled by another clipper already; remove its handle first"
                 )
         for tracked in self._tracked.values():
             _HELD_BY[tracked.layer.module] = ref(self)
@@ -162,9 +163,9 @@ class FastClip:
         )
 
     def step(self) -> None:
-        """One warm power step on every layer that is due, then a clip of the directions above its target.
+        """Take one warm power step on every layer that is due, then clip the values above its target.
 
-        On a GPU a step waits for layers whose norms run away alone: what is measured of others is clipped in the next.
+        On a GPU only layers whose norms grow fast are clipped at once; the others are clipped at the next step, without a wait.
 
         Raises:
             ValueError: a layer's weights were not finite for the tenth time in a row. Nothing is clipped in such steps.
@@ -183,7 +184,7 @@ class FastClip:
 
     @contextmanager
     def _skipping(self) -> Iterator[None]:
-        """Count a turn whose weights are not finite as skipped."""
+        """Count a step at which weights are not finite as skipped; raise the error at the tenth in a row."""
         try:
             yield
         except NotFiniteError:
@@ -192,7 +193,7 @@ class FastClip:
                 raise
 
     def norms(self) -> dict[str, float]:
-        """The latest norm of every layer as the training steps see it: estimates from below, {layer name: norm}.
+        """The latest estimate of every layer's norm, {layer name: norm}, from below and as accurate as in training steps.
 
         Raises:
             ValueError: a layer's weights are not finite.
@@ -201,10 +202,10 @@ class FastClip:
         return {name: tracked.estimate for name, tracked in self._tracked.items()}
 
     def finish(self) -> dict[str, ClipResult]:
-        """Clip every layer until its norm is proved to be at most 1.001 of its target; what moved, by layer name.
+        """Clip every layer until its norm is proved to be at most 1.001 of its target; return the clips by layer name.
 
-        Warns where weights have changed more than once since `attach` or the last step, as they do when the optimizer that was
-        attached to has been replaced or copied; where `attach` was never called, if they have gradients or changed many times.
+        Warns if weights have changed more than once since `attach` or the last step, as happens if the attached optimizer is
+        replaced or copied. If neither `attach` nor `step` was called, warns only if they have gradients or changed many times.
 
         Raises:
             ValueError: a layer's weights are not finite.
@@ -224,15 +225,15 @@ class FastClip:
         if any(result.steps for result in first.values()) and self._shares_weights():
             self._results = {name: first[name].then(last) for name, last in self._finish_once().items()}
         for tracked in self._tracked.values():
-            tracked.seen = -1  # whatever was known before
+            tracked.seen = -1  # so that `norms` measures again
         self._note_weights()
         return dict(self._results)
 
     def report(self, rtol: float = TOLERANCE / 4) -> list[dict[str, Any]]:
-        """A row for each layer: name, kind, lower and upper end of its norm now, target, and what `finish` moved.
+        """A row for each layer: name, kind, lower and upper end of its norm now, target, and the distortion from `finish`.
 
         Args:
-            rtol: Width upper / lower - 1 asked of the intervals; the default tells whether a target is met.
+            rtol: Width upper / lower - 1 of the intervals; the default is narrow enough to decide whether a target is met.
         """
         self._resolve()
         rows = []
@@ -245,7 +246,7 @@ class FastClip:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly from here, turns under way on a GPU aside: plain values, tensors."""
+        """The state from which `load_state_dict` continues exactly, except for work under way on a GPU; values and tensors."""
         return {
             "steps": self.steps,
             "skipped": self.skipped,
@@ -254,13 +255,13 @@ class FastClip:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of another clipper of the same model; what was asked of this one stays, its ``max_norm`` too.
+        """Take over the ``state`` of another clipper of the same model; the options of this one stay, ``max_norm`` included.
 
         Raises:
             ValueError: the state belongs to a model with other layers, or is not of a clipper.
         """
         if not isinstance(state, Mapping) or "layers" not in state:
-            raise ValueError("FastClip.load_state_dict: takes what state_dict() of a clipper gave")
+            raise ValueError("FastClip.load_state_dict: takes the state_dict() of a clipper")
         if state["layers"].keys() != self._tracked.keys():
             differing = sorted(state["layers"].keys() ^ self._tracked.keys())
             raise ValueError(f"FastClip.load_state_dict: the state is of a model with other layers; they differ in {differing}")
@@ -269,12 +270,12 @@ class FastClip:
         for name, entry in state["layers"].items():
             asked = self._tracked[name].target
             self._held[name].restore(entry)
-            if not self._relative and self._lipschitz_target is None:  # which follow from what the weights were once
+            if not self._relative and self._lipschitz_target is None:  # else it follows from the first step's weights
                 self._tracked[name].target = asked
         self._note_weights()
 
     def _excess(self, lipschitz_target: float) -> float:
-        """By which factor the network's bound is above its target."""
+        """The network's bound divided by ``lipschitz_target``."""
         model, example = self._network
         bound = lipschitz_bound(model, example.to(next(model.parameters()).device), self._failure_probability, None)
         if math.isinf(bound.value):
@@ -287,7 +288,7 @@ class FastClip:
 
     @full_precision_no_grad()
     def _resolve(self) -> None:
-        """Settle for every layer, once, whether it is clipped together with its batch normalisation, and its target."""
+        """Decide for every layer, once, whether it is clipped together with its batch normalisation, and set its target."""
         open_layers = [held for held in self._held.values() if held.whole.composite is None]
         layers = [held.whole.layer for held in open_layers]
         if self._lipschitz_target is not None:
@@ -302,7 +303,7 @@ class FastClip:
                 self._turns.start(held)
             if self._relative and not math.isinf(tracked.target):
                 own = tracked.enclosure(self._failure_probability, rtol=1e-2).lower
-                tracked.target = tracked.target * own if own > 0 else math.inf  # a layer that is zero has no norm to go by
+                tracked.target = tracked.target * own if own > 0 else math.inf  # a zero layer has no norm to multiply
         if open_layers and self._lipschitz_target is not None:
             model, example = self._network
             composites = {name: bool(tracked.composite) for name, tracked in self._tracked.items()}
@@ -314,7 +315,7 @@ class FastClip:
             self._choice.warn_of_training(layers)
 
     def _target(self, held: HeldLayer, norm: float) -> float:
-        """The norm allowed to a layer now, on its way from the norm it had at the first step."""
+        """The norm allowed to a layer at this step; during warm-up it falls from the layer's norm at the first step."""
         tracked = held.whole
         if self._warmup_steps <= 0 or math.isinf(tracked.target):
             return tracked.target

@@ -1,7 +1,7 @@
-"""A layer as the training hook follows it: its directions from step to step, closer searches, and clips within a step.
+"""A layer as the training hook follows it: its directions from step to step, short Krylov searches, and clips within a step.
 
-`TrackedLayer` knows the directions and clips along them. `FollowedLayer` adds what a training run needs: a memory of the last
-norm and of the parameters' versions, a state that can be saved, and the short Krylov searches and clips of a training step.
+`TrackedLayer` keeps the directions and clips along them. `FollowedLayer` adds the last norm and the version counters of the
+parameters, a state that can be saved, and the short Krylov searches and clips of a training step.
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ from ..numerics import power_of_two
 from ..singular_values import Found, KrylovSpace, krylov_space, next_block, random_block
 
 _Followed = TypeVar("_Followed", bound="FollowedLayer")
-_REACH = 5e-3  # above its target, what a training step takes down along the directions found
-_STIR = 0.1  # of a random vector beside one or two in a search, so that it is blind to no direction
-_EASY = 1e4  # up to this norm, and down to one over it, fourth powers are far from the limits of float32
-_MOST_OF_A_ROW = 64  # more than any coefficient of `rayleigh_ritz`
-_AT_ONCE = 4  # directions that a search finds, all of which are clipped
-_MOST_MISSED = 1.1  # factor by which warm power steps may be taken to fall short
+_REACH = 5e-3  # relative excess over its target that a training step clips along the directions found
+_STIR = 0.1  # length of a random vector that a search adds to each start vector of length 1, so that no direction is missed
+_EASY = 1e4  # no scaling for norms from 1 / _EASY to _EASY, whose fourth powers are far from the limits of float32
+_MOST_OF_A_ROW = 64  # upper bound of the coefficients from `rayleigh_ritz`
+_AT_ONCE = 4  # directions that a search finds, or more if more are followed; all are clipped
+_MOST_MISSED = 1.1  # largest factor by which warm power steps are taken to fall short
 
 
 @dataclass(eq=False)
 class FollowedLayer(TrackedLayer):
-    """A layer with the singular directions that are followed in it while it trains."""
+    """A layer with the singular directions that are followed in it while it trains.
 
-    next: Tensor | None = field(default=None)  # (groups, n, in / groups), what the last search found next to them
+    Attributes:
+        estimate: The norm last found, a lower estimate.
+        initial: The norm at the first step, from which a warm-up falls.
+        target: The norm to clip to.
+    """
+
+    next: Tensor | None = field(default=None)  # (groups, n, in / groups), the next right vectors that the last search found
     estimate: float = field(default=math.nan)
     initial: float = field(default=math.nan)
     target: float = field(default=math.inf)
     missed: float = field(default=1.0)  # factor by which power steps fall short
-    seen: int = field(default=-1)  # clipper step of the estimate
-    remembers: bool = field(default=True)  # what is found next to the vectors, in their memory three times
+    seen: int = field(default=-1)  # clipper step of the estimate; -1 if it has to be measured again
+    remembers: bool = field(default=True)  # whether `next` is kept, which takes up to three times the memory of the vectors
     _versions: list[int] = field(default_factory=list)
 
     @classmethod
@@ -53,12 +59,12 @@ class FollowedLayer(TrackedLayer):
         return followed
 
     def resolve(self, composite: bool) -> None:
-        """Settle what is clipped: the composite with the batch normalisation, or the layer alone."""
+        """Decide whether the layer is clipped together with its batch normalisation (if it has one) or alone."""
         super().resolve(composite)
         self.next = None if self.next is None else self.next.to(self.operator.device, self.operator.dtype)
 
     def entry(self) -> dict[str, Any]:
-        """What `restore` needs: plain values and a tensor."""
+        """The state that `restore` takes: plain values and tensors."""
         return {
             "vectors": self.vectors.clone(), "left": None if self.left is None else self.left.clone(),
             "next": None if self.next is None else self.next.clone(),
@@ -67,7 +73,7 @@ class FollowedLayer(TrackedLayer):
         }  # fmt: skip
 
     def restore(self, entry: dict[str, Any]) -> None:
-        """Go on from the entry of a clipper's state dict."""
+        """Continue from the entry of a clipper's state dict."""
         self.composite = entry["composite"]
         if self.composite is not None:
             self.resolve(self.composite)
@@ -83,7 +89,7 @@ class FollowedLayer(TrackedLayer):
         return [p._version for p in self.move.parameters(self.layer)]
 
     def note_changes(self) -> None:
-        """Take what has been done to the parameters so far as seen."""
+        """Record the current version counters of the parameters, for `changes_unseen`."""
         self._versions = self.versions
 
     @property
@@ -92,12 +98,15 @@ class FollowedLayer(TrackedLayer):
         return self.changes_since(self._versions or self.versions)
 
     def changes_since(self, versions: list[int]) -> int:
-        """How often a parameter has been changed in place since they had these versions."""
+        """The largest number of in-place changes of a parameter since the version counters were ``versions``."""
         return max(now - then for now, then in zip(self.versions, versions, strict=True))
 
     @property
     def weights_now(self) -> list[tuple[int, int]]:
-        """What tells whether what the operator reads has been replaced or, as far as torch counts it, changed in place."""
+        """Version counters and addresses of the tensors that the operator reads.
+
+        Two values differ if a tensor has been replaced or, as far as torch counts it, changed in place.
+        """
         module, norm = self.layer.module, self.layer.batchnorm if self.composite else None
         parts: list[nn.Module] = [*module.modules()] if parametrize.is_parametrized(module) else [module]
         parts += [] if norm is None else [norm]
@@ -106,14 +115,15 @@ class FollowedLayer(TrackedLayer):
 
     @property
     def changes_in_passes(self) -> bool:
-        """Whether a pass forward changes the operator, as it does where a normalisation's statistics follow the batches."""
+        """Whether a forward pass changes the operator, as it does if a normalisation updates its running statistics."""
         return bool(self.composite) and self.layer.batchnorm is not None and self.layer.batchnorm.training
 
     def search(self, steps: int, seed: int, beside: Tensor | None = None) -> KrylovSpace:
-        """A short Krylov run, from which `settle` turns the vectors towards the top singular directions.
+        """Run a short Krylov search, from which `settle` updates the vectors.
 
-        The run starts from where the vectors are, stirred, so that it is blind to no direction. What the last one found next to
-        them is taken in, and directions ``beside`` of each group, (groups, any number, inputs / groups), that may have grown.
+        The search starts from the followed vectors plus a small random part, so that it misses no direction. Its space also
+        includes the ``next`` vectors of the last search, and directions ``beside`` of each group, (groups, any number, inputs /
+        groups), whose values may have grown.
         """
         self.follow_device()
         known = 0 < self.estimate < math.inf and not 1 / _EASY < self.estimate < _EASY
@@ -124,13 +134,16 @@ class FollowedLayer(TrackedLayer):
         return krylov_space(self._scaled(), torch.add(start, stir, alpha=_STIR / start.shape[2] ** 0.5), steps, others)
 
     def settle(self, space: KrylovSpace, values: Tensor, coefficients: Tensor) -> float:
-        """Follow what a search found, given what `rayleigh_ritz` made of its numbers; the largest value, NaN if not finite."""
+        """Follow the result of a search, given the values and coefficients from `rayleigh_ritz`; return the largest value.
+
+        Returns NaN if the values are not finite.
+        """
         if not bool(torch.isfinite(values).all()):
             return math.nan
         k = max(self.vectors.shape[1], _AT_ONCE)
         values, C = values[:, :k], coefficients[:, :k]
-        left = C / values[..., None].clamp_min(_MOST_OF_A_ROW * torch.finfo(space.V.dtype).tiny)  # of a value of 0 finite
-        m = int((C != 0).any(1).any(0).nonzero().amax()) + 1 if bool(C.any()) else 1  # rows beyond may be NaN
+        left = C / values[..., None].clamp_min(_MOST_OF_A_ROW * torch.finfo(space.V.dtype).tiny)  # finite also for a value of 0
+        m = int((C != 0).any(1).any(0).nonzero().amax()) + 1 if bool(C.any()) else 1  # later rows of the space may be NaN
         factors = to_device(torch.stack([left, C])[..., :m], space.V)
         triplets = Found(values.to(space.V.dtype), factors[0] @ space.images[:, :m], factors[1] @ space.V[:, :m])
         right = triplets.right[:, : self.vectors.shape[1]]
@@ -140,18 +153,20 @@ class FollowedLayer(TrackedLayer):
         return float(self.follow(onward).max())
 
     def learn(self, found: float, searched: float) -> None:
-        """Remember by which factor a power step fell short of a search: power steps are taken to miss as much from then on.
+        """Update the factor by which power steps fall short, from the norm of a power step and of a search just after it.
 
-        Every search that finds them right makes it less. Of vectors gone cold, which tell nothing of warm ones, little counts.
+        The factor rises at once to the ratio of the two norms, and its excess over 1 decays by a tenth with each search. The
+        ratio is capped, as vectors that are far from converged say nothing about warm ones.
         """
         short = min(searched / found, _MOST_MISSED) if found > 0 else 1.0
         self.missed = max(1 + 0.9 * (self.missed - 1), short)
 
     def hold_(self, target: float) -> None:
-        """Take what was just found down to the target: most of it by a rescale, the last bit along the directions found.
+        """Clip the values just found to the target: most of the excess by a rescale, the rest along the directions found.
 
-        Its values are known on the host. What is far above the target is spread over more directions than are found, as it is
-        where training starts. Each group goes by itself; of a parametrised weight nobody knows that its norm follows a rescale.
+        The values are on the host. A norm far above the target is spread over more directions than are found, as at the start
+        of training. Each group is rescaled separately. A parametrised weight is not rescaled, as its norm may not follow its
+        parameters.
         """
         values = self.found.values
         if not parametrize.is_parametrized(self.layer.module, "weight"):
@@ -162,8 +177,8 @@ class FollowedLayer(TrackedLayer):
         above = max(1, int((values > target).sum(1).max()))
         self.found = Found(values[:, :above], self.found.left[:, :above], self.found.right[:, :above])
         self.clip_directions_(target)
-        self.seen = -1  # measured again when asked for
+        self.seen = -1  # measured again when requested
 
     def forget(self) -> None:
-        """Let go of what was last found; the vectors stay. On large maps it would take the memory of some activations."""
+        """Drop the triplets last found, which on large feature maps take the memory of some activations; the vectors stay."""
         self.__dict__.pop("found", None)

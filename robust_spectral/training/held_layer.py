@@ -1,10 +1,11 @@
-"""What follows every optimizer step: a power step on the layers' top singular directions, closer looks at a few, and clips.
+"""The work on one layer after optimizer steps: power steps on its top singular directions, short Krylov searches, and clips.
 
-A power step is slow to notice a direction that grows beside the one it follows, so that layers get closer looks (short Krylov
-runs) in turn, and at once where a norm has jumped or where the gain on inputs that are constant over the map has. Where its map
-is large a layer is followed on a smaller one, where an application costs a fraction: the top directions vary slowly over the
-map and are nearly the same there. How much the norm falls short on the smaller map, and a power step short of a closer look, is
-learned whenever both are at hand; where the gain on constant inputs has jumped, both are looked at.
+A power step is slow to notice a direction that grows next to the followed one. Layers are therefore refreshed by short Krylov
+searches: in turn, and immediately if a norm has jumped or the gain on inputs that are constant over the feature map has. A
+layer with a large feature map is followed on a smaller map, where an application costs a fraction: the top directions vary
+slowly over the map and are nearly the same there. The factor by which the norm falls short on the smaller map, and the factor
+by which a power step falls short of a search, are updated whenever both numbers are known. If the gain on constant inputs has
+jumped, both maps are searched.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from .followed_layer import FollowedLayer
 from .measurements import look, measured
 from .smaller_inputs import on_small_map, on_whole_map
 
-_LOOK, _WHOLE_LOOK = 7, 10  # steps of a closer look, on the small map or the whole one
-_TINY, _TINY_LOOK = 1e6, 12  # multiply-adds of an application that costs next to nothing, and steps of a look there
-_CHEAP = 1.2e7  # multiply-adds of an application
-_FEW = 2**16  # inputs
-_IDLE = 2e-3  # above its target, what is not worth a clip
-_MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # of growth until the next look: what a look allows for, and any clip
-_CAUTION = 1.5  # times the growth foreseen, as it comes in bursts
-_MOST_RESTS = 3  # power steps left out in a row, on a layer that is not cheap; 1 on one that is
-_FAR, _COSTLY_FAR = 1.005, 1.03  # times its target, from where a layer gets a closer look at once, cheap or not
-_RUNNING_AWAY, _CALM = 1.03, 8  # times its target, and how many turns without such a norm end the hurry
+_LOOK, _WHOLE_LOOK = 7, 10  # steps of a search, on the small map and on the whole one
+_TINY, _TINY_LOOK = 1e6, 12  # multiply-adds of an application that costs almost nothing, and steps of a search there
+_CHEAP = 1.2e7  # multiply-adds of an application of a cheap layer, at most
+_FEW = 2**16  # inputs of a cheap layer that needs no smaller map, at most
+_IDLE = 2e-3  # relative excess over the target that is not worth a clip
+_MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # largest growth allowed for: in a clip after a search, and in any clip
+_CAUTION = 1.5  # multiple of the growth expected, which comes in bursts
+_MOST_RESTS = 3  # power steps left out in a row, at most, on a layer that is not cheap; 1 on a cheap one
+_FAR, _COSTLY_FAR = 1.005, 1.03  # multiples of its target above which a layer is searched at once, if cheap and if not
+_RUNNING_AWAY, _CALM = 1.03, 8  # multiple of its target above which a norm runs away, and rounds below until it is calm
 _STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "goal", "level", "resting", "share", "sensed", "hurried")
 
 
@@ -41,26 +42,26 @@ Target = Callable[["HeldLayer", float], float]
 
 @dataclass(eq=False)
 class HeldLayer:
-    """A layer on its whole map and on a smaller one, which are the same object where there is no smaller one.
+    """A layer on its whole feature map and on a smaller one, which are the same object if there is no smaller one.
 
     Attributes:
-        number: Among the layers, which take turns by it.
-        whole: The layer as it is applied; what is proved and reported is about it.
-        small: What the power steps follow.
-        bias: Norm of the whole over that of the small one.
-        rate: By how much, relative to its target, the norm has been growing past it unseen, in a step; it rises at once and
-            falls slowly.
-        foreseen: By how much, relative to its target, it will have grown unseen by the next look.
-        looked: Step of the last closer look.
-        compared: Step of the last look at the whole map.
-        allowed: Norm that was allowed then.
-        goal: Norm that was allowed last time.
-        level: Norm over that, as it was left.
-        resting: How many power steps are left out, as the last one found nothing to do, nor soon.
-        slow: The directions that are constant over the map, where the kernel is known.
-        sensed: The gain on them.
-        share: The norm over that gain, at most 1.
-        hurried: In how many turns to come it is to have its own behind the step, as its norm has run away, or may have.
+        number: Index of the layer, which decides at which steps it is due.
+        whole: The layer as the model applies it, for which norms are proved and reported.
+        small: The layer on the smaller map, which the power steps follow.
+        bias: The norm on the whole map divided by the norm on the small one.
+        rate: Growth of the norm past its target, per step and relative to the target, that power steps missed between searches;
+            rises at once and falls slowly.
+        foreseen: Such growth, relative to the target, that is expected until the next search.
+        looked: Step of the last search that updated ``rate``.
+        compared: Step of the last search on the whole map.
+        allowed: Target norm at the last search that updated ``rate``.
+        goal: Target norm at the last measurement.
+        level: Norm left by that measurement and its clip, divided by ``goal``.
+        resting: Number of power steps to leave out, as the last one found nothing to clip, and no growth that soon needs it.
+        slow: The directions of inputs that are constant over the map, if the kernel is known.
+        sensed: The layer's gain on those inputs.
+        share: The norm divided by that gain, at most 1.
+        hurried: Number of coming rounds in which the layer is clipped right after the step, as its norm runs away or may do so.
     """
 
     number: int
@@ -82,7 +83,7 @@ class HeldLayer:
 
     @classmethod
     def of(cls, whole: FollowedLayer, number: int, seed: int) -> HeldLayer:
-        """A layer with its smaller twin, where there is one that pays; none does on a GPU, nor of what is cheap as it is."""
+        """A layer with its counterpart on a smaller map if that saves time: not on a GPU, nor for most cheap layers."""
         layer, alone, size = on_small_map(whole.layer), cls(number, whole, whole), math.prod(whole.layer.in_shape)
         if alone.on_gpu or (alone.cheap and size <= _FEW) or math.prod(layer.in_shape) > 0.6 * size:
             return alone
@@ -92,12 +93,12 @@ class HeldLayer:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the layer lives on one, where starting a small computation takes the time, not its size."""
+        """Whether the layer is on a GPU, where a small computation costs the time to launch it, whatever its size."""
         return self.small.vectors.is_cuda
 
     @property
     def cheap(self) -> bool:
-        """Whether a closer look at the small one costs little."""
+        """Whether a search on the small map costs little."""
         return self.on_gpu or self._work <= _CHEAP
 
     @cached_property
@@ -107,26 +108,26 @@ class HeldLayer:
 
     @property
     def steps(self) -> int:
-        """Of a closer look at the small one."""
+        """The number of steps of a search on the small map."""
         return _TINY_LOOK if self._work <= _TINY else _LOOK
 
     @property
     def sensed_every(self) -> int:
-        """How many times as rare as power steps the gain on slow directions is found."""
+        """The number of scheduled steps of the layer from one measurement of the gain on constant inputs to the next."""
         return 1 if self._work <= _TINY else 3 if self.cheap else 8
 
     @property
     def far(self) -> float:
-        """By which factor above its target the layer gets a closer look at once."""
+        """The multiple of its target above which the layer is searched at once."""
         return _FAR if self.cheap else _COSTLY_FAR
 
     @property
     def parts(self) -> list[FollowedLayer]:
-        """The whole, and the small one where that is another."""
+        """The layer on the whole map, and on the small one if that is another object."""
         return [self.whole] if self.small is self.whole else [self.whole, self.small]
 
     def start(self) -> Asking[None]:
-        """A first, long look, behind a power step, whose value tells it the scale."""
+        """Run a first, long search on each map, after a power step, whose value gives the search its scale."""
         self._find_slow()
         found = []
         for tracked in self.parts:
@@ -137,13 +138,13 @@ class HeldLayer:
             tracked.forget()
 
     def entry(self) -> dict[str, Any]:
-        """What `restore` needs."""
+        """The state that `restore` takes."""
         named = zip(("whole", "small"), self.parts, strict=False)
         slow = None if self.slow is None else self.slow.block.clone()
         return {key: getattr(self, key) for key in _STATE} | {"slow": slow} | {name: part.entry() for name, part in named}
 
     def restore(self, entry: dict[str, Any]) -> None:
-        """Go on from the entry of a clipper's state dict."""
+        """Continue from the entry of a clipper's state dict."""
         for key in _STATE:
             setattr(self, key, entry.get(key, getattr(self, key)))
         self.whole.restore(entry["whole"])
@@ -151,7 +152,7 @@ class HeldLayer:
             self.bias = 1.0
         elif "small" in entry:
             self.small.restore(entry["small"])
-        elif self.whole.composite is not None:  # of a clipper on a GPU, which has no small ones
+        elif self.whole.composite is not None:  # the entry of a clipper on a GPU, which has no small maps
             self.small.resolve(self.whole.composite)
         if entry["slow"] is not None:
             self._find_slow()
@@ -162,16 +163,17 @@ class HeldLayer:
         self.slow = slow_directions(self.whole.layer, bool(self.whole.composite), self.whole.vectors, 0)
 
     def beside(self) -> Tensor | None:
-        """Where on the small map a direction may have grown beside the one that is followed."""
+        """The inputs constant over the small map, along which the norm may have grown; None if the kernel is not known."""
         return None if self.slow is None else self.slow.rows(self.small.operator.in_shape)
 
     def hold(self, tracked: FollowedLayer, norm: float, missed: float, target: float) -> float:
-        """Clip what was just found, if the norm, times what the finding is known to miss, is above the target; what is left.
+        """Clip the values just found if ``norm`` times ``missed`` is above ``target``; return the norm left, times ``missed``.
 
-        A little of the target is left to what is foreseen to grow beside it.
+        ``missed`` is the factor by which the measurement is known to fall short. The clip goes a little below the target, to
+        leave room for the growth that is expected until the next search.
         """
         target = target / missed / (1 + min(self.foreseen, _MOST_SPARED))
-        if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # a shared weight has been taken down already
+        if norm > target * (1 + _IDLE) and not tracked.changes_unseen:  # otherwise a shared weight has been clipped already
             tracked.hold_(target)
             self.sensed *= target / norm
             norm = target
@@ -179,7 +181,10 @@ class HeldLayer:
         return norm * missed
 
     def hold_found(self, norm: float, target: Target, again: bool = False) -> float:
-        """Clip what a power step found, ``again`` in the same turn or not, if it is above the target; by which factor it is."""
+        """Clip the values of a power step if they are above the target; return the norm before the clip divided by the target.
+
+        ``again`` marks a further power step in the same round.
+        """
         missed, resting = self.small.missed * self.bias, self.resting
         allowed = target(self, norm * missed)
         excess, level, falls = norm * missed / allowed, self.level, allowed < self.goal
@@ -191,15 +196,19 @@ class HeldLayer:
         return excess
 
     def gains(self, target: Target) -> float:
-        """By which factor the norm is above its target, as far as slow directions tell; 0 of a layer not looked at yet."""
-        if math.isinf(self.allowed):  # whose first norm, from which a target may start, is still to be found
+        """The norm divided by its target, estimated from the gain on constant inputs; 0 before the layer's first search."""
+        if math.isinf(self.allowed):  # a warm-up starts from the first norm, which is not known yet
             return 0.0
         norm = self.sensed * self.share
         return norm / target(self, norm)
 
     def act_upon(self, searched: float, step: int, target: Target, usual: float, found: float | None = None) -> None:
-        """Do what a closer look at the small one asks for; what a power step just before found tells what such steps miss."""
-        if self.small is self.whole:  # the small one tells less of it than its gain on slow directions does
+        """Clip after a search on the small map with the value ``searched``.
+
+        If a power step just before gave ``found``, update the factor by which power steps fall short, and clip lower, by the
+        growth that is expected until the next search (see `_with_growth` for ``usual``).
+        """
+        if self.small is self.whole:  # on a small map the norm says less about the whole one than the gain does
             self._share(searched)
         norm = searched * self.bias
         allowed = aim = target(self, norm)
@@ -210,7 +219,7 @@ class HeldLayer:
         self._leave(self.hold(self.small, searched, self.bias, aim), allowed)
 
     def look(self, step: int, target: Target, usual: float) -> Asking[None]:
-        """A closer look at both, from which it is learned what the small one misses."""
+        """Search on both maps, and update the factor by which the small one falls short."""
         found = yield from look(self.small, self.steps, step, self.beside())
         self.whole.estimate = found * self.bias
         yield []
@@ -234,9 +243,10 @@ class HeldLayer:
             self.share = min(1.0, norm / self.sensed)
 
     def _with_growth(self, norm: float, allowed: float, step: int, usual: float) -> float:
-        """What to clip to, so that by the next look the norm, growing unseen as it lately did, is about what is allowed.
+        """The norm to clip to, so that growth at the recent rate reaches about ``allowed`` by the next search.
 
-        A layer that has not grown so may begin to: it is taken to grow at the ``usual`` rate of all layers.
+        A layer that has not grown recently may begin to: its rate is taken to be at least the ``usual`` rate, the mean of all
+        layers.
         """
         waited, self.looked = max(1, step - self.looked), step
         grown = max(0.0, norm / self.allowed - 1) / waited
@@ -246,6 +256,6 @@ class HeldLayer:
         return allowed / (1 + self.foreseen)
 
     def _learn(self, found: float, searched: float) -> None:
-        """Quick to believe that the small one falls short, slow to forget it: a short search of the whole finds too little."""
+        """Update ``bias``, which rises at once and falls slowly, because a short search on the whole map finds too little."""
         bias = min(max(searched / found, 0.9), 1.3) if found > 0 else 1.0
         self.bias = max(bias, (self.bias + bias) / 2)

@@ -1,4 +1,4 @@
-"""Which layers are to be held, and at what norm: by name patterns, as in shells."""
+"""The layers that a clipper controls and their target norms, by name patterns, as in shells."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ Patterns = str | Sequence[str]
 def targets_by_name(
     names: list[str], max_norm: float | Mapping[str, float], include: Patterns, exclude: Patterns
 ) -> dict[str, float]:
-    """The target of every layer that is to be held, by name; a layer applied to several shapes goes by its plain name too.
+    """The target of every layer that is to be clipped, by name.
+
+    Patterns also match the name of a layer applied to several shapes without its "#2", "#3", ….
 
     Raises:
-        ValueError: a norm is not positive, a pattern matches no layer, or none is left.
+        ValueError: a norm is not positive, a pattern matches no layer, or no layer is left.
         TypeError: a norm is not a number.
     """
     by_pattern = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}

@@ -1,4 +1,4 @@
-"""One Lipschitz constant for a whole network, spread over its layers: which norm, held by each, keeps the bound below it."""
+"""One Lipschitz bound for a whole network, spread over its layers: the common norm of the layers with which it holds."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from ..lipschitz import Build, Key, LipschitzWalk, pair_of, traced_at
 from ..norms import NormInterval
 from ..operators import evaluating
 
-_SMALLEST = 1e-6  # norm that is tried
+_SMALLEST = 1e-6  # smallest norm that is tried
 _HALVINGS = 30
 
 
 def norm_for(
     model: nn.Module, example_input: Tensor, held: Mapping[str, bool], lipschitz_target: float, failure_probability: float
 ) -> float:
-    """The largest norm with which the network's bound is at most a target, if every held layer has that norm or its own.
+    """The largest norm at which the network's bound is at most ``lipschitz_target``.
+
+    Every layer that the clipper controls is taken to have that norm, or its own if it is smaller.
 
     Args:
         model: A model with a global Lipschitz bound.
         example_input: A batch it takes, (n, ...).
-        held: Names of the layers held, and whether each is held together with its batch normalisation.
+        held: Names of the layers that the clipper controls, and whether each is clipped together with its batch normalisation.
         lipschitz_target: The bound allowed, for the network from L2 to L2.
-        failure_probability: Of each norm that is not held.
+        failure_probability: Failure probability of each computed norm.
 
     Returns:
-        The norm; the largest of all layers' where the bound is below the target as it is.
+        The norm; if the network's bound is below the target already, the largest norm of all layers.
 
     Raises:
-        ValueError: no norm does it: the network has no bound, or what is not held keeps it above.
+        ValueError: no norm suffices: the network has no bound, or its other layers keep the bound above the target.
     """
     example, model = pair_of(example_input), uncompiled(model)
     with evaluating(model), torch.no_grad():
@@ -56,8 +58,8 @@ def norm_for(
         least = bound(_SMALLEST)
         if least > lipschitz_target:
             raise ValueError(
-                f"lipschitz_target={lipschitz_target:g}: with the held layers at norm {_SMALLEST:g} the bound is still "
-                f"{least:g}; hold more layers, or allow more"
+                f"lipschitz_target={lipschitz_target:g}: with the clipped layers at norm {_SMALLEST:g} the bound is still "
+                f"{least:g}; clip more layers, or raise the target"
             )
         low, high = math.log(_SMALLEST), math.log(largest)
         for _ in range(_HALVINGS):
@@ -67,7 +69,10 @@ def norm_for(
 
 
 class _Capped(LipschitzWalk):
-    """A walk in which held layers have at most a given norm; longer stretches, of which nothing is known then, do not count."""
+    """A walk in which the layers that the clipper controls have at most a given norm.
+
+    Stretches of several layers count as unbounded, since their own norms do not follow from the given one.
+    """
 
     def __init__(
         self, module: fx.GraphModule, failure_probability: float, norms: dict[Key, NormInterval], held: Mapping[str, bool],
@@ -77,7 +82,7 @@ class _Capped(LipschitzWalk):
         self._held, self._cap = {name.split("#")[0]: composite for name, composite in held.items()}, norm * (1 + TOLERANCE)
 
     def operator_norm(self, key: Key, build: Build) -> float:
-        """As the walk's, but capped."""
+        """The norm found by the base class, capped for the layers that the clipper controls; infinite for stretches."""
         if isinstance(key[0], tuple):
             return math.inf
         norm, composite = super().operator_norm(key, build), _is_composite(key)
@@ -85,5 +90,5 @@ class _Capped(LipschitzWalk):
 
 
 def _is_composite(key: tuple[Any, ...]) -> bool:
-    """Whether a key names a layer and its batch normalisation."""
+    """Whether a key names a layer together with its batch normalisation."""
     return len(key) == 3

@@ -1,4 +1,4 @@
-"""How a training step looks at one layer: by a power step or a short Krylov run, whose numbers are asked of the device."""
+"""Measurements of a layer's norm in a training step: power steps and short Krylov searches, with their device reads."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ..singular_values import rayleigh_ritz
 from .device_reads import Asking, together
 from .followed_layer import FollowedLayer
 
-_NON_FINITE = "FastClip.step: the weights of layer '{}' hold NaN or infinite values; training has diverged"
+_NON_FINITE = "FastClip.step: the weights of layer '{}' contain NaN or infinite values; training has diverged"
 
 
 class NotFiniteError(ValueError):
-    """Weights hold NaN or infinite values."""
+    """The error of weights that contain NaN or infinite values."""
 
 
 def measure(layers: Sequence[FollowedLayer], step: int) -> Asking[list[float]]:
-    """`measured` of several layers at once."""
+    """`measured` of several layers, with one read from the device for all."""
     return together([measured(tracked, step) for tracked in layers])
 
 
 def measured(tracked: FollowedLayer, step: int) -> Asking[float]:
-    """One power step on a layer; what is found, or what has been found since.
+    """Take one power step on a layer; return the norm found.
+
+    If another measurement of the layer was made meanwhile, return its estimate instead.
 
     Raises:
-        NotFiniteError: its weights are not finite.
+        NotFiniteError: the layer's weights are not finite.
     """
     tracked.note_changes()
     replaced = tracked.replaced
@@ -41,17 +43,17 @@ def measured(tracked: FollowedLayer, step: int) -> Asking[float]:
     norm = float(values.max())
     if not math.isfinite(norm):
         raise not_finite(tracked)
-    if tracked.replaced == replaced:  # otherwise one was asked for in between, which knows more
+    if tracked.replaced == replaced:  # otherwise a later measurement knows more
         tracked.follow(onward, values)
         tracked.estimate, tracked.seen = norm, step
     return tracked.estimate
 
 
 def look(tracked: FollowedLayer, steps: int, seed: int, beside: Tensor | None = None) -> Asking[float]:
-    """A closer look at one layer: what a short Krylov run finds.
+    """Refresh one layer by a short Krylov search; return the norm found.
 
     Raises:
-        NotFiniteError: its weights are not finite.
+        NotFiniteError: the layer's weights are not finite.
     """
     return (yield from looks([tracked], [steps], seed, [beside]))[0]
 
@@ -59,10 +61,10 @@ def look(tracked: FollowedLayer, steps: int, seed: int, beside: Tensor | None = 
 def looks(
     layers: Sequence[FollowedLayer], steps: Sequence[int], seed: int, beside: Sequence[Tensor | None]
 ) -> Asking[list[float]]:
-    """Closer looks at several, in so many steps each.
+    """Refresh several layers by short Krylov searches with the given numbers of ``steps``; return the norms found.
 
     Raises:
-        NotFiniteError: the weights of one are not finite.
+        NotFiniteError: the weights of a layer are not finite.
     """
     spaces = []
     for tracked, length, rows in zip(layers, steps, beside, strict=True):
@@ -79,7 +81,7 @@ def looks(
 
 
 def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """What `rayleigh_ritz` makes of the numbers of several spaces; together of those that are alike."""
+    """`rayleigh_ritz` of the numbers of several spaces, in one computation for all of equal type and size."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (lengths, rows, _) in enumerate(numbers):
         alike.setdefault((lengths.dtype, lengths.shape[1], rows.shape[1]), []).append(index)
@@ -93,5 +95,5 @@ def _ritz_of(numbers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]
 
 
 def not_finite(tracked: FollowedLayer) -> NotFiniteError:
-    """The error that says so."""
+    """The error for a layer whose weights are not finite."""
     return NotFiniteError(_NON_FINITE.format(tracked.layer.name))

@@ -1,4 +1,4 @@
-"""What an optimizer calls before and behind each of its steps."""
+"""The hooks that an optimizer calls before and after each of its steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ Hook = Callable[[], None]
 
 
 def hooked(optimizer: Any, before: Hook, behind: Hook, known: Sequence[RemovableHandle] = ()) -> RemovableHandle:
-    """Call these at every step of an optimizer, or of the one inside a wrapper without hooks; one handle removes both.
+    """Call ``before`` and ``behind`` around every step of an optimizer, or of the optimizer inside a wrapper without hooks.
 
-    Where one of the handles ``known`` is of this optimizer already, nothing is done, and that is it. ``before`` is left out of
-    steps that are being captured, and by wrappers with nothing but `register_step_post_hook`.
+    Returns one handle that removes both hooks. If one of the handles ``known`` is of this optimizer already, nothing is added
+    and that handle is returned. ``before`` is not called at steps that are being captured in a CUDA graph, nor by wrappers that
+    only have `register_step_post_hook`.
 
     Raises:
-        TypeError: it has no such hooks.
+        TypeError: ``optimizer`` has no such hooks.
     """
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         inner = getattr(optimizer, "optimizer", None)
@@ -35,7 +36,7 @@ def hooked(optimizer: Any, before: Hook, behind: Hook, known: Sequence[Removable
 
 
 def _unless_known(handle: RemovableHandle, known: Sequence[RemovableHandle]) -> RemovableHandle:
-    """The handle, or the living one that is known of the same optimizer, whose place it does not take."""
+    """The handle; if a living handle ``known`` is of the same optimizer, remove the new one and return the known one."""
     for other in known:
         if alive(other) and other.hooks_dict_ref() is handle.hooks_dict_ref():
             handle.remove()
@@ -44,16 +45,16 @@ def _unless_known(handle: RemovableHandle, known: Sequence[RemovableHandle]) -> 
 
 
 def alive(handle: RemovableHandle) -> bool:
-    """Whether the optimizer of a handle still lives, and the hooks in it."""
+    """Whether the optimizer of a handle still exists and still has the hooks."""
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
 
 
 def dead(count: int) -> list[RemovableHandle]:
-    """So many handles of optimizers that are gone."""
+    """A number ``count`` of handles of optimizers that no longer exist."""
     return [RemovableHandle(OrderedDict()) for _ in range(count)]
 
 
 def captured() -> bool:
-    """Whether what is called now is only recorded, in a CUDA graph."""
+    """Whether calls are being captured in a CUDA graph, that is, recorded and not executed."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Which layers an optimizer step measures, and how closely; the order of one step's work."""
+"""The schedule of an optimizer step: which layers are measured, how closely, and in which order."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .device_reads import Asking, together
 from .held_layer import HeldLayer, Target
 from .measurements import looks, measured, not_finite
 
-_COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # optimizer steps from one look at a layer that is not, or at a whole map, to the next
-_CHEAP_EVERY, _MOST = 5, 6  # turns from one look at a cheap layer to the next, on average, and looks in turn at most
-_GPU_EVERY, _GPU_MOST = 2, 8  # the same on a GPU, where a turn takes two steps, and as many that are far get one at once
+_COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # steps between searches of layers that are not cheap, and between searches on whole maps
+_CHEAP_EVERY, _MOST = 5, 6  # steps between searches of a cheap layer, on average; scheduled searches in a step at most
+_GPU_EVERY, _GPU_MOST = 2, 8  # likewise on a GPU; also the most layers that are searched at once because they are far above
 
 
 def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[None]:
-    """All that follows the optimizer's step number ``step``, or some steps one after the other.
+    """Do the measurements and clips that follow the optimizer's step number ``step``; a round may spread them over several.
 
     Args:
-        layers: All that are held.
-        step: Counted from 1, or turns where one takes several steps.
-        every: Each layer is due once in so many.
+        layers: All layers that the clipper controls.
+        step: Number of the step, from 1; the number of the round if a round takes several steps.
+        every: Number of steps in which each layer is due once.
         sweeps: Power steps and clips of a layer that is due.
-        target: From a layer and its norm to the norm allowed now.
+        target: Function from a layer and its norm to the norm allowed now.
     """
     for held in layers:
         held.hurried = max(0, held.hurried - 1)
@@ -37,7 +37,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     for _ in range(sweeps - 1):
         if not due:
             break
-        yield []  # what follows can wait until before the next step, here and below
+        yield []  # from here on, and at each such pause, the work can wait until before the next step
         found_again = yield from together([measured(held.small, step) for held in due])
         excesses = [held.hold_found(norm, target, again=True) for held, norm in zip(due, found_again, strict=True)]
     excess_of = dict(zip(due, excesses, strict=True))
@@ -47,7 +47,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
     jumped += [held for held in by_gain if held.small is held.whole and held not in (*jumped, *glanced)]
     whole = whole or sorted((held for held in by_gain if held.small is not held.whole), key=gain_of.__getitem__)[-1:]
     if layers[0].on_gpu:
-        jumped = jumped[:_GPU_MOST]  # the others' turn comes
+        jumped = jumped[:_GPU_MOST]  # the others are searched as scheduled
     usual = _mean_rate(layers)
     looked_at = dict.fromkeys(jumped, None) | dict(zip(glanced, found[len(due) :], strict=True))
     looked_at = {held: norm for held, norm in looked_at.items() if held not in whole}
@@ -63,7 +63,7 @@ def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target
 
 
 def _in_this(layers: Sequence[HeldLayer], step: int, every: int) -> tuple[list[HeldLayer], list[HeldLayer], list[HeldLayer]]:
-    """Whose turn it is: to be looked at on the whole map, to be looked at behind a power step, to get a power step alone."""
+    """The layers to search on the whole map, to search after a power step, and to measure by a power step alone."""
     whole = _in_turn([held for held in layers if held.small is not held.whole], step, _WHOLE_EVERY, "compared")
     glanced = _most_due([held for held in layers if held.cheap and held not in whole], step) if step % every == 0 else []
     glanced += _in_turn([held for held in layers if not held.cheap and held not in whole], step, _COSTLY_EVERY, "looked")
@@ -75,10 +75,10 @@ def _in_this(layers: Sequence[HeldLayer], step: int, every: int) -> tuple[list[H
 
 
 def sense(layers: Sequence[HeldLayer]) -> Asking[None]:
-    """Find the gain of layers on slow directions, where the kernel is known.
+    """Measure the layers' gain on inputs that are constant over the map, if the kernel is known.
 
     Raises:
-        NotFiniteError: the weights of one are not finite.
+        NotFiniteError: the weights of a layer are not finite.
     """
     known = [(held, held.slow) for held in layers if held.slow is not None]
     if not known:
@@ -91,12 +91,12 @@ def sense(layers: Sequence[HeldLayer]) -> Asking[None]:
 
 
 def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> list[HeldLayer]:
-    """The layer that has waited longest at every so many steps, none at the others."""
+    """The layer that has waited longest since its step ``last``, once in ``every`` steps; none at the other steps."""
     return [min(layers, key=lambda held: getattr(held, last))] if layers and step % every == 0 else []
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """A few: half of them have waited longest for a closer look, the others' norms have grown unseen most since theirs."""
+    """The layers to search in this step: half have waited longest for one, the norms of the others may have grown most."""
     every, most = (_GPU_EVERY, _GPU_MOST) if layers and layers[0].on_gpu else (_CHEAP_EVERY, _MOST)
     usual, count = _mean_rate(layers) + 1e-12, min(max(2, math.ceil(len(layers) / every)), most)
     first = sorted(layers, key=lambda held: held.looked)[: math.ceil(count / 2)]

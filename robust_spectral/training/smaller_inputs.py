@@ -1,4 +1,4 @@
-"""Convolutions on smaller maps, where an application costs a fraction and the top directions are nearly the same."""
+"""Convolutions on smaller feature maps, where an application costs a fraction and the top directions are nearly the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..layers import LinearLayer
 from ..operators import LinearOperator
 from ..singular_values import from_groups, to_groups, unit_rows
 
-_SMALL_MAP = 8  # length of a side, at least, and twice the filter's
-_SMOOTH = ("linear", "bilinear", "trilinear")  # by number of axes
+_SMALL_MAP = 8  # length of a side, at least; also at least twice the window's extent
+_SMOOTH = ("linear", "bilinear", "trilinear")  # modes of interpolation, by number of axes
 
 
 def on_small_map(layer: LinearLayer) -> LinearLayer:
-    """A convolution on a map of about `_SMALL_MAP` positions a side, any other layer as it is."""
+    """A convolution on a feature map of about `_SMALL_MAP` positions a side; any other layer unchanged."""
     module = layer.module
     if not isinstance(module, _ConvNd) or len(layer.in_shape) != 1 + len(module.kernel_size):
         return layer
@@ -28,15 +28,15 @@ def on_small_map(layer: LinearLayer) -> LinearLayer:
         layer.in_shape[1:], module.kernel_size, module.stride, module.dilation, strict=True
     ):
         smaller = max(_SMALL_MAP, 2 * (dilation * (window - 1) + 1))
-        axes.append(min(size, smaller + (size - smaller) % stride))  # strides fall as they do on the whole map
+        axes.append(min(size, smaller + (size - smaller) % stride))  # strides are aligned as on the whole map
     return replace(layer, in_shape=(layer.in_shape[0], *axes))
 
 
 def on_whole_map(rows: Tensor, small: LinearOperator, whole: LinearOperator, layer: LinearLayer) -> Tensor:
-    """Rows (groups, 1, n) of the small operator on the map of the whole one: inside zeros and, without stride, spread over it.
+    """Rows (groups, 1, n) of the small operator on the whole map: padded with zeros and, without stride, also stretched.
 
-    With padding by zeros the image of the one is at least as long as on the small map; that of the other is longer where
-    the direction varies slowly.
+    With zero padding in the layer, the image of the padded row is at least as long as on the small map; the image of the
+    stretched row is longer if the direction varies slowly.
     """
     inner, outer = small.in_shape, whole.in_shape
     module: Any = layer.module

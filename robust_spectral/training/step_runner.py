@@ -1,8 +1,9 @@
-"""The turns of a clipper: one behind every optimizer step. On a GPU one ends in the steps that follow, so that none waits.
+"""The work after every optimizer step, in rounds. On a GPU a round ends in later steps, so that no step waits for the device.
 
-There, what only reads weights is started before a step and not behind the last, as weights are the same then and the GPU has
-the pass backwards to do, beside which it finds the time. Layers whose norms run away, as they may where training starts, have
-their turn behind the step all the same: what is clipped a step late has passed through all layers once more by then.
+A round (`Turns` counts them) is the measurements and clips of one step of the schedule. On a GPU, computations that only read
+weights are started before an optimizer step rather than after the last one: the weights are the same then, and the computations
+run concurrently with the backward pass. Layers whose norms run away, as they may at the start of training, are still clipped
+right after the step: a clip one step later would let the excess pass through all layers once more.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from .schedule import hold
 
 
 class Turns:
-    """Holds layers at their targets, a turn after the other.
+    """A runner that clips layers to their targets, one round after another.
 
     Args:
-        layers: All that are held.
-        prepare: Called before a turn begins.
-        every: Each layer is due once in so many turns.
+        layers: All layers that the clipper controls.
+        prepare: Called before a round begins.
+        every: Number of rounds in which each layer is due once.
         sweeps: Power steps and clips of a layer that is due.
-        target: From a layer and its norm to the norm allowed now.
+        target: Function from a layer and its norm to the norm allowed now.
 
     Attributes:
-        count: How many have begun.
+        count: The number of rounds begun.
     """
 
     def __init__(
@@ -43,29 +44,29 @@ class Turns:
         self.restart(0)
 
     def restart(self, count: int) -> None:
-        """Forget what is under way."""
+        """Drop the round under way, and set the number of rounds to ``count``."""
         self.count, self._waits, self._started = count, False, False
         self._under_way: Later[None] | None = None
         self._weights: list[Any] = []
 
     @full_precision_no_grad()
     def start(self, held: HeldLayer) -> None:
-        """A first, long look at a layer."""
+        """Run the first, long search of a layer."""
         answered(held.start())
 
     @full_precision_no_grad()
     def advance(self, early: bool = False) -> bool:
-        """Behind a step: go on with the turn that is under way, or begin the next; whether one has ended.
+        """After an optimizer step, continue the round under way or begin the next; return whether one has ended.
 
         Args:
             early: Whether `start_early` was called before the step, and will be before the next.
 
         Raises:
-            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
+            NotFiniteError: a layer's weights are not finite. Its vectors and estimate are kept.
         """
         if self._started and not early:
-            self._give_up()  # the step that it was started before has not come
-        early = early and not self._waits  # if it does, `start_early` was not called after all
+            self._give_up()  # the step that `start_early` announced has not come
+        early = early and not self._waits  # still set if `start_early` was not called after all
         self._started = self._waits = False
         with self._or_give_up():
             hurried, late = self._hurried_and_late()
@@ -89,10 +90,12 @@ class Turns:
 
     @full_precision_no_grad()
     def start_early(self) -> None:
-        """Before a step: start what only reads weights, beside the pass backwards unless they have changed since the last.
+        """Before an optimizer step, start the work that only reads weights.
+
+        The work runs concurrently with the backward pass unless the weights have changed since the last step.
 
         Raises:
-            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
+            NotFiniteError: a layer's weights are not finite. Its vectors and estimate are kept.
         """
         if self._started:
             self._give_up()
@@ -106,10 +109,10 @@ class Turns:
 
     @full_precision_no_grad()
     def measure(self, layers: Sequence[FollowedLayer]) -> None:
-        """A power step, now, on each of those layers that have changed since the last, or had none in the last turns.
+        """Take a power step on each of the layers that has changed since its last measurement, or had none in the last rounds.
 
         Raises:
-            NotFiniteError: a layer's weights are not finite. What is known of it stays as it was.
+            NotFiniteError: a layer's weights are not finite. Its vectors and estimate are kept.
         """
         self._prepare()
         self._given_up()
@@ -119,20 +122,20 @@ class Turns:
             answered(measure(chosen, self.count))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy begins with a turn of its own."""
+        """The state of a copy, which begins with a new round."""
         return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False}
 
     def _hurried_and_late(self) -> tuple[list[HeldLayer], list[HeldLayer]]:
-        """Those whose turns are not to wait, where norms run away, and all if one is not on a GPU; and the others."""
+        """Split the layers into those clipped right after the step (norms run away, or a layer is on the CPU) and the rest."""
         late = [held for held in self._layers if not held.hurried] if all(held.on_gpu for held in self._layers) else []
         return [held for held in self._layers if held.hurried or not late], late
 
     def _act(self) -> bool:
-        """Act upon the numbers that have come; whether the turn has ended with them."""
+        """Act on the numbers that have arrived; return whether the round has ended with them."""
         if self._under_way is None or self._under_way.resting or self._given_up():
             return False
         for part in self._parts:
-            part.note_changes()  # those of the optimizer
+            part.note_changes()  # changes made by the optimizer
         self._under_way.go_on()
         if not self._under_way.done:
             return False
@@ -140,7 +143,7 @@ class Turns:
         return True
 
     def _start(self) -> None:
-        """Go on with a turn that rests, or begin the next."""
+        """Continue a paused round, or begin the next."""
         if self._under_way is None or self._given_up():
             _, late = self._hurried_and_late()
             self._under_way = Later(self._next(late)) if late else None
@@ -148,15 +151,15 @@ class Turns:
             self._under_way.go_on()
 
     def _asks(self) -> bool:
-        """Whether a turn under way waits for numbers, so that nobody knows yet what it has measured."""
+        """Whether the round under way waits for numbers, so that its measurements are not known yet."""
         return self._under_way is not None and not (self._under_way.resting or self._under_way.done)
 
     def _give_up(self) -> None:
-        """Forget the turn that is under way."""
+        """Drop the round under way."""
         self._under_way = None
 
     def _given_up(self) -> bool:
-        """Give up what is under way of layers that moved elsewhere; whether they have."""
+        """Drop the round under way if a layer has moved to another device; return whether one has."""
         moved = any(part.moved for part in self._parts)
         if moved:
             self._give_up()
@@ -177,7 +180,7 @@ class Turns:
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
-        """Any error ends the turn that is under way."""
+        """Drop the round under way after any error."""
         try:
             yield
         except BaseException:

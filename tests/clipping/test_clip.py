@@ -1,4 +1,4 @@
-"""Clipping: the norm meets its target by a dense float64 reference, and what needs no change keeps its bits."""
+"""`clip_`: by a dense float64 reference the norm meets its target, and layers below their target keep their bits."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @same_padding_copies
 @every_clippable
-def test_the_norm_ends_at_its_target(case: Case) -> None:
+def test_clipping_brings_the_norm_to_its_target(case: Case) -> None:
     module = case.build()
     before = norm(module, case.in_shape)
     result = rs.clip_(module, case.in_shape, 0.5 * before)
@@ -42,7 +42,7 @@ def test_the_norm_ends_at_its_target(case: Case) -> None:
 
 @same_padding_copies
 @every_clippable
-def test_only_the_weight_moves_and_by_the_distortion_reported(case: Case) -> None:
+def test_only_the_weight_changes_and_by_the_reported_distortion(case: Case) -> None:
     module = case.build()
     before = snapshot(module)
     result = rs.clip_(module, case.in_shape, 0.5 * norm(module, case.in_shape))
@@ -76,7 +76,7 @@ def test_clipping_twice_is_clipping_once(case: Case) -> None:
 
 @same_padding_copies
 @pytest.mark.parametrize("case", [case for case in CASES if case.clippable or "zero" in case.name], ids=str)
-def test_a_layer_already_below_keeps_its_bits(case: Case) -> None:
+def test_a_layer_already_below_its_target_keeps_its_bits(case: Case) -> None:
     module = case.build()
     before = snapshot(module)
     result = rs.clip_(module, case.in_shape, max(1.01 * norm(module, case.in_shape), 1e-3))
@@ -101,7 +101,9 @@ def test_an_infinite_target_clips_nothing() -> None:
 
 @pytest.mark.parametrize("in_shape", [(4, 16, 16)], ids=str)
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_a_layer_too_large_for_its_matrix_meets_its_target_and_stays_there(in_shape: tuple[int, ...], mode: str) -> None:
+def test_clipping_a_layer_too_large_for_a_dense_matrix_meets_the_target_and_is_idempotent(
+    in_shape: tuple[int, ...], mode: str
+) -> None:
     module = nn.Conv2d(4, 9, 3, padding=1, padding_mode=mode, bias=False)
     result = rs.clip_(module, in_shape, 1.0)
     once = snapshot(module)
@@ -122,7 +124,7 @@ def test_clipping_a_dense_layer_is_clipping_its_singular_values(shape: tuple[int
 
 
 @pytest.mark.parametrize("shape", [(80, 40), (40, 80)], ids=str)
-def test_more_directions_than_are_followed_are_clipped_all_the_same(shape: tuple[int, int]) -> None:
+def test_more_singular_values_than_tracked_vectors_are_all_clipped(shape: tuple[int, int]) -> None:
     module = nn.Linear(*shape, bias=False)
     S = singular_values(module, shape[:1])
     target = float(S[25])
@@ -131,7 +133,7 @@ def test_more_directions_than_are_followed_are_clipped_all_the_same(shape: tuple
     torch.testing.assert_close(singular_values(module, shape[:1]), S.clamp_max(target), rtol=2e-3, atol=0)
 
 
-def test_clipping_one_direction_is_the_rank_one_projection() -> None:
+def test_clipping_one_singular_value_is_the_rank_one_projection() -> None:
     left, right = (torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0] for _ in range(2))
     module = nn.Linear(5, 5, bias=False).double()
     module.weight = nn.Parameter(left * torch.tensor([4.0, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64) @ right.T)
@@ -141,14 +143,14 @@ def test_clipping_one_direction_is_the_rank_one_projection() -> None:
     assert result.distortion == pytest.approx(3 / math.sqrt(16 + 0.25 + 0.09 + 0.04 + 0.01), rel=2e-3)
 
 
-def test_the_other_singular_values_of_a_dense_layer_are_kept() -> None:
+def test_singular_values_of_a_dense_layer_below_the_target_are_kept() -> None:
     module = nn.Linear(8, 6).double()
     before = singular_values(module, (8,))
     rs.clip_(module, (8,), float(before[1]) * 0.95)
     torch.testing.assert_close(singular_values(module, (8,))[2:], before[2:], rtol=2e-3, atol=0)
 
 
-def test_a_larger_block_of_equal_values_is_clipped_as_a_whole() -> None:
+def test_many_equal_singular_values_are_all_clipped() -> None:
     module = nn.Linear(20, 20, bias=False)
     nn.init.orthogonal_(module.weight, 3.0)
     original = module.weight.detach().clone()
@@ -173,7 +175,7 @@ def test_clipping_commutes_with_scaling(make: Callable[[], nn.Module], exponent:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_of_a_composite_only_the_convolutions_weight_moves(training: bool) -> None:
+def test_clipping_a_composite_changes_only_the_weight_of_the_convolution(training: bool) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), randomised(nn.BatchNorm2d(4), [3.0, -2.0, 0.0, 1.0]))
     module.train(training)
     before = snapshot(module)
@@ -297,7 +299,9 @@ def test_a_target_that_is_not_positive_is_an_error(max_norm: float) -> None:
         "act",
     ],
 )
-def test_what_cannot_be_clipped_is_refused_and_untouched(module: nn.Module, in_shape: tuple[int, ...], culprit: str) -> None:
+def test_modules_that_cannot_be_clipped_are_refused_and_unchanged(
+    module: nn.Module, in_shape: tuple[int, ...], culprit: str
+) -> None:
     before = snapshot(module)
     with pytest.raises(NotImplementedError, match=culprit):
         rs.clip_(module, in_shape, 0.1)
@@ -317,7 +321,7 @@ def test_clipping_is_deterministic() -> None:
     assert same_bits(snapshot(module), snapshot(twin))
 
 
-def test_a_clip_never_raises_a_singular_value_of_a_circular_convolution_far() -> None:
+def test_no_singular_value_of_a_clipped_circular_convolution_exceeds_the_target() -> None:
     module = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
     in_shape = (3, 6, 6)
     top = norm(module, in_shape)
@@ -341,7 +345,7 @@ PARAMETRISED = {
 
 @pytest.mark.parametrize("factor", [0.9, 0.3])
 @pytest.mark.parametrize("make, in_shape", PARAMETRISED.values(), ids=PARAMETRISED)
-def test_a_weight_that_is_computed_is_clipped_through_what_it_is_computed_from(
+def test_a_parametrised_weight_is_clipped_through_its_original_parameters(
     make: Callable[[], nn.Module], in_shape: tuple[int, ...], factor: float
 ) -> None:
     torch.manual_seed(0)
@@ -388,7 +392,7 @@ def test_a_composite_is_clipped_through_its_weight_its_gamma_or_both(
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_the_gradients_of_a_move_are_those_of_autograd(move: Move) -> None:
+def test_the_gradients_of_a_move_equal_those_of_autograd(move: Move) -> None:
     torch.manual_seed(0)
     conv, batchnorm = nn.Conv2d(2, 3, 3, padding=1).double(), randomised(nn.BatchNorm2d(3), [1.5, -2.0, 0.3]).double().eval()
     layer = LinearLayer("0", conv, (2, 5, 5), batchnorm, "1")
@@ -397,14 +401,14 @@ def test_the_gradients_of_a_move_are_those_of_autograd(move: Move) -> None:
     for row, (x, u) in enumerate(zip(X.split(1), U.split(1), strict=True)):
         score = ((batchnorm(conv(x)) - batchnorm(conv(torch.zeros_like(x)))) * u).sum()
         for gradient, true in zip(found, torch.autograd.grad(score, move.parameters(layer)), strict=True):
-            if isinstance(move, MoveWeightAndGamma) and true.ndim > 1:  # without what lies along each filter
+            if isinstance(move, MoveWeightAndGamma) and true.ndim > 1:  # without the component along each filter
                 filters = conv.weight.detach().flatten(1)
                 along = (true.flatten(1) * filters).sum(1) / filters.square().sum(1)
                 true = true - (along[:, None] * filters).reshape(true.shape)
             torch.testing.assert_close(gradient[row], true)
 
 
-def test_there_is_no_gamma_to_move_where_no_normalisation_follows() -> None:
+def test_moving_gamma_is_refused_for_a_layer_without_a_batch_normalisation() -> None:
     with pytest.raises(NotImplementedError, match=r"'conv'.*γ"):
         TrackedLayer.of(LinearLayer("conv", nn.Conv2d(2, 2, 3), (2, 5, 5)), vectors=1, composite=True, seed=0, move=MoveGamma())
 
@@ -419,7 +423,7 @@ def test_there_is_no_gamma_to_move_where_no_normalisation_follows() -> None:
     ],
     ids=["circular", "zeros", "groups", "dense"],
 )
-def test_the_projection_moves_no_further_than_the_update_and_is_proved_too(
+def test_the_projection_distorts_no_more_than_the_update_and_meets_the_target(
     make: Callable[[], nn.Module], in_shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
@@ -427,14 +431,14 @@ def test_the_projection_moves_no_further_than_the_update_and_is_proved_too(
     twin, target = copy.deepcopy(module), 0.5 * norm(module, in_shape)
     update, projection = rs.clip_(module, in_shape, target), rs.clip_(twin, in_shape, target, method="projection")
     assert norm(twin, in_shape) <= projection.after.upper <= 1.001 * target
-    zeros = getattr(module, "padding_mode", "") == "zeros"  # whose projection is conservative
+    zeros = getattr(module, "padding_mode", "") == "zeros"  # for zero padding the projection is conservative
     assert projection.distortion <= update.distortion * (1.05 if zeros else 1.005)
     assert rs.clip_(twin, in_shape, target, method="projection").steps == 0
 
 
 @pytest.mark.parametrize("mode", ["circular", "zeros"])
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
-def test_where_many_values_are_above_the_update_comes_near_to_the_projection(mode: str, fraction: float) -> None:
+def test_the_update_is_close_to_the_projection_where_many_singular_values_are_clipped(mode: str, fraction: float) -> None:
     module, in_shape = nn.Conv2d(16, 16, 3, padding=1, padding_mode=mode), (16, 10, 10)
     twin, target = copy.deepcopy(module), fraction * norm(module, in_shape)
     update, projection = rs.clip_(module, in_shape, target), rs.clip_(twin, in_shape, target, method="projection")
@@ -457,7 +461,7 @@ def composite(module: nn.Module, gamma: list[float]) -> nn.Module:
     ],
     ids=["stride", "groups", "transposed", "patches", "composite"],
 )  # fmt: skip
-def test_where_many_values_are_above_less_moves_than_in_a_rescale(
+def test_clipping_many_singular_values_distorts_less_than_rescaling(
     make: Callable[[], nn.Module], in_shape: tuple[int, ...]
 ) -> None:
     module = make()
@@ -467,7 +471,7 @@ def test_where_many_values_are_above_less_moves_than_in_a_rescale(
     assert result.distortion <= 0.43
 
 
-def test_a_wide_dense_layer_is_clipped_far_below_its_norm_as_its_singular_values_are() -> None:
+def test_clipping_a_wide_dense_layer_far_below_its_norm_clips_its_singular_values() -> None:
     module = nn.Linear(700, 800)
     U, S, Vh = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
     target = 0.1 * float(S[0])
@@ -476,7 +480,7 @@ def test_a_wide_dense_layer_is_clipped_far_below_its_norm_as_its_singular_values
     assert float((module.weight.detach() - nearest).norm() / nearest.norm()) <= 2e-3
 
 
-def test_the_papers_descent_lowers_the_norm_by_its_step_and_leaves_it_at_what_it_is() -> None:
+def test_the_papers_descent_lowers_the_norm_and_reports_the_norm_reached() -> None:
     module = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
     true = norm(module, (4, 8, 8))
     result = rs.clip_(module, (4, 8, 8), 0.7 * true, method="paper")
@@ -485,7 +489,7 @@ def test_the_papers_descent_lowers_the_norm_by_its_step_and_leaves_it_at_what_it
     assert result.steps > 1
 
 
-def test_only_what_has_a_projection_is_projected() -> None:
+def test_layers_without_a_projection_are_refused_by_the_projection_method() -> None:
     parametrised = parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
     for module in (nn.Conv2d(3, 3, 3, stride=2), nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), parametrised):
         before = snapshot(module)

@@ -1,4 +1,4 @@
-"""The nearest layer of a given norm, against the norms of the layers' matrices and alternating projections of these."""
+"""`projected_weight` against the norms of dense matrices and alternating projections of these matrices."""
 
 import copy
 import math
@@ -68,7 +68,7 @@ WRAPPED = FILLED["1d, wraps onto itself"]
 
 
 def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy in float64 with another weight."""
+    """A float64 copy of the module with the weight given."""
     other = copy.deepcopy(module).double()
     other.weight = nn.Parameter(weight.clone())
     return other
@@ -82,7 +82,7 @@ def original(module: nn.Module) -> Tensor:
 def dense_projection(module: nn.Module, in_shape: Shape, max_norm: float, rounds: int = 3000) -> Tensor:
     """The matrix of the nearest layer, by Dykstra's alternating projections between small matrices and those of kernels.
 
-    Orthogonal projections of matrices are those of kernels as every entry of the kernel appears as often as any other.
+    Nearest matrices are nearest kernels, as every entry of the kernel appears equally often in the matrix.
     """
     units = torch.eye(original(module).numel(), dtype=torch.float64).reshape(-1, *original(module).shape)
     span = torch.stack([dense(with_weight(module, unit), in_shape).flatten() for unit in units], dim=1)
@@ -99,7 +99,7 @@ def dense_projection(module: nn.Module, in_shape: Shape, max_norm: float, rounds
 
 
 def feasible_weights(module: nn.Module, in_shape: Shape, near: Tensor, max_norm: float) -> Iterator[Tensor]:
-    """Weights of the given norm: at random, next to one, and on the way from it to the module's own."""
+    """Weights of the given norm: random ones, perturbations of ``near``, and points between it and the module's own weight."""
     own = original(module)
     for step in (0.01, 0.1, 0.5, 1.0):
         for candidate in (near + step * (own - near), near + step * own.std() * torch.randn_like(near), torch.randn_like(near)):
@@ -108,7 +108,7 @@ def feasible_weights(module: nn.Module, in_shape: Shape, near: Tensor, max_norm:
 
 @pytest.mark.parametrize("build, in_shape", [*CIRCULAR.values(), *FILLED.values()], ids=[*CIRCULAR, *FILLED])
 @pytest.mark.parametrize("fraction", [0.4, 0.9])
-def test_the_norm_is_what_was_asked_for(build: Build, in_shape: Shape, fraction: float) -> None:
+def test_the_projected_weight_has_the_requested_norm(build: Build, in_shape: Shape, fraction: float) -> None:
     module = build()
     max_norm = fraction * norm(module, in_shape)
     weight = projected_weight(module, in_shape, max_norm)
@@ -118,7 +118,7 @@ def test_the_norm_is_what_was_asked_for(build: Build, in_shape: Shape, fraction:
 
 
 @pytest.mark.parametrize("build, in_shape", ZEROS.values(), ids=ZEROS)
-def test_padded_by_zeros_the_norm_is_a_little_below(build: Build, in_shape: Shape) -> None:
+def test_with_zero_padding_the_norm_is_slightly_below_the_target(build: Build, in_shape: Shape) -> None:
     module = build()
     max_norm = 0.5 * norm(module, in_shape)
     weight = projected_weight(module, in_shape, max_norm)
@@ -127,7 +127,7 @@ def test_padded_by_zeros_the_norm_is_a_little_below(build: Build, in_shape: Shap
 
 
 @pytest.mark.parametrize("build, in_shape", ZEROS.values(), ids=ZEROS)
-def test_padded_by_zeros_the_result_is_that_of_a_larger_circular_grid(build: Build, in_shape: Shape) -> None:
+def test_with_zero_padding_the_result_is_that_of_a_larger_circular_grid(build: Build, in_shape: Shape) -> None:
     module = build()
     around: Any = copy.deepcopy(module)
     reach = [d * (k - 1) for d, k in zip(around.dilation, around.kernel_size, strict=True)]
@@ -138,7 +138,7 @@ def test_padded_by_zeros_the_result_is_that_of_a_larger_circular_grid(build: Bui
 
 @pytest.mark.parametrize("name", ["1d, odd", "1d, more channels in", "1d, groups", "1d, depthwise", "2d, even window", "3d"])
 @pytest.mark.parametrize("fraction", [0.3, 0.8])
-def test_the_result_is_that_of_dense_alternating_projections(name: str, fraction: float) -> None:
+def test_the_result_agrees_with_dense_alternating_projections(name: str, fraction: float) -> None:
     build, in_shape = CIRCULAR[name]
     module = build()
     max_norm = fraction * norm(module, in_shape)
@@ -148,7 +148,7 @@ def test_the_result_is_that_of_dense_alternating_projections(name: str, fraction
 
 
 @pytest.mark.parametrize("build, in_shape", CIRCULAR.values(), ids=CIRCULAR)
-def test_no_feasible_weight_lies_on_the_near_side(build: Build, in_shape: Shape) -> None:
+def test_no_feasible_weight_is_nearer_than_the_projection(build: Build, in_shape: Shape) -> None:
     module = build()
     max_norm, own = 0.5 * norm(module, in_shape), original(module)
     nearest = projected_weight(module, in_shape, max_norm, rtol=1e-8)
@@ -159,7 +159,7 @@ def test_no_feasible_weight_lies_on_the_near_side(build: Build, in_shape: Shape)
 
 
 @pytest.mark.parametrize("build, in_shape", FILLED.values(), ids=FILLED)
-def test_a_window_that_fills_the_grid_gets_the_clip_of_its_singular_values_in_one_round(build: Build, in_shape: Shape) -> None:
+def test_a_window_as_large_as_the_grid_gets_clipped_singular_values_in_one_round(build: Build, in_shape: Shape) -> None:
     module = build()
     matrix, max_norm = dense(module, in_shape), 0.5 * norm(module, in_shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -167,14 +167,14 @@ def test_a_window_that_fills_the_grid_gets_the_clip_of_its_singular_values_in_on
     torch.testing.assert_close(found, (left * values.clamp_max(max_norm)) @ right, rtol=0, atol=1e-12 * max_norm)
 
 
-def test_entries_that_share_a_place_share_the_change() -> None:
+def test_kernel_entries_that_wrap_onto_the_same_position_change_equally() -> None:
     module, in_shape = WRAPPED[0]().double(), WRAPPED[1]
     change = projected_weight(module, in_shape, 0.5 * norm(module, in_shape)) - original(module)
     torch.testing.assert_close(change[..., :3], change[..., 3:])
 
 
 @pytest.mark.parametrize("name", ["1d, even", "2d, odd", "2d, depthwise with multiplier", "2d, groups"])
-def test_a_projection_stays_where_it_is(name: str) -> None:
+def test_projecting_twice_is_projecting_once(name: str) -> None:
     build, in_shape = CIRCULAR[name]
     module = build()
     max_norm = 0.6 * norm(module, in_shape)
@@ -183,7 +183,7 @@ def test_a_projection_stays_where_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("build, in_shape", [CIRCULAR["2d, odd"], ZEROS["2d"], FILLED["dense layer"], WRAPPED])
-def test_a_weight_that_is_below_is_returned_as_it_is(build: Build, in_shape: Shape) -> None:
+def test_a_weight_below_its_target_is_returned_unchanged(build: Build, in_shape: Shape) -> None:
     module = build()
     for max_norm in (2 * norm(module, in_shape), math.inf):
         weight = projected_weight(module, in_shape, max_norm)
@@ -192,7 +192,7 @@ def test_a_weight_that_is_below_is_returned_as_it_is(build: Build, in_shape: Sha
         assert bool(original(module).any())
 
 
-def test_a_circular_weight_is_as_it_is_up_to_its_norm() -> None:
+def test_a_circular_weight_changes_only_for_a_target_below_its_norm() -> None:
     module, in_shape = CIRCULAR["2d, odd and even"][0](), CIRCULAR["2d, odd and even"][1]
     assert torch.equal(projected_weight(module, in_shape, norm(module, in_shape)), original(module))
     assert not torch.equal(projected_weight(module, in_shape, 0.999 * norm(module, in_shape)), original(module))
@@ -205,7 +205,7 @@ def test_zero_weights_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("name", ["1d, groups", "1d, depthwise"])
-def test_only_the_groups_above_are_moved_and_each_as_if_alone(name: str) -> None:
+def test_only_groups_above_the_target_change_and_each_as_if_alone(name: str) -> None:
     build, in_shape = CIRCULAR[name]
     module = build()
     groups: int = module.groups  # type: ignore[assignment]
@@ -222,7 +222,7 @@ def test_only_the_groups_above_are_moved_and_each_as_if_alone(name: str) -> None
 
 @pytest.mark.parametrize("rounds", [0, 1, 4, 30])
 @pytest.mark.parametrize("fraction", [0.1, 0.8])
-def test_stopped_early_the_weight_is_feasible_and_no_farther_than_a_rescale(rounds: int, fraction: float) -> None:
+def test_a_projection_stopped_early_is_feasible_and_no_farther_than_rescaling(rounds: int, fraction: float) -> None:
     module, in_shape = nn.Conv1d(3, 3, 3, padding=1, padding_mode="circular"), (3, 20)
     max_norm, own = fraction * norm(module, in_shape), original(module)
     weight = projected_weight(module, in_shape, max_norm, rtol=1e-12, max_rounds=rounds)
@@ -234,7 +234,7 @@ def test_stopped_early_the_weight_is_feasible_and_no_farther_than_a_rescale(roun
 
 
 @pytest.mark.parametrize("fraction", [1e-2, 1e-4, 1e-8])
-def test_a_norm_far_below_is_met(fraction: float) -> None:
+def test_a_target_far_below_the_norm_is_met(fraction: float) -> None:
     build, in_shape = CIRCULAR["1d, odd"]
     module = build()
     max_norm, own = fraction * norm(module, in_shape), original(module)
@@ -266,20 +266,20 @@ def test_tiny_and_huge_weights_are_projected(factor: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_weights_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_weights_of_any_precision_are_projected_in_float64(dtype: torch.dtype) -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", dtype=dtype)
     expected = projected_weight(with_weight(module, original(module)), (2, 4, 4), 0.3)
     assert torch.equal(projected_weight(module, (2, 4, 4), 0.3), expected)
 
 
-def test_weights_in_another_memory_format_are_taken() -> None:
+def test_weights_in_channels_last_format_give_the_same_result() -> None:
     module = nn.Conv2d(2, 3, 3, padding=1)
     expected = projected_weight(module, (2, 4, 4), 0.3)
     module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
     assert torch.equal(projected_weight(module, (2, 4, 4), 0.3), expected)
 
 
-def test_the_module_is_left_as_it_was() -> None:
+def test_the_module_is_left_unchanged() -> None:
     module = parametrizations.spectral_norm(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()).train()
     before = snapshot(module)
     weight = projected_weight(module, (2, 4, 5), 0.5)
@@ -318,20 +318,20 @@ REFUSED: dict[str, tuple[Build, Shape, str]] = {
 
 
 @pytest.mark.parametrize("build, in_shape, message", REFUSED.values(), ids=REFUSED)
-def test_other_layers_are_refused_by_name(build: Build, in_shape: Shape, message: str) -> None:
+def test_unsupported_layers_are_refused_by_name(build: Build, in_shape: Shape, message: str) -> None:
     with pytest.raises(NotImplementedError, match=f"projected_weight.*{message}"):
         projected_weight(build(), in_shape, 0.5)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("in_shape", [(), (2,), (3, 4, 4), (2, 4), (2, 0, 4), (1, 2, 4, 4)], ids=str)
-def test_shapes_that_do_not_fit_are_named(in_shape: Shape, mode: str) -> None:
+def test_input_shapes_that_do_not_fit_are_named_in_the_error(in_shape: Shape, mode: str) -> None:
     with pytest.raises(ValueError, match=r"projected_weight\(in_shape=.*Conv2d.*takes \(2, 2 spatial axes\)"):
         projected_weight(conv(2, 2, 3, 3, mode=mode, padding=1)(), in_shape, 0.5)
 
 
 @pytest.mark.parametrize("in_shape", [(), (3,), (2, 3)], ids=str)
-def test_features_that_do_not_fit_are_named(in_shape: Shape) -> None:
+def test_features_that_do_not_fit_are_named_in_the_error(in_shape: Shape) -> None:
     with pytest.raises(ValueError, match=r"projected_weight\(in_shape=.*Linear.*takes 2 features"):
         projected_weight(nn.Linear(2, 4), in_shape, 0.5)
 
@@ -346,6 +346,6 @@ def test_weights_that_are_not_finite_are_an_error(value: float) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
-def test_a_max_norm_has_to_be_positive(max_norm: float) -> None:
+def test_max_norm_must_be_positive(max_norm: float) -> None:
     with pytest.raises(ValueError, match=r"projected_weight\(max_norm="):
         projected_weight(nn.Linear(2, 3), (2,), max_norm)

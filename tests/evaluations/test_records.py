@@ -22,7 +22,7 @@ from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.finetuning.training import finetune
 from robust_spectral.evaluations.records.units import Record, read_record, refuse_foreign
 from robust_spectral.evaluations.reporting.report import accuracy_rows, write_report
-from robust_spectral.evaluations.run_folder import read_json, write_json
+from robust_spectral.evaluations.run_folder import open_run, read_json, write_json
 
 PLANS = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.05,), 24)]
 OPTIONS = {"block": 8, "gate_samples": 8, "say": lambda text: None}
@@ -115,8 +115,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_loses_one_block_at_most(fresh: P
     code = textwrap.dedent(f"""
         import torch
         from pathlib import Path
-        from robust_spectral.evaluations.evaluate import evaluate
-        from robust_spectral.evaluations.work import AttackPlan
+        from robust_spectral.evaluations.attacking import AttackPlan, evaluate
         torch.set_num_threads(1)
         plans = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.05,), 24)]
         evaluate(Path({str(fresh)!r}), plans, block=8, gate_samples=8, say=lambda text: None)
@@ -140,7 +139,7 @@ def test_an_image_that_fell_at_a_smaller_size_has_fallen(whole: Path) -> None:
 
 def test_a_record_of_another_model_or_of_other_data_is_refused(whole: Path, fresh: Path) -> None:
     shutil.copytree(whole / "records", fresh / "records")
-    told = open_subject(fresh, "cpu").run
+    told = open_subject(open_run(fresh), "cpu").run.record
     refuse_foreign(fresh, told["model_sha256"], told["test_data_sha256"])
     with pytest.raises(ValueError, match="verdicts on another model"):
         refuse_foreign(fresh, "0" * 64, told["test_data_sha256"])
@@ -154,7 +153,7 @@ def test_a_record_of_another_model_or_of_other_data_is_refused(whole: Path, fres
 
 
 def test_a_record_under_the_name_of_another_size_is_refused(whole: Path, fresh: Path) -> None:
-    told = open_subject(whole, "cpu").run
+    told = open_subject(open_run(whole), "cpu").run.record
     work = plan_work(told, 360, PLANS, 0, 8, 8)
     small, large = (work.attacks["pgd", "l2", eps][0] for eps in (0.3, 0.6))
     (fresh / "records").mkdir()
@@ -224,7 +223,7 @@ def test_logits_of_another_device_are_certified_in_float64(fresh: Path, whole: P
 
 
 def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:
-    subject = open_subject(whole, "cpu")
+    subject = open_subject(open_run(whole), "cpu")
     tensors = safetensors.torch.load_file(whole / "examples.safetensors")
     with safetensors.safe_open(whole / "examples.safetensors", "pt") as file:
         told = json.loads(file.metadata()["examples"])
@@ -253,7 +252,7 @@ def test_an_engine_that_makes_no_sense_is_refused(arguments: tuple[str, int]) ->
 
 
 def test_a_report_of_old_run_json_is_not_mixed_with_a_new_model(fresh: Path) -> None:
-    first = open_subject(fresh, "cpu")
+    first = open_subject(open_run(fresh), "cpu")
     time.sleep(0.01)
     write_json(fresh / "run.json", read_json(fresh / "run.json") | {"seed": 7})
-    assert first.run["seed"] == 0 and open_subject(fresh, "cpu").run["seed"] == 7
+    assert first.run.record["seed"] == 0 and open_subject(open_run(fresh), "cpu").run.record["seed"] == 7

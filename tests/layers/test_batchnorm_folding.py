@@ -1,4 +1,4 @@
-"""Batch normalisations folded away: the model computes what it did, and nothing is folded that cannot be."""
+"""`fold_batchnorms_`: the outputs stay the same, and models that cannot be folded are refused."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import robust_spectral as rs
 
 
-def test_a_folded_model_computes_what_it_did(convnet: nn.Module, images: Tensor) -> None:
+def test_a_folded_model_gives_the_same_outputs(convnet: nn.Module, images: Tensor) -> None:
     before = convnet(images)
     assert rs.fold_batchnorms_(convnet, images) == ["1", "4"]
     assert not any(isinstance(part, nn.BatchNorm2d) for part in convnet)
@@ -20,14 +20,14 @@ def test_a_folded_model_computes_what_it_did(convnet: nn.Module, images: Tensor)
     assert convnet[3].bias is not None and convnet[3].bias.requires_grad
 
 
-def test_the_norm_of_a_folded_layer_is_that_of_the_composite(convnet: nn.Module, images: Tensor) -> None:
+def test_the_norm_of_a_folded_layer_is_the_norm_of_the_composite(convnet: nn.Module, images: Tensor) -> None:
     composite = norm(convnet[3:5], (6, 8, 8))
     rs.fold_batchnorms_(convnet, images)
     assert norm(convnet[3], (6, 8, 8)) == pytest.approx(composite, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
-def test_a_timm_model_keeps_its_activations_and_its_mode(name: str) -> None:
+def test_a_folded_timm_model_keeps_its_outputs_activations_and_mode(name: str) -> None:
     model, images = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -44,7 +44,7 @@ def test_a_timm_model_keeps_its_activations_and_its_mode(name: str) -> None:
     [(nn.ConvTranspose2d(3, 4, 3, bias=False), (3, 5, 5)), (nn.Linear(6, 4), (6,)), (nn.Conv1d(2, 4, 3), (2, 9))],
     ids=["transposed", "dense", "one axis"],
 )
-def test_other_layers_are_folded_too(layer: nn.Module, in_shape: tuple[int, ...]) -> None:
+def test_transposed_dense_and_1d_layers_are_folded(layer: nn.Module, in_shape: tuple[int, ...]) -> None:
     kind = nn.BatchNorm2d if len(in_shape) == 3 else nn.BatchNorm1d
     model, x = nn.Sequential(layer, randomised(kind(4), [0.5, -2.0, 0.0, 1.0])).eval(), torch.randn(3, *in_shape)
     before = model(x)
@@ -71,7 +71,7 @@ class Shared(nn.Module):
     ],
     ids=["shared", "no statistics", "transposed groups", "standardised"],
 )  # fmt: skip
-def test_what_cannot_be_folded_is_refused_and_untouched(model: nn.Module, culprit: str) -> None:
+def test_a_model_that_cannot_be_folded_is_refused_and_unchanged(model: nn.Module, culprit: str) -> None:
     model = copy.deepcopy(model).eval()
     before = snapshot(model)
     with pytest.raises(NotImplementedError, match=culprit):

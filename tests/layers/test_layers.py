@@ -1,4 +1,4 @@
-"""Linear layers and their composites are found by what flows where, not by what things are called."""
+"""`linear_layers`: layers and composites are found by dataflow, not by names."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ import robust_spectral as rs
 
 
 class Swapped(nn.Module):
-    """The normalisation is declared first, and neither name says what it is."""
+    """A convolution followed by a batch normalisation, declared in reverse order under meaningless names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,23 +85,23 @@ def test_a_composite_is_found_by_dataflow_whatever_its_parts_are_called(images: 
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(inplace=True)], ids=str)
-def test_what_passes_an_activation_first_is_no_composite(activation: nn.Module, images: Tensor) -> None:
+def test_an_activation_between_convolution_and_batchnorm_prevents_a_composite(activation: nn.Module, images: Tensor) -> None:
     assert described(ActivatedBetween(activation), images) == [("conv", "conv", None)]
 
 
-def test_what_is_changed_in_place_first_is_no_composite(images: Tensor) -> None:
+def test_an_in_place_change_between_convolution_and_batchnorm_prevents_a_composite(images: Tensor) -> None:
     assert described(Doubled(), images) == [("conv", "conv", None)]
 
 
 @pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.5)], ids=str)
-def test_what_passes_the_identity_is_a_composite_of_the_right_norm_or_none(between: nn.Module, images: Tensor) -> None:
+def test_the_norm_is_correct_with_an_identity_between_convolution_and_batchnorm(between: nn.Module, images: Tensor) -> None:
     model = ActivatedBetween(between).eval()
     layer = rs.linear_layers(model, images)[0]
     alone, composite = norm(model.conv, (3, 8, 8)), norm(nn.Sequential(model.conv, model.bn), (3, 8, 8))
     assert (composite if layer.batchnorm else alone) in rs.spectral_norm(layer.operator())
 
 
-def test_a_batchnorm_in_front_of_a_convolution_is_no_composite(images: Tensor) -> None:
+def test_a_batchnorm_before_a_convolution_forms_no_composite(images: Tensor) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))
     assert described(model, images) == [("1", "conv", None)]
 
@@ -134,12 +134,12 @@ def test_every_kind_of_layer_forms_a_composite(layer: nn.Module, batchnorm: nn.M
     assert norm(layer, x.shape[1:]) in rs.spectral_norm(found.operator(composite=False))
 
 
-def test_a_dense_layer_on_a_sequence_is_taken_by_its_features() -> None:
+def test_the_input_shape_of_a_dense_layer_on_a_sequence_is_its_features() -> None:
     (layer,) = rs.linear_layers(nn.Linear(4, 3), torch.zeros(2, 7, 4))
     assert (layer.name, layer.in_shape) == ("", (4,))
 
 
-def test_a_batchnorm_over_the_sequence_axis_of_a_dense_layer_is_no_composite_over_its_features() -> None:
+def test_a_batchnorm_over_the_sequence_axis_of_a_dense_layer_forms_no_composite() -> None:
     model = nn.Sequential(nn.Linear(4, 6), randomised(nn.BatchNorm1d(5))).eval()
     assert described(model, torch.zeros(2, 5, 4)) == [("0", "dense", None)]
 
@@ -160,7 +160,7 @@ def test_a_layer_that_is_not_applied_is_not_listed() -> None:
     assert described(Unused(), torch.zeros(1, 4)) == [("used", "dense", None)]
 
 
-def test_the_model_is_left_as_it_was(convnet: nn.Module, images: Tensor) -> None:
+def test_the_model_is_left_unchanged(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     convnet[1].eval()
     for parameter in convnet.parameters():
@@ -174,7 +174,7 @@ def test_the_model_is_left_as_it_was(convnet: nn.Module, images: Tensor) -> None
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_the_model_is_left_as_it_was_when_the_pass_fails(convnet: nn.Module) -> None:
+def test_the_model_is_left_unchanged_when_the_forward_pass_fails(convnet: nn.Module) -> None:
     convnet.train()
     with pytest.raises(ValueError):
         rs.linear_layers(convnet, torch.zeros(1, 4, 8, 8))
@@ -192,7 +192,7 @@ def test_an_input_that_the_model_does_not_take_is_an_error(convnet: nn.Module) -
         rs.linear_layers(convnet, torch.zeros(1, 4, 8, 8))
 
 
-def test_spectral_norms_are_those_of_the_composites(convnet: nn.Module, images: Tensor) -> None:
+def test_spectral_norms_gives_the_norms_of_the_composites(convnet: nn.Module, images: Tensor) -> None:
     found = rs.spectral_norms(convnet, images)
     assert list(found) == ["0", "3", "8"]
     assert norm(convnet[:2], (3, 8, 8)) in found["0"]
@@ -200,7 +200,7 @@ def test_spectral_norms_are_those_of_the_composites(convnet: nn.Module, images: 
     assert norm(convnet[8], (32,)) in found["8"]
 
 
-def test_spectral_norms_are_those_of_the_layers_alone_on_request(convnet: nn.Module, images: Tensor) -> None:
+def test_spectral_norms_gives_the_norms_of_the_layers_alone_on_request(convnet: nn.Module, images: Tensor) -> None:
     found = rs.spectral_norms(convnet, images, composites=False)
     assert norm(convnet[0], (3, 8, 8)) in found["0"]
     assert norm(convnet[3], (6, 8, 8)) in found["3"]
@@ -224,7 +224,7 @@ def test_every_convolution_of_a_timm_resnet_forms_its_composite() -> None:
     assert {layer.batchnorm_name for layer in layers} >= {"conv1.1", "conv1.4", "bn1", "layer3.0.downsample.2"}
 
 
-def test_a_compiled_model_is_taken_as_it_was_written(convnet: nn.Module, images: Tensor) -> None:
+def test_a_compiled_model_is_analysed_without_being_compiled(convnet: nn.Module, images: Tensor) -> None:
     compiled = torch.compile(convnet, backend=lambda graph, _: pytest.fail("was compiled"))
     assert list(rs.spectral_norms(compiled, images)) == ["0", "3", "8"]
     bounds = [rs.lipschitz_bound(model, images, box=None).value for model in (convnet, compiled)]

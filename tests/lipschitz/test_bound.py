@@ -65,7 +65,7 @@ def test_no_sampled_gain_exceeds_the_bound(build: Callable[[], nn.Module], shape
 
 
 @pytest.mark.parametrize("build, shape", NETWORKS.values(), ids=NETWORKS)
-def test_no_rule_is_far_too_careful(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+def test_the_bound_is_not_far_above_the_largest_sampled_gain(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model = seeded(build)
     assert bound(model, *shape).value <= 12 * sampled(model, *shape)
 
@@ -76,17 +76,17 @@ def test_norms_multiply_along_a_chain() -> None:
     assert bound(model, 6).value == pytest.approx(wanted, rel=1e-9)
 
 
-def test_residual_sums_add() -> None:
+def test_the_bound_of_a_residual_block_is_one_plus_the_norm_of_its_branch() -> None:
     model = seeded(lambda: Call(lambda m, x: x + m.f(x), f=nn.Linear(4, 4)))
     assert bound(model, 4).value == pytest.approx(1 + norm(model.f, (4,)), rel=1e-9)
 
 
-def test_concatenation_is_the_root_of_the_sum_of_squares() -> None:
+def test_the_bound_of_a_concatenation_is_the_root_of_the_sum_of_squares() -> None:
     model = seeded(lambda: Call(lambda m, x: torch.cat([m.f(x), m.g(x)], 1), f=nn.Linear(4, 4), g=nn.Linear(4, 2)))
     assert bound(model, 4).value == pytest.approx(math.hypot(norm(model.f, (4,)), norm(model.g, (4,))), rel=1e-9)
 
 
-def test_a_composite_counts_at_most_the_product_of_its_parts() -> None:
+def test_a_composite_is_bounded_by_its_norm_and_not_by_the_product_of_two_norms() -> None:
     conv, batchnorm = nn.Conv2d(3, 4, 3), randomised(nn.BatchNorm2d(4), [4.0, 0.1, -0.5, 1.0])
     model = nn.Sequential(conv, batchnorm).double().eval()
     found, whole = bound(model, 3, 6, 6).value, norm(model, (3, 6, 6))
@@ -95,7 +95,7 @@ def test_a_composite_counts_at_most_the_product_of_its_parts() -> None:
     assert whole <= found < product
 
 
-def test_a_convolution_used_twice_does_not_lend_its_composite() -> None:
+def test_a_convolution_used_twice_counts_with_and_without_its_batchnorm() -> None:
     model = seeded(
         lambda: Call(lambda m, x: m.bn(m.conv(x)) + m.conv(x), conv=nn.Conv2d(2, 2, 1), bn=randomised(nn.BatchNorm2d(2)))
     )
@@ -103,7 +103,7 @@ def test_a_convolution_used_twice_does_not_lend_its_composite() -> None:
     assert bound(model, 2, 3, 3).value == pytest.approx(wanted, rel=1e-9)
 
 
-def test_every_node_has_a_row() -> None:
+def test_the_bound_lists_every_node_of_the_network() -> None:
     model = seeded(NETWORKS["dense"][0])
     rows = bound(model, 6).nodes
     assert [(row.name, row.kind) for row in rows] == [("0", "Linear"), ("1", "ReLU"), ("2", "Linear")]
@@ -117,12 +117,12 @@ def test_the_failure_probabilities_of_the_layers_add_up() -> None:
     assert found.failure_probability == pytest.approx(2e-7)
 
 
-def test_a_layer_applied_twice_fails_only_once() -> None:
+def test_a_layer_applied_twice_counts_once_in_the_failure_probability() -> None:
     model = Call(lambda m, x: m.f(F.relu(m.f(x))), f=nn.Linear(1300, 1300))
     assert rs.lipschitz_bound(model, torch.zeros(1, 1300), 1e-7).failure_probability == 1e-7
 
 
-def test_deterministic_bounds_only_on_request() -> None:
+def test_a_failure_probability_of_zero_gives_a_finite_deterministic_bound() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     found = rs.lipschitz_bound(model, torch.zeros(1, 3, 24, 24), 0.0)
     assert found.failure_probability == 0 and math.isfinite(found.value)
@@ -167,7 +167,7 @@ GATED = {
 
 
 @pytest.mark.parametrize("model, shape", GATED.values(), ids=GATED)
-def test_what_has_a_constant_on_a_box_only_has_a_local_bound(model: nn.Module, shape: tuple[int, ...]) -> None:
+def test_functions_that_are_lipschitz_only_on_a_box_have_a_local_bound(model: nn.Module, shape: tuple[int, ...]) -> None:
     model = model.double().eval()
     found = bound(model, *shape)
     assert found.value == math.inf and math.isfinite(found.local) and found.reason is not None
@@ -185,7 +185,7 @@ def test_affine_layers_in_a_row_are_bounded_as_one() -> None:
 
 
 def naive(model: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of a chain of residual blocks: every layer apart, 1 + the branch at each sum."""
+    """The bound of a chain of residual blocks from the norms of single layers: 1 + the branch at each sum."""
     total = 1.0
     for block in model:
         alone = norm(block.conv, shape) * float(norm(block.bn, (*shape[:1], 1, 1)))
@@ -193,7 +193,7 @@ def naive(model: nn.Module, shape: tuple[int, ...]) -> float:
     return total
 
 
-def test_on_a_residual_network_the_bound_is_far_below_that_of_the_layers_apart() -> None:
+def test_the_bound_of_a_residual_network_is_far_below_the_one_from_single_layer_norms() -> None:
     model = seeded(lambda: nn.Sequential(*(Residual(6) for _ in range(6))))
     assert bound(model, 6, 5, 5).value <= naive(model, (6, 5, 5)) / 2
 
@@ -215,12 +215,12 @@ def test_an_input_that_the_model_does_not_take_is_an_error() -> None:
         rs.lipschitz_bound(nn.Sequential(nn.Linear(4, 3)), torch.zeros(1, 5))
 
 
-def test_an_image_without_a_batch_axis_is_told_from_a_batch() -> None:
+def test_an_example_without_a_batch_axis_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"a batch \(n, ...\) of shape \(1, 8, 8\), .* the first input twice"):
         rs.lipschitz_bound(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.zeros(1, 8, 8))
 
 
-def test_a_bound_is_shown_on_one_line(convnet: nn.Module, images: Tensor) -> None:
+def test_the_repr_of_a_bound_is_one_line(convnet: nn.Module, images: Tensor) -> None:
     found = rs.lipschitz_bound(convnet, images, box=None)
     assert found.pairs is not None
     smallest = min(float(found.pairs[i, j]) for i in range(5) for j in range(5) if i != j)
@@ -228,7 +228,7 @@ def test_a_bound_is_shown_on_one_line(convnet: nn.Module, images: Tensor) -> Non
     assert repr(rs.LipschitzBound(math.inf, reason="so")) == "LipschitzBound(value=inf, local=inf, reason='so')"
 
 
-def test_the_model_and_the_example_are_left_as_they_were(convnet: nn.Module, images: Tensor) -> None:
+def test_the_model_and_the_example_are_left_unchanged(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     convnet[1].eval()
     before, modes, random, example = (
@@ -247,7 +247,7 @@ def test_only_the_shape_of_the_example_matters(convnet: nn.Module, images: Tenso
     assert rs.lipschitz_bound(convnet, images, box=None).value == rs.lipschitz_bound(convnet, torch.zeros(5, 3, 8, 8)).value
 
 
-def test_an_example_that_leaves_the_box_is_warned_of(convnet: nn.Module, images: Tensor) -> None:
+def test_an_example_outside_the_box_gives_a_warning(convnet: nn.Module, images: Tensor) -> None:
     with pytest.warns(UserWarning, match=r"box=\(0, 1\).*values from 0 to 255"):
         rs.lipschitz_bound(convnet, torch.linspace(0, 255, 192).reshape(1, 3, 8, 8))
     rs.lipschitz_bound(convnet, images, box=(-9.0, 9.0))

@@ -1,4 +1,4 @@
-"""Certified radii: nothing inside them changes the class, and where nothing is proved they are zero."""
+"""Certified radii: no perturbation inside them changes the class, and they are zero where nothing is proved."""
 
 import math
 from fractions import Fraction
@@ -59,7 +59,7 @@ PAIRS = torch.tensor([[0.0, 0.5, 8.0], [0.5, 0.0, 0.25], [8.0, 0.25, 0.0]], dtyp
 
 def test_the_radius_is_the_smallest_over_the_pairs_of_classes() -> None:
     bound = rs.LipschitzBound(1.0, pairs=PAIRS)
-    assert radius([3.0, 1.0, 2.0], 0, bound) == pytest.approx(1 / math.sqrt(2), rel=1e-12)  # √2 L is the smaller one there
+    assert radius([3.0, 1.0, 2.0], 0, bound) == pytest.approx(1 / math.sqrt(2), rel=1e-12)  # √2 L is below the pair's constant
     assert radius([3.0, 1.0, -20.0], 0, bound) == pytest.approx(4.0, rel=1e-12)
     assert radius([0.0, 1.0, 0.0], 1, bound) == pytest.approx(2.0, rel=1e-12)
     assert radius([3.0, 3.0, 0.0], 0, bound) == radius([2.0, 3.0, 0.0], 0, bound) == 0.0
@@ -69,22 +69,22 @@ def test_pairs_of_another_number_of_classes_are_not_used() -> None:
     assert radius([3.0, 1.0], 0, rs.LipschitzBound(1.0, pairs=PAIRS)) == radius([3.0, 1.0], 0)
 
 
-def test_a_class_that_another_one_equals_up_to_a_constant_is_never_reached() -> None:
+def test_a_pair_of_classes_with_constant_zero_does_not_limit_the_radius() -> None:
     bound = rs.LipschitzBound(1.0, pairs=torch.zeros(2, 2, dtype=torch.float64))
     assert radius([3.0, 1.0], 0, bound) > 1e300 and radius([1.0, 3.0], 0, bound) == 0.0
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
-def test_where_nothing_is_proved_the_radius_is_zero(value: float) -> None:
+def test_an_infinite_or_nan_bound_gives_radius_zero(value: float) -> None:
     assert radius([9.0, 0.0], 0, rs.LipschitzBound(value)) == 0.0
 
 
-def test_a_network_that_never_changes_has_no_finite_radius() -> None:
+def test_a_constant_network_has_an_unlimited_radius() -> None:
     assert radius([1.0, 0.0], 0, rs.LipschitzBound(0.0)) >= 1e308
 
 
 @pytest.mark.parametrize("estimate", [1.0, 3, torch.tensor(1.0), None], ids=str)
-def test_an_estimate_is_refused(estimate: object) -> None:
+def test_a_number_in_place_of_a_bound_is_refused(estimate: object) -> None:
     with pytest.raises(TypeError, match="bound"):
         rs.certified_radius(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), estimate)
 
@@ -115,7 +115,7 @@ def test_radii_are_float64_whatever_the_logits(dtype: torch.dtype) -> None:
 
 
 def test_radii_are_rounded_down() -> None:
-    """Squared and in exact arithmetic: 2 (L r)^2 < margin^2."""
+    """Check 2 (L r)^2 < margin^2 in exact arithmetic."""
     logits = torch.randn(500, 4, dtype=torch.float64) * 10.0 ** torch.randint(-8, 8, (500, 1))
     value = 0.1 + float(torch.rand(()))
     radii = rs.certified_radius(logits, logits.argmax(1), rs.LipschitzBound(value))

@@ -1,4 +1,4 @@
-"""Networks with counterexamples that are known: no certified radius reaches as far as one of them."""
+"""Networks with known counterexamples: no certified radius reaches the nearest of them."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ class Scores(nn.Module):
         return self.net(x).flatten(1)
 
 
-@pytest.mark.filterwarnings("ignore:certified_radius. rounding")  # which leaves some of these networks no radius
+@pytest.mark.filterwarnings("ignore:certified_radius. rounding")  # rounding leaves some of these networks no radius
 @pytest.mark.parametrize("seed", range(100))
 def test_no_radius_reaches_a_point_of_another_class(seed: int) -> None:
     net = network(random.Random(seed))
@@ -57,7 +57,7 @@ def test_no_radius_reaches_a_point_of_another_class(seed: int) -> None:
 
 
 def thresholds(gap: float, offset: float, seed: int) -> tuple[nn.Sequential, Tensor]:
-    """A linear classifier and an input at distance ``gap`` from its boundary, the scores hidden behind a large offset."""
+    """A linear classifier that adds and subtracts a large offset, and an input at distance ``gap`` from its boundary."""
     torch.manual_seed(seed)
     normal = torch.randn(32)
     normal = normal / normal.norm()
@@ -71,11 +71,11 @@ def thresholds(gap: float, offset: float, seed: int) -> tuple[nn.Sequential, Ten
     return nn.Sequential(first, last).eval(), x
 
 
-@pytest.mark.filterwarnings("ignore:certified_radius. rounding")  # which leaves some of these networks no radius
+@pytest.mark.filterwarnings("ignore:certified_radius. rounding")  # rounding leaves some of these networks no radius
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("seed", range(30))
 def test_no_radius_reaches_a_point_that_rounding_gives_another_class(seed: int, dtype: torch.dtype) -> None:
-    """Counterexamples that only the forward pass as it is computed has: the offset swallows the last digits of the scores."""
+    """Counterexamples of the floating-point forward pass only: the offset cancels the last digits of the scores."""
     net, x = thresholds(gap=0.02 + 0.002 * seed, offset=2.0 ** (10 + seed % 12), seed=seed)
     bound = rs.lipschitz_bound(net, x)
     net, x = copy.deepcopy(net).to(dtype), x.to(dtype)

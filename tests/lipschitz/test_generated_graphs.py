@@ -1,4 +1,4 @@
-"""Random networks: no gain that is sampled exceeds the bound, and every operation in them is understood."""
+"""Random networks: no sampled gain exceeds the bound, and every operation in them has a Lipschitz rule."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Errors of a forward pass: never above what is bounded, subtracted from margins, and no claim where they are not known."""
+"""Rounding errors of a forward pass: never above their bound, subtracted from margins, and infinite where unknown."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ SHAPE = (4, 8, 8)
 
 
 class Of(nn.Module):
-    """A function of images behind a layer, so that its input has been rounded already."""
+    """A function after a convolution, so that its input is already rounded."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def trained_like(batchnorm: nn.BatchNorm2d) -> nn.BatchNorm2d:
 
 
 def slanted(norm: nn.Module) -> nn.Module:
-    """With weights and offsets that differ."""
+    """Give a normalisation random weights and offsets."""
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
@@ -94,13 +94,13 @@ def points(count: int) -> Tensor:
 
 
 def measured(net: nn.Module, x: Tensor) -> float:
-    """Largest distance between what is computed in float32 and in float64."""
+    """Largest distance between the outputs in float32 and in float64."""
     with torch.no_grad():
         return float((net(x).double() - copy.deepcopy(net).double()(x.double())).flatten(1).norm(dim=1).max())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_forward_pass_in_float32_is_no_further_off_than_its_bound(name: str) -> None:
+def test_the_error_of_a_float32_forward_pass_is_at_most_its_bound(name: str) -> None:
     torch.manual_seed(1)
     net = NETWORKS[name]().eval()
     found = rs.lipschitz_bound(net, torch.zeros(1, *SHAPE))
@@ -112,15 +112,15 @@ def test_a_forward_pass_in_float32_is_no_further_off_than_its_bound(name: str) -
 @pytest.mark.parametrize(
     "norm", [nn.GroupNorm(1, 4, eps=1e-3), nn.LayerNorm((4, 8, 8), eps=1e-3), nn.InstanceNorm2d(4, eps=1e-3)]
 )
-def test_the_bound_holds_where_a_variance_cancels(norm: nn.Module) -> None:
+def test_the_error_bound_holds_where_a_variance_cancels(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), norm)
     nn.init.constant_(model[0].bias, 30.0)  # type: ignore[arg-type]
     found = rs.lipschitz_bound(model, torch.zeros(1, *SHAPE)).errors[torch.float32]
     assert 1e-5 < measured(model, points(16)) <= found
 
 
-def test_the_bound_holds_for_the_numbers_that_round_worst() -> None:
-    """A sum of many small numbers behind a large one, each lost on its own."""
+def test_the_error_bound_holds_for_a_worst_case_sum() -> None:
+    """A large number followed by many small ones, each of which a sequential sum loses."""
     size = 4096
     net = nn.Sequential(nn.Flatten(), nn.Linear(size, 1, bias=False))
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_the_bound_holds_for_the_numbers_that_round_worst() -> None:
     assert 1.2e-4 < abs(float(one_by_one) - (1 + (size - 1) * 2.0**-25)) <= found
 
 
-def test_what_only_picks_and_compares_does_not_round() -> None:
+def test_operations_that_only_select_and_compare_values_do_not_round() -> None:
     net = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout())
     assert rs.lipschitz_bound(net, torch.zeros(1, *SHAPE)).errors[torch.float32] < 1e-280
 
@@ -145,7 +145,7 @@ def test_the_error_grows_with_the_box() -> None:
     assert 10 * small < large < 200 * small
 
 
-def test_nothing_is_claimed_where_it_is_not_known_how_an_operation_rounds() -> None:
+def test_an_operation_of_unknown_rounding_gives_an_infinite_error_and_radius_zero() -> None:
     found = rs.lipschitz_bound(
         nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Flatten()), torch.zeros(1, *SHAPE)
     )
@@ -160,12 +160,12 @@ def test_a_box_that_is_empty_is_an_error() -> None:
         rs.lipschitz_bound(nn.Flatten(), torch.zeros(1, *SHAPE), box=(1.0, 0.0))
 
 
-def test_without_a_box_rounding_is_not_accounted_for() -> None:
+def test_without_a_box_rounding_errors_are_not_bounded() -> None:
     assert rs.lipschitz_bound(NETWORKS["dense"](), torch.zeros(1, *SHAPE), box=None).errors == {}
 
 
 def rounding_away(size: int = 64) -> nn.Module:
-    """Scores of which float32 loses the input: a large offset comes and goes."""
+    """Scores that lose the input in float32: a large offset is added and subtracted."""
     offset, back = nn.Linear(size, 2), nn.Linear(2, 2)
     with torch.no_grad():
         offset.weight.copy_(torch.stack([torch.ones(size), -torch.ones(size)]) / size)
@@ -175,7 +175,7 @@ def rounding_away(size: int = 64) -> nn.Module:
     return nn.Sequential(nn.Flatten(), offset, back).eval()
 
 
-def test_a_margin_that_rounding_can_make_is_not_certified_in_float32_and_is_in_float64() -> None:
+def test_a_margin_within_the_rounding_error_of_float32_is_certified_in_float64_only() -> None:
     net, x = rounding_away(), torch.full((1, 1, 8, 8), 0.9)
     found = rs.lipschitz_bound(net, x)
     label = torch.tensor([0])
@@ -185,25 +185,25 @@ def test_a_margin_that_rounding_can_make_is_not_certified_in_float32_and_is_in_f
     assert 0.9 * 0.9 * 8 < radius <= 0.9 * 8  # the distance to the boundary, where all pixels are 0
 
 
-def test_errors_of_a_function_in_front_are_carried_on() -> None:
+def test_composing_a_bound_with_a_preceding_function_propagates_its_errors() -> None:
     bound = rs.LipschitzBound(3.0, errors={torch.float32: 0.5}).behind(2.0, {torch.float32: 0.1})
     assert bound.value == pytest.approx(6.0) and bound.errors[torch.float32] == pytest.approx(0.5 + 3 * 0.1)
 
 
-def test_errors_of_both_forward_passes_come_off_the_margin() -> None:
+def test_the_errors_of_both_forward_passes_are_subtracted_from_the_margin() -> None:
     bound = rs.LipschitzBound(1.0, errors={torch.float32: 0.1, torch.float64: 0.0})
     logits, label = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
     assert float(rs.certified_radius(logits, label, bound)) == pytest.approx((2 - 2 * math.sqrt(2) * 0.1) / math.sqrt(2))
     assert float(rs.certified_radius(logits.double(), label, bound)) == pytest.approx(math.sqrt(2))
 
 
-def test_it_is_said_where_rounding_alone_leaves_no_radius() -> None:
+def test_rounding_errors_that_exceed_every_margin_give_a_warning() -> None:
     bound = rs.LipschitzBound(1.0, errors={torch.float32: 10.0, torch.float64: 0.0})
     logits, labels = torch.tensor([[3.0, 1.0], [0.0, 9.0]]), torch.tensor([0, 0])
     with pytest.warns(UserWarning, match=r"rounding of float32 \(28.3 logits\) exceeds every margin; .* model.double\(\)"):
         assert not rs.certified_radius(logits, labels, bound).any()
-    rs.certified_radius(logits[1:], labels[1:], bound)  # wrong as it is
-    rs.certified_radius(torch.tensor([[3.0, 1.0], [50.0, 1.0]]), labels, bound)  # one is left
+    rs.certified_radius(logits[1:], labels[1:], bound)  # misclassified, so rounding is not the reason
+    rs.certified_radius(torch.tensor([[3.0, 1.0], [50.0, 1.0]]), labels, bound)  # one image keeps a radius
     assert float(rs.certified_radius(logits.double(), labels, bound)[0]) > 0
 
 

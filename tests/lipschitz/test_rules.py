@@ -166,16 +166,16 @@ PARTIAL = {
 
 
 @pytest.mark.parametrize("model, constant", PARTIAL.values(), ids=PARTIAL)
-def test_values_picked_from_several_are_not_taken_for_constants(model: nn.Module, constant: float) -> None:
+def test_values_selected_from_tuples_or_slices_are_not_treated_as_constants(model: nn.Module, constant: float) -> None:
     assert bound(model, 4).value >= constant
 
 
-def test_a_value_that_is_changed_in_place_counts_with_its_change() -> None:
+def test_an_in_place_change_of_a_value_is_part_of_the_bound() -> None:
     model = seeded(lambda: Call(written_over, f=nn.Linear(4, 3)))
     assert bound(model, 4).value >= 100 * norm(model.f, (4,)) * (1 - 1e-12)
 
 
-def test_an_activation_in_place_counts_on_the_value_it_changes() -> None:
+def test_an_in_place_activation_is_part_of_the_bound_of_the_value_it_changes() -> None:
     def reused(m: nn.Module, x: Tensor) -> Tensor:
         y = 2 * x
         m.act(y)
@@ -197,12 +197,12 @@ KEYWORDS = {
 
 
 @pytest.mark.parametrize("function", KEYWORDS.values(), ids=KEYWORDS)
-def test_arguments_given_by_name_are_understood_or_make_the_bound_infinite(function: Callable[..., Tensor]) -> None:
+def test_keyword_arguments_are_understood_or_make_the_bound_infinite(function: Callable[..., Tensor]) -> None:
     model = seeded(lambda: Call(function, f=nn.Linear(4, 3)))
     assert sampled(model, 4) <= bound(model, 4).value * (1 + 1e-12)
 
 
-def test_a_weight_normalised_by_a_hook_counts_as_forward_uses_it() -> None:
+def test_a_weight_normalised_by_a_hook_is_bounded_as_the_forward_pass_uses_it() -> None:
     layer = torch.nn.utils.spectral_norm(nn.Linear(4, 4))
     with torch.no_grad():
         layer.weight_orig.mul_(0.01)

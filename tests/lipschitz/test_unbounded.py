@@ -1,4 +1,4 @@
-"""What has no constant, or none that is known, makes the bound infinite, and the reason names it."""
+"""Operations without a known Lipschitz constant make the bound infinite, and the reason names the operation."""
 
 import math
 
@@ -71,26 +71,26 @@ UNBOUNDED = {
 
 
 @pytest.mark.parametrize("model, culprit", UNBOUNDED.values(), ids=UNBOUNDED)
-def test_what_has_no_constant_or_mixes_the_batch_makes_the_bound_infinite(model: nn.Module, culprit: str) -> None:
+def test_operations_without_a_constant_or_across_the_batch_make_the_bound_infinite(model: nn.Module, culprit: str) -> None:
     found = bound(nn.Sequential(model), 4)
     assert found.value == math.inf
     assert found.reason is not None and culprit in found.reason
 
 
-def test_a_batch_axis_that_is_squeezed_away_gives_no_wrong_claim() -> None:
+def test_squeezing_the_batch_axis_does_not_give_too_small_a_bound() -> None:
     model = Call(lambda m, x: m.f(x.squeeze()), f=nn.Linear(4, 3)).double()
     found = rs.lipschitz_bound(model, torch.zeros(1, 4, 1, dtype=torch.float64))
     assert found.value >= norm(model.f, (4,))
 
 
 @pytest.mark.parametrize("layer", [Subclassed(2, 3, 3), mirrored(nn.Conv2d(2, 3, 3))], ids=["subclass", "parametrised"])
-def test_a_layer_is_known_by_its_exact_type(layer: nn.Module) -> None:
+def test_a_subclassed_or_parametrised_layer_is_not_bounded_as_its_base_class(layer: nn.Module) -> None:
     model = nn.Sequential(layer).double()
     assert bound(model, 2, 5, 5).value >= norm(layer, (2, 5, 5))
 
 
 @pytest.mark.parametrize("part", [nn.ReLU(), nn.BatchNorm1d(4)], ids=lambda part: type(part).__name__)
-def test_a_module_with_a_hook_that_may_do_anything_is_unknown(part: nn.Module) -> None:
+def test_a_module_with_a_forward_hook_has_no_known_constant(part: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 2))
     handle = part.register_forward_hook(lambda module, inputs, output: 100 * output)
     assert sampled(model, 4) <= bound(model, 4).value
@@ -99,7 +99,7 @@ def test_a_module_with_a_hook_that_may_do_anything_is_unknown(part: nn.Module) -
     assert math.isfinite(bound(model, 4).value)
 
 
-def test_an_unknown_node_is_named() -> None:
+def test_the_reason_names_an_unknown_node() -> None:
     model = nn.Sequential()
     model.add_module("head", nn.Sequential(nn.Linear(4, 4), nn.Hardshrink()))
     found = bound(model, 4)
@@ -107,12 +107,12 @@ def test_an_unknown_node_is_named() -> None:
     assert "Hardshrink" in found.reason and "head.1" in found.reason
 
 
-def test_the_first_unknown_node_is_the_one_named() -> None:
+def test_the_reason_names_the_first_unknown_node() -> None:
     found = bound(nn.Sequential(nn.Hardshrink(), nn.Threshold(0.0, 1.0)), 4)
     assert "Hardshrink" in found.reason and "Threshold" not in found.reason
 
 
-def test_an_unknown_branch_that_is_not_used_does_no_harm() -> None:
+def test_an_unknown_operation_whose_result_is_unused_keeps_the_bound_finite() -> None:
     def ignores(m: nn.Module, x: Tensor) -> Tensor:
         x.square()
         return 2 * x
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_be_traced_has_an_infinite_bound_and_a_reason() -> N
     assert "cannot trace Branching" in found.reason
 
 
-def test_branches_on_sizes_are_taken_and_branches_on_values_are_not() -> None:
+def test_branches_on_sizes_are_traced_and_branches_on_values_are_not() -> None:
     def by_size(m: nn.Module, x: Tensor) -> Tensor:
         batch, _ = x.shape
         return 2 * x if x.shape[1] == 4 and x.size(0) == batch and len(x) > 0 else x
@@ -138,7 +138,7 @@ def test_branches_on_sizes_are_taken_and_branches_on_values_are_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_has_no_bound_and_the_reason_says_what_has(dtype: torch.dtype) -> None:
+def test_half_precision_has_an_infinite_bound_whose_reason_suggests_float(dtype: torch.dtype) -> None:
     found = rs.lipschitz_bound(nn.Sequential(nn.Linear(4, 3)).to(dtype), torch.zeros(1, 4, dtype=dtype), box=None)
     assert math.isinf(found.value) and found.reason is not None and found.reason.endswith("use model.float()")
     assert found.errors == {} and found.errors_reason is not None

@@ -50,7 +50,7 @@ def test_the_interval_contains_the_norm(case: Case) -> None:
     ids=["plain", "stride", "composite", "even window"],
 )
 @same_padding_copies
-def test_the_norm_of_a_circular_convolution_is_read_off_its_symbols(module: nn.Module, in_shape: tuple[int, ...]) -> None:
+def test_the_norm_of_a_circular_convolution_is_computed_from_its_symbols(module: nn.Module, in_shape: tuple[int, ...]) -> None:
     A = rs.linear_operator(module.eval(), in_shape)
     found = rs.spectral_norm(A, 0)
     assert found.method == "fourier" and found.failure_probability == 0
@@ -67,7 +67,7 @@ def test_the_norm_of_a_circular_convolution_is_read_off_its_symbols(module: nn.M
     ],
     ids=["another size", "dilation", "a stride that does not divide", "zeros"],
 )
-def test_no_other_norm_is_read_off_the_symbols_of_a_grid(module: nn.Module) -> None:
+def test_the_norm_of_any_other_convolution_is_not_computed_from_symbols(module: nn.Module) -> None:
     found = rs.spectral_norm(rs.linear_operator(module, (8, 17, 17)))
     assert found.method != "fourier" and found.lower <= norm(module, (8, 17, 17)) <= found.upper
 
@@ -108,7 +108,7 @@ NEAR = {
 
 
 @pytest.mark.parametrize("build, in_shape", NEAR.values(), ids=NEAR)
-def test_kernel_bounds_hold_and_the_symbol_bound_is_near(build: Callable[[], nn.Module], in_shape: tuple[int, ...]) -> None:
+def test_kernel_bounds_hold_and_the_symbol_bound_is_close(build: Callable[[], nn.Module], in_shape: tuple[int, ...]) -> None:
     module = build()
     A = rs.linear_operator(module, in_shape, torch.float64)
     true = norm(module, in_shape)
@@ -133,9 +133,7 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("build, in_shape", STRIDED.values(), ids=STRIDED)
-def test_the_symbol_bound_of_a_strided_layer_is_that_of_its_phases(
-    build: Callable[[], nn.Module], in_shape: tuple[int, ...]
-) -> None:
+def test_the_symbol_bound_of_a_strided_layer_is_close(build: Callable[[], nn.Module], in_shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = build()
     A = rs.linear_operator(module, in_shape, torch.float64)
@@ -146,7 +144,7 @@ def test_the_symbol_bound_of_a_strided_layer_is_that_of_its_phases(
 
 
 @pytest.mark.parametrize("size", [5, 7, 9])
-def test_phases_are_not_separated_where_a_circular_stride_does_not_divide_the_input(size: int) -> None:
+def test_kernel_bounds_hold_where_a_circular_stride_does_not_divide_the_input(size: int) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         module = nn.Conv1d(2, 2, 3, stride=2, padding=1, padding_mode="circular", bias=False)
@@ -164,7 +162,7 @@ def test_a_wide_convolution_keeps_a_symbol_bound_on_a_coarser_grid() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 8, 2), (4, 6, 6), (2, 1, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
-def test_the_largest_singular_value_is_that_of_a_decomposition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_the_largest_singular_value_agrees_with_a_decomposition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     matrices = torch.randn(shape, dtype=dtype)
     value, operations = largest_singular_value(matrices)
     true = float(torch.linalg.svdvals(matrices).max())
@@ -172,7 +170,7 @@ def test_the_largest_singular_value_is_that_of_a_decomposition(shape: tuple[int,
     assert round_down(value, operations) <= true <= round_up(value, operations) <= true * (1 + 1e-12)
 
 
-def test_layers_that_share_a_run_get_intervals_as_good_as_their_own() -> None:
+def test_layers_measured_together_get_intervals_as_narrow_as_alone() -> None:
     shapes = [(4, 16, 16), (4, 16, 16), (9, 16, 16), (4, 16, 16)]
     modules = [nn.Conv2d(c, 9, 3, padding=1, groups=1, bias=False) for c, *_ in shapes]
     scaled(modules[0], 1e-18)
@@ -186,7 +184,7 @@ def test_layers_that_share_a_run_get_intervals_as_good_as_their_own() -> None:
         assert common.lower <= true <= common.upper <= 1.001 * common.lower
 
 
-def test_grouped_layers_that_share_a_run_keep_their_groups_apart() -> None:
+def test_grouped_layers_measured_together_keep_their_groups_apart() -> None:
     modules = [nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False) for _ in range(3)]
     scaled(modules[1], 100.0)
     operators = [rs.linear_operator(module, (6, 8, 8), torch.float64) for module in modules]
@@ -195,7 +193,7 @@ def test_grouped_layers_that_share_a_run_keep_their_groups_apart() -> None:
         assert lower <= norm(module, (6, 8, 8)) <= upper <= 1.002 * lower
 
 
-def test_a_run_ends_early_where_a_known_bound_is_near_enough() -> None:
+def test_a_lanczos_run_stops_early_where_a_known_bound_is_close_enough() -> None:
     A = matrix_operator(torch.diag(torch.linspace(1, 2, 500, dtype=torch.float64)))
     counted: list[int] = []
     counting = replace(A, forward=lambda X: (counted.append(len(X)), A.forward(X))[1])
@@ -227,7 +225,7 @@ def test_the_gain_of_a_padding_is_its_norm() -> None:
     assert symbol_bound(A.kernel) == pytest.approx(norm(module, (1, 5, 6)))
 
 
-def test_the_symbol_bound_of_a_circular_convolution_of_the_grids_size_is_exact_up_to_its_slack() -> None:
+def test_the_symbol_bound_of_a_circular_convolution_is_exact_up_to_its_slack() -> None:
     module = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
     A = rs.linear_operator(module, (2, 64, 64), torch.float64)
     symbols = torch.fft.fft2(module.weight.detach().double(), s=(64, 64)).permute(2, 3, 0, 1)
@@ -262,7 +260,7 @@ def test_intervals_hold_where_squares_under_or_overflow(factor: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_a_layer_too_large_for_its_matrix_is_enclosed_both_ways(mode: str) -> None:
+def test_a_layer_too_large_for_a_dense_matrix_has_probable_and_certain_intervals(mode: str) -> None:
     module = nn.Conv2d(4, 9, 3, padding=1, padding_mode=mode, bias=False)
     in_shape = (4, 16, 16)
     A, true = rs.linear_operator(module, in_shape), norm(module, in_shape)
@@ -272,14 +270,14 @@ def test_a_layer_too_large_for_its_matrix_is_enclosed_both_ways(mode: str) -> No
     assert probable.method != "dense" and certain.failure_probability == 0
 
 
-def test_the_kernel_survives_a_change_of_type() -> None:
+def test_a_change_of_dtype_keeps_the_kernel() -> None:
     for mode in ("zeros", "circular"):
         A = rs.linear_operator(nn.Conv1d(2, 3, 3, padding=1, padding_mode=mode), (2, 8))
         assert A.kernel is not None and A.to(torch.float64).kernel is not None
         assert A.to(torch.float64).kernel.weight.dtype == torch.float64
 
 
-def test_only_deterministic_bounds_at_failure_probability_zero() -> None:
+def test_a_failure_probability_of_zero_gives_deterministic_bounds_only() -> None:
     assert rs.spectral_norm(rs.linear_operator(nn.Linear(5, 4), (5,)), 0.0).failure_probability == 0
     M = torch.randn(1300, 1300, dtype=torch.float64)
     found = rs.spectral_norm(matrix_operator(M), 0.0, max_steps=10)
@@ -291,7 +289,7 @@ def test_the_lanczos_upper_end_is_infinite_at_failure_probability_zero() -> None
     assert lanczos_interval(matrix_operator(torch.randn(20, 30, dtype=torch.float64)), 0.0)[1] == math.inf
 
 
-def test_a_probabilistic_bound_says_how_probable() -> None:
+def test_a_probabilistic_bound_reports_its_failure_probability() -> None:
     M = torch.randn(1300, 1300, dtype=torch.float64)
     found = rs.spectral_norm(matrix_operator(M), 1e-6, max_steps=20)
     assert (found.method, found.failure_probability) == ("lanczos", 1e-6)
@@ -315,7 +313,7 @@ SPECTRA = {
     "spectrum, steps, groups",
     [("one large value", 1, 1), ("one large value", 3, 1), ("equispaced", 3, 1), ("close pair", 3, 1), ("equispaced", 3, 3)],
 )
-def test_the_bound_fails_no_more_often_than_it_says(spectrum: str, steps: int, groups: int) -> None:
+def test_the_lanczos_bound_fails_no_more_often_than_its_failure_probability(spectrum: str, steps: int, groups: int) -> None:
     probability, runs = 0.2, 400
     M = torch.diag(torch.tensor(SPECTRA[spectrum], dtype=torch.float64))
     A = matrix_operator(M, groups)
@@ -323,8 +321,8 @@ def test_the_bound_fails_no_more_often_than_it_says(spectrum: str, steps: int, g
     assert failures / runs <= probability + 3 * math.sqrt(probability * (1 - probability) / runs)
 
 
-def test_the_bound_fails_just_as_often_as_it_says_where_one_value_dominates() -> None:
-    """With one step it fails almost exactly when the start misses the top vector."""
+def test_the_lanczos_bound_fails_as_often_as_stated_where_one_singular_value_dominates() -> None:
+    """With one step the bound fails almost exactly when the start misses the top singular vector."""
     runs, spread = 1500, 3 * math.sqrt(0.2 * 0.8 / 1500)
     A = matrix_operator(torch.diag(torch.tensor([1.0] + [1e-3] * 11, dtype=torch.float64)))
     failures = sum(lanczos_interval(A, 0.2, rtol=0, max_steps=1, seed=seed)[1] < 1.0 for seed in range(runs))
@@ -378,7 +376,7 @@ def test_the_norm_does_not_change_when_channels_are_permuted() -> None:
     assert first.upper == pytest.approx(second.upper, rel=1e-12)
 
 
-def test_operator_and_adjoint_have_one_norm() -> None:
+def test_operator_and_adjoint_have_the_same_norm() -> None:
     A = rs.linear_operator(nn.Conv2d(2, 3, 3, stride=2), (2, 7, 7))
     assert rs.spectral_norm(A.H).upper == pytest.approx(rs.spectral_norm(A).upper, rel=1e-12)
 
@@ -416,7 +414,7 @@ def test_an_operator_that_is_not_finite_is_an_error(value: float, size: int) -> 
 
 
 @pytest.mark.parametrize("function", [rs.spectral_norm, rs.top_singular])
-def test_a_layer_is_told_from_its_operator(function: Callable[..., object]) -> None:
+def test_a_module_in_place_of_an_operator_is_an_error(function: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match=rf"{function.__name__}\(Conv2d\): takes an operator, as from linear_operator"):
         function(nn.Conv2d(1, 2, 3))
 
@@ -438,7 +436,7 @@ def test_rank_one_matrices_are_never_underestimated() -> None:
         assert true in rs.spectral_norm(rs.linear_operator(module, (24,)))
 
 
-def test_a_bound_in_float32_covers_the_float32_weights_exactly() -> None:
+def test_the_interval_of_a_float32_layer_contains_the_norm_of_its_exact_weights() -> None:
     for _ in range(50):
         module = nn.Linear(16, 16)
         assert norm(module, (16,)) in rs.spectral_norm(rs.linear_operator(module, (16,)))
@@ -458,21 +456,21 @@ def test_the_global_random_state_is_not_touched() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_a_low_rank_operator_is_enclosed_narrowly_by_a_run_that_ends_early(rank: int) -> None:
+def test_a_low_rank_operator_gets_a_narrow_interval(rank: int) -> None:
     M = torch.randn(60, rank, dtype=torch.float64) @ torch.randn(rank, 50, dtype=torch.float64)
     true = float(torch.linalg.matrix_norm(M, 2))
     lower, upper = lanczos_interval(matrix_operator(M), 1e-9)
     assert lower <= true <= upper <= (1 + 1e-9) * lower
 
 
-def test_a_circular_window_that_meets_itself_is_bounded() -> None:
+def test_kernel_bounds_hold_where_a_circular_window_wraps_onto_itself() -> None:
     module = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
     nn.init.ones_(module.weight)
     A = rs.linear_operator(module, (1, 1), torch.float64)
     assert all(kernel_bound(name, A) >= 3 for name in ("schur", "symbol", "frobenius"))
 
 
-def test_a_chain_whose_parts_cancel_is_enclosed_down_to_its_roundings() -> None:
+def test_a_chain_whose_parts_cancel_is_enclosed_up_to_rounding() -> None:
     first, second = nn.Linear(1, 2, bias=False).double(), nn.Linear(2, 1, bias=False).double()
     with torch.no_grad():
         first.weight.copy_(torch.tensor([[0.8444218515250481], [0.7579544029403025]], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What a linear layer does to a batch, and its adjoint, against dense float64 matrices."""
+"""`linear_operator` and its adjoint against dense float64 matrices."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @same_padding_copies
 @every_case
-def test_matmat_is_the_dense_matrix(case: Case) -> None:
+def test_matmat_multiplies_by_the_dense_matrix(case: Case) -> None:
     A, D = rs.linear_operator(case.build(), case.in_shape), dense(case.build(), case.in_shape)
     X, _ = batches(A)
     assert relative_error(A.matmat(X).flatten(1), X.flatten(1).double() @ D.T) <= tolerance(A.dtype)
@@ -34,7 +34,7 @@ def test_matmat_is_the_dense_matrix(case: Case) -> None:
 
 @same_padding_copies
 @every_case
-def test_rmatmat_is_the_dense_matrix_transposed(case: Case) -> None:
+def test_rmatmat_multiplies_by_the_transposed_dense_matrix(case: Case) -> None:
     A, D = rs.linear_operator(case.build(), case.in_shape), dense(case.build(), case.in_shape)
     _, Y = batches(A)
     assert relative_error(A.rmatmat(Y).flatten(1), Y.flatten(1).double() @ D) <= tolerance(A.dtype)
@@ -42,7 +42,7 @@ def test_rmatmat_is_the_dense_matrix_transposed(case: Case) -> None:
 
 @same_padding_copies
 @every_case
-def test_adjoint_identity(case: Case) -> None:
+def test_the_adjoint_identity_is_satisfied(case: Case) -> None:
     A = rs.linear_operator(case.build(), case.in_shape)
     X, Y = batches(A)
     AX, AtY = A.matmat(X).double(), A.rmatmat(Y).double()
@@ -73,7 +73,7 @@ def test_groups_are_blocks_of_the_dense_matrix(case: Case) -> None:
 
 @same_padding_copies
 @every_case
-def test_the_module_is_left_as_it_was(case: Case) -> None:
+def test_the_module_is_left_unchanged(case: Case) -> None:
     module = case.build().train()
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -95,7 +95,7 @@ def test_the_module_is_left_as_it_was(case: Case) -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_modes_that_differ_between_submodules_survive() -> None:
+def test_training_modes_that_differ_between_submodules_are_kept() -> None:
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout())
     module[1].eval()
     modes = [part.training for part in module.modules()]
@@ -104,14 +104,14 @@ def test_modes_that_differ_between_submodules_survive() -> None:
     assert [part.training for part in module.modules()] == modes
 
 
-def test_no_result_carries_a_graph() -> None:
+def test_no_result_carries_an_autograd_graph() -> None:
     A = rs.linear_operator(nn.ConvTranspose1d(2, 3, 3), (2, 5))
     assert not A.matmat(torch.randn(1, 2, 5, requires_grad=True)).requires_grad
     assert not A.rmatmat(torch.randn(1, 3, 7)).requires_grad
 
 
 @pytest.mark.parametrize("make", [nn.Conv1d, nn.ConvTranspose1d], ids=["direct", "through forward"])
-def test_the_operator_follows_its_weights(make: type[nn.Module]) -> None:
+def test_the_operator_follows_changes_of_its_weights(make: type[nn.Module]) -> None:
     module = make(3, 4, 1)
     A = rs.linear_operator(module, (3, 2))
     X, _ = batches(A)
@@ -141,13 +141,13 @@ def test_composition_is_the_product_of_the_matrices() -> None:
     torch.testing.assert_close(compose(A, B).to_dense(), dense(second, (4, 6)) @ dense(first, (2, 8)))
 
 
-def test_operators_that_do_not_fit_are_not_composed() -> None:
+def test_operators_whose_shapes_do_not_fit_are_not_composed() -> None:
     A = rs.linear_operator(nn.Linear(3, 4), (3,))
     with pytest.raises(ValueError, match="does not feed"):
         compose(A, A)
 
 
-def test_a_hand_made_operator_has_one_type_only() -> None:
+def test_an_operator_given_by_functions_cannot_change_its_dtype() -> None:
     A = LinearOperator((2,), (2,), torch.float32, torch.device("cpu"), lambda X: X, lambda Y: Y)
     assert A.to(torch.float32) is A
     with pytest.raises(TypeError, match="build"):
@@ -190,12 +190,12 @@ def test_autocast_does_not_lower_the_precision_of_the_direct_path(make) -> None:
     [(StdConv2d(3, 4, 3, padding=1), (3, 5, 5)), (Conv2dSame(3, 4, 3, stride=2), (3, 5, 6))],
     ids=["weight standardisation", "asymmetric same padding"],
 )
-def test_weights_and_padding_made_in_forward_are_seen(module: nn.Module, in_shape: tuple[int, ...]) -> None:
+def test_weights_and_padding_computed_in_forward_are_part_of_the_operator(module: nn.Module, in_shape: tuple[int, ...]) -> None:
     A = rs.linear_operator(module.double(), in_shape)
     torch.testing.assert_close(A.to_dense(), dense(module, in_shape))
 
 
-def test_a_weight_normalised_by_a_hook_is_the_one_that_forward_uses() -> None:
+def test_the_operator_uses_the_weight_normalised_by_a_hook() -> None:
     module = torch.nn.utils.spectral_norm(nn.Linear(5, 4)).double().eval()
     torch.testing.assert_close(rs.linear_operator(module, (5,)).to_dense(), dense(module, (5,)))
 
@@ -206,7 +206,7 @@ def test_a_forward_hook_that_changes_the_output_is_part_of_the_operator() -> Non
     torch.testing.assert_close(rs.linear_operator(module, (2, 5)).to_dense(), dense(module, (2, 5)))
 
 
-def test_a_batchnorm_act_that_ends_in_the_identity_is_affine() -> None:
+def test_a_batchnorm_act_whose_activation_is_the_identity_is_affine() -> None:
     module = randomised(BatchNormAct2d(3, apply_act=False), [1.0, -2.0, 0.5]).double().eval()
     torch.testing.assert_close(rs.linear_operator(module, (3, 2, 2)).to_dense(), dense(module, (3, 2, 2)))
 
@@ -232,7 +232,7 @@ class Squared(nn.Module):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
-def test_what_is_not_affine_is_refused_by_name(module: nn.Module, in_shape: tuple[int, ...], culprit: str) -> None:
+def test_modules_that_are_not_affine_are_refused_by_name(module: nn.Module, in_shape: tuple[int, ...], culprit: str) -> None:
     with pytest.raises(NotImplementedError, match=culprit):
         rs.linear_operator(module, in_shape)
 
@@ -308,7 +308,7 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
     ("module", "in_shape", "axis"),
     [(nn.Linear(6, 9), (6,), -1), (nn.Linear(6, 9), (4, 6), -1), (nn.Conv2d(2, 6, 3), (2, 5, 5), 0)],
 )  # fmt: skip
-def test_a_fused_projection_is_three_operators(module: nn.Module, in_shape: tuple[int, ...], axis: int) -> None:
+def test_a_fused_projection_splits_into_three_operators(module: nn.Module, in_shape: tuple[int, ...], axis: int) -> None:
     A = rs.linear_operator(module.double(), in_shape)
     whole = dense(module, in_shape).reshape(*A.out_shape, -1)
     parts = A.split(3, axis)
@@ -342,7 +342,7 @@ def test_a_projection_is_not_split_unequally() -> None:
     lambda w: w[:1].expand_as(w),
     lambda w: w[:, :, :1].expand_as(w),
 ], ids=["channels last", "one filter expanded", "one row expanded"])  # fmt: skip
-def test_weights_of_any_memory_layout_are_read_and_left_as_they_are(arrange) -> None:
+def test_weights_of_any_memory_layout_are_read_and_left_unchanged(arrange) -> None:
     module = nn.Conv2d(4, 4, 3, padding=1)
     module.weight = nn.Parameter(arrange(module.weight.detach()))
     stride = module.weight.stride()
@@ -352,7 +352,7 @@ def test_weights_of_any_memory_layout_are_read_and_left_as_they_are(arrange) -> 
 
 
 def plain_copy(module: nn.Conv2d) -> nn.Conv2d:
-    """A convolution with the same weight laid out plainly."""
+    """A convolution with the same weight in contiguous memory."""
     copy = nn.Conv2d(4, 4, 3, padding=1)
     with torch.no_grad():
         copy.weight.copy_(module.weight.contiguous())

@@ -19,7 +19,7 @@ from robust_spectral.plugins.defences.base import NoDefence
 from robust_spectral.plugins.defences.rivals import Bjorck, Delattre, Gouk, Miyato, Senderovich, clip_symbols_, gram_bound
 from robust_spectral.plugins.registry import find, names
 
-pytestmark = pytest.mark.filterwarnings("ignore:FastClip. behind 1 layer:UserWarning")  # the batch normalisation trains
+pytestmark = pytest.mark.filterwarnings("ignore:FastClip. after 1 layer:UserWarning")  # the batch normalisation trains
 NAMES = ["none", "fastclip", "fastclip-composite", "miyato", "gouk", "delattre", "senderovich"]  # bjorck needs deel-torchlip
 SHAPE = (2, 8, 8)
 

@@ -314,7 +314,7 @@ def test_weights_that_stay_without_finite_values_are_an_error_a_step_late_too(a_
     clipper = trained(model, 5)
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="layer '2' hold NaN"):
+    with pytest.raises(ValueError, match="layer '2' contain NaN"):
         for _ in range(40):
             clipper.step()
 

@@ -63,7 +63,7 @@ def test_an_optimizer_inside_a_wrapper_without_hooks_is_found(convnet: nn.Module
 def test_a_second_clipper_on_the_same_layers_is_refused_until_the_first_is_gone(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     handle = rs.FastClip(convnet, images).attach(optimizer)
-    with pytest.raises(ValueError, match="'0' is held by another clipper"):
+    with pytest.raises(ValueError, match="'0' is controlled by another clipper"):
         rs.FastClip(convnet, images).attach(optimizer)
     rs.FastClip(convnet, images, max_norm=math.inf).attach(optimizer)
     handle.remove()

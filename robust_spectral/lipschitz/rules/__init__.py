@@ -1,8 +1,9 @@
-"""The Lipschitz rules of torch's own modules and functions, entered into the tables by importing this package.
+"""The Lipschitz rules of torch's own modules and functions, registered by importing this package.
 
-A rule takes the walk and a node. It returns the Lipschitz constant from the network's input to the node's value, or inf for no
-claim; for an affine node it returns the operator (`Affine`). All samples of a batch count together, so that no rule needs to
-know which axis they are on, except those that would mix them. In a local walk a rule may use the size of values as well.
+A rule takes the walk and a node. It returns the Lipschitz constant of the node's value as a function of the network's input, or
+inf if it proves none; for an affine node it returns the operator (`Affine`). All samples of a batch count together as one
+vector, so that only a rule of an operation that may mix samples needs to know the batch axis. In a local walk a rule may also
+use the size of values.
 """
 
 from . import activations as activations

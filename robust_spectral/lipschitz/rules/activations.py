@@ -1,4 +1,4 @@
-"""Rules of functions applied to every element: each counts with its largest slope, and the identity is one of them."""
+"""Rules of elementwise functions, whose Lipschitz constant is their largest slope, and of the identity."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def activation_slope(module: nn.Module) -> float:
         return max(1.0, abs(module.negative_slope))
     if isinstance(module, nn.ELU):
         return max(1.0, abs(module.alpha))
-    if isinstance(module, nn.Softplus):  # it jumps where it turns linear, by less than a rounding from 20 on
+    if isinstance(module, nn.Softplus):  # jumps where it becomes linear, from 20 on by less than a float32 rounding
         return 1.0 if module.threshold >= 20 else math.inf
     return 1.0 if type(module) in _UNCHANGED else _SLOPE_OF.get(type(module), math.inf)
 
 
 @rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)
 def elementwise(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Largest slope of a function applied to every element."""
+    """An elementwise function has its largest slope as Lipschitz constant (mean value theorem)."""
     module = walk.called(n)
     slope = _SLOPE_OF[n.target] if module is None else activation_slope(module)
     return product_up(walk.bound(source_of(walk, n)), slope)
@@ -58,18 +58,18 @@ def elementwise(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(F.leaky_relu)
 def leaky_relu(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The larger of its two slopes."""
+    """Leaky ReLU has the larger of its two slopes as Lipschitz constant."""
     slope = given(n, "negative_slope").get("negative_slope", 0.01)
     return product_up(walk.bound(source_of(walk, n)), max(1.0, abs(float(slope))))
 
 
 @rule(*_UNCHANGED, "contiguous", "float", "double", "to")
 def unchanged(walk: LipschitzWalk, n: fx.Node) -> Affine:
-    """The identity, in eval mode; the walk sees to it that no type with fewer digits comes out."""
+    """The identity, in eval mode; the walk refuses casts to types other than float32 and float64."""
     return identity(walk, n, source_of(walk, n))
 
 
 @rule(F.dropout)
 def functional_dropout(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """The identity, as long as it is told that the model is not training."""
+    """The identity if called with ``training=False``; otherwise no constant."""
     return math.inf if given(n, "p", "training").get("training", True) else identity(walk, n, source_of(walk, n))

@@ -1,6 +1,6 @@
-"""Rules of layers that are affine: each hands the walk its operator, and says on which smaller shape the norm is the same.
+"""Rules of affine layers: each gives the walk its operator, and a smaller input shape at which the norm is the same.
 
-A batch normalisation behind a layer is joined with it. Of a function the operator is not kept, only its norm.
+A batch normalisation is joined with the layer before it. For a function only the norm of its operator is kept.
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ from .node_arguments import axes_named, module_of, source_of
 
 @rule(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def affine_layer(walk: LipschitzWalk, n: fx.Node) -> Affine:
-    """The layer's operator; its norm from the smallest shape that has it."""
+    """The layer's operator, with its norm at the smallest input shape that has the same norm."""
     module, source = module_of(walk, n), source_of(walk, n)
     shape = walk.shape(source)
     return _layer(walk, n, module, shape, norm_shape(module, shape))
 
 
 def _layer(walk: LipschitzWalk, n: fx.Node, module: nn.Module, shape: Shape, small: Shape) -> Affine:
-    """A step by a module's operator, whose norm is that at a smaller shape."""
+    """The affine step of a module at an input shape, with its norm from the operator at the shape ``small``."""
     norm = (n.target, small), lambda: linear_operator(module, small)
     return Affine(source_of(walk, n), (n.target, shape), lambda: linear_operator(module, shape), norm, module)
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batchnorm_bound(walk: LipschitzWalk, n: fx.Node) -> Affine:
-    """Each channel times gamma / sqrt(running_var + eps): the largest of these alone; joined with a layer in front of it."""
+    """A diagonal operator, γ / sqrt(running_var + eps) per channel: its norm is the largest absolute factor.
+
+    The walk joins it with the layer before it where possible.
+    """
     module, source = module_of(walk, n), source_of(walk, n)
     shape = walk.shape(source)
-    batchnorm_scale(module)  # refuses one without running statistics
+    batchnorm_scale(module)  # raises an error without running statistics
     small = (shape[0], *[1] * (len(shape) - 1))
     norm = (n.target, small), lambda: batchnorm_operator(module, small)
     return Affine(source, (n.target, shape), lambda: batchnorm_operator(module, shape), norm, module)
 
 
 def _with_batchnorm(layer: Affine, step: Affine) -> Affine | None:
-    """A layer and the batch normalisation behind it as one operator."""
+    """A layer and the batch normalisation that follows it as one operator; None if they are not joined."""
     module, normalisation, shape = layer.module, step.module, layer.key[-1]
     if not isinstance(module, nn.Linear | _ConvNd) or (isinstance(module, nn.Linear) and len(shape) != 1):
         return None
@@ -74,7 +77,7 @@ JOINERS.update(dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn
 
 @rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Upsample)
 def channelwise(walk: LipschitzWalk, n: fx.Node) -> Affine:
-    """An operator that treats every channel alike; its norm is that on one channel."""
+    """An operator that acts on each channel alone and in the same way has the norm that it has on one channel."""
     module, source = module_of(walk, n), source_of(walk, n)
     shape = walk.shape(source)
     axes = len(shape) - 1 if isinstance(module, nn.Upsample) else axes_named(type(module).__name__)
@@ -86,7 +89,7 @@ def channelwise(walk: LipschitzWalk, n: fx.Node) -> Affine:
     F.interpolate, F.linear, F.conv1d, F.conv2d, F.conv3d,
 )  # fmt: skip
 def linear_function(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same of a function, with constant weights; on one channel where all are treated alike."""
+    """A linear function with constant weights has its operator's norm; pooling and interpolation act on each channel alike."""
     function, source = n.target, source_of(walk, n)
     shape, name = walk.shape(source), getattr(n.target, "__name__", "")
     axes = len(shape) - 1 if name == "interpolate" else axes_named(name) if "pool" in name else None
@@ -107,7 +110,7 @@ def linear_function(walk: LipschitzWalk, n: fx.Node) -> float:
 
 
 class _Function(nn.Module):
-    """A function as a module, so that it can be an operator."""
+    """A function as a module, so that `linear_operator` takes it."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

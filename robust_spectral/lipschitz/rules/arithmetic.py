@@ -1,6 +1,6 @@
-"""Rules of sums, differences, products and means: of two values, which may be repeated to one shape, or along axes of one.
+"""Rules of sums, differences, products and means: of two values, with broadcasting, or along axes of one value.
 
-A constant moves nothing, so that a sum with one, or a product, is affine.
+A sum or product with a constant is affine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .node_arguments import axes_of, given, identity, in_place, operator_of, rep
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_")
 def add(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """Bounds of the branches add, each times the root of how often its elements are repeated; a constant counts nothing."""
+    """The branches' bounds add (triangle inequality), times sqrt(k) for a branch broadcast to k copies; a constant adds 0."""
     first, second = n.args[:2]
     alpha = abs(float(n.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
     if walk.depends(first) and not walk.depends(second) and not in_place(n) and repeats(walk, n, first) == 1:
@@ -36,7 +36,7 @@ def add(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
 
 @rule(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.itruediv, "div_")
 def scale(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """A constant factor counts with its largest absolute value; a product of two functions of the input only locally."""
+    """A constant factor c is a diagonal operator of norm max |c|; two functions of the input multiply in a local walk only."""
     first, second = n.args[:2]
     divides = n.target in (operator.truediv, operator.itruediv, torch.div, "div", "div_")
     if walk.depends(first) and walk.depends(second):
@@ -65,9 +65,9 @@ def scale(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
 
 
 def product(walk: LipschitzWalk, n: fx.Node, first: Any, second: Any) -> float:
-    """d(x y) = dx y + x dy, with the largest sizes that x and y have: local only.
+    """‖d(x y)‖ <= max |y| ‖dx‖ + max |x| ‖dy‖, with the largest values of x and y in the box: local only.
 
-    An element that is repeated along some axes meets all the others there, which count with their root of the sum of squares.
+    An element that broadcasting multiplies with several others counts with the square root of the sum of their squares.
     """
     if not walk.local:
         return math.inf
@@ -79,7 +79,7 @@ def product(walk: LipschitzWalk, n: fx.Node, first: Any, second: Any) -> float:
 
 
 def most_met(others: Tensor, shape: Shape) -> float:
-    """Root of the sum of squares of the numbers >= 0 that one element of a value meets, repeated to their shape, at most."""
+    """Largest norm of the ``others`` (>= 0) that multiply one element of a tensor of shape ``shape`` by broadcasting."""
     own = (1,) * (others.ndim - len(shape)) + tuple(shape)
     repeated = [axis for axis, (one, all_) in enumerate(zip(own, others.shape, strict=True)) if one != all_]
     met = others.square().sum(repeated).sqrt() if repeated else others
@@ -88,19 +88,19 @@ def most_met(others: Tensor, shape: Shape) -> float:
 
 @rule(torch.mean, "mean")
 def mean(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """A mean over m elements has norm 1 / sqrt(m)."""
+    """A mean over m elements has norm 1 / sqrt(m) (Cauchy-Schwarz)."""
     return _sum_over(walk, n, mean=True)
 
 
 @rule(torch.sum, "sum")
 def total(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """A sum over m elements has norm sqrt(m)."""
+    """A sum over m elements has norm sqrt(m) (Cauchy-Schwarz)."""
     return _sum_over(walk, n, mean=False)
 
 
 def _sum_over(walk: LipschitzWalk, n: fx.Node, mean: bool) -> float | Affine:
     axes, source = axes_of(walk, n), source_of(walk, n)
-    if not axes or 0 in axes:  # over everything, or mixing the batch
+    if not axes or 0 in axes:  # over everything, or over the batch
         return math.inf
     full, keep = walk.env[source].shape, bool(given(n, "dim", "keepdim").get("keepdim", False))
     count = math.prod(full[a] for a in axes)

@@ -1,7 +1,7 @@
 """Rules of matrix products and of attention, in which functions of the input are multiplied with each other.
 
-Where one factor is constant, there is a global constant. Otherwise ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, with the largest norms that
-the factors have on a box: local only.
+If one factor is constant, there is a global Lipschitz constant. Otherwise ‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖, with the factors'
+largest norms on a box: local only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..registry import interval, rule
 from ..walk import LipschitzWalk
 from .node_arguments import root_of_count
 
-_UP = 1 + 1e-10  # past what float64 arithmetic errs by
+_UP = 1 + 1e-10  # exceeds the rounding error of float64 arithmetic
 
 
 @rule(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
 def matrix_product(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Each factor counts with its largest norm, and the other with how many products each of its matrices enters."""
+    """‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖ with the largest norms, times sqrt(k) for a matrix broadcast to k products."""
     first, second = n.args[:2]
     if walk.depends(first) and walk.depends(second):
         if not walk.local:
@@ -39,14 +39,17 @@ def matrix_product(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
 def matrix_products(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """No larger than the product of the largest absolute values."""
+    """|X Y| <= |X| |Y| element by element, with the largest absolute values."""
     most = walk.size(n.args[0]) @ walk.size(n.args[1]) * _UP
     return -most, most
 
 
 @rule(torch.einsum)
 def einstein_sum(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Products of matrices, one for each place on the axes that both factors and the result have, after sums over lone axes."""
+    """A matrix product for each index on the axes of both factors and the result: the bound of `matrix_product`.
+
+    An axis of one factor alone is summed over first; a sum over m elements has norm sqrt(m).
+    """
     first, second, (one, other, out) = _factors(walk, n)
     both = walk.depends(first) and walk.depends(second)
     if both and not walk.local:
@@ -67,17 +70,17 @@ def einstein_sum(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(torch.einsum)
 def einstein_sums(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """No larger than that of the largest absolute values."""
+    """No element exceeds that of the einsum of the largest absolute values."""
     first, second, _ = _factors(walk, n)
     most = torch.einsum(n.args[0], walk.size(first), walk.size(second)) * _UP
     return -most, most
 
 
 def _factors(walk: LipschitzWalk, n: fx.Node) -> tuple[Any, Any, list[str]]:
-    """The two factors of a sum, and the names of their axes and of the result's.
+    """The two factors of an einsum, and the axis names of the factors and of the result.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: there are not two factors, the equation has no "->", or an axis has no name or a repeated one.
     """
     equation: Any = n.args[0]
     operands: Any = n.args[1] if isinstance(n.args[1], tuple | list) else n.args[1:]
@@ -89,7 +92,7 @@ def _factors(walk: LipschitzWalk, n: fx.Node) -> tuple[Any, Any, list[str]]:
 
 
 def _as_matrices(values: Tensor, axes: str, others: str, out: str) -> Tensor:
-    """A factor as (places, summed, free): the axes shared by all, those summed with the other factor, and its own."""
+    """A factor as (shared, summed, own): axes of both factors and the result, axes summed over, and axes of this factor."""
     parts = [
         [axis for axis in axes if axis in others and axis in out],
         [axis for axis in axes if axis in others and axis not in out],
@@ -102,15 +105,16 @@ def _as_matrices(values: Tensor, axes: str, others: str, out: str) -> Tensor:
 
 @rule(torch.softmax, "softmax", F.softmax, nn.Softmax)
 def softmax(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2, so a norm of 1/2 at most (Gershgorin)."""
+    """Softmax has constant 1/2: its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2 (Gershgorin)."""
     return product_up(walk.bound(n.args[0]), 0.5)
 
 
 @rule(F.scaled_dot_product_attention)
 def attention(walk: LipschitzWalk, n: fx.Node) -> float:
-    """softmax(Q Kᵀ s) V with s = 1 / sqrt(head size): no global constant (Kim et al. 2021); locally, by the product rule.
+    """softmax(Q Kᵀ s) V has no global constant (Kim et al. 2021), but a local one by the product rule.
 
-    ‖d out‖ <= ‖P‖ ‖dV‖ + s/2 ‖V‖ (‖K‖ ‖dQ‖ + ‖Q‖ ‖dK‖), and ‖P‖ <= sqrt(queries), as the rows of P have sum 1.
+    ‖d out‖ <= ‖P‖ ‖dV‖ + s/2 ‖V‖ (‖K‖ ‖dQ‖ + ‖Q‖ ‖dK‖), where the softmax P has rows of sum 1, so that ‖P‖ <= sqrt(queries).
+    The scale s is 1 / sqrt(head size) by default.
     """
     if not walk.local or len(n.args) != 3 or n.kwargs.get("is_causal") or n.kwargs.get("enable_gqa"):
         return math.inf
@@ -134,13 +138,13 @@ def attention(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(torch.softmax, "softmax", F.softmax, nn.Softmax)
 def shares(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Between 0 and 1."""
+    """Softmax values lie between 0 and 1."""
     return torch.zeros_like(walk.env[n]), torch.ones_like(walk.env[n])
 
 
 @interval(F.scaled_dot_product_attention)
 def averages(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Averages of the values; 0 where all are masked."""
+    """Weighted averages lie between the smallest and the largest value; 0 where all values are masked."""
     low, high = walk.box(n.args[2])
     low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
     if n.kwargs.get("attn_mask") is not None:
@@ -150,17 +154,17 @@ def averages(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 
 def _largest_norm(size: Tensor) -> float:
-    """Largest spectral norm of the matrices on the last two axes: by Frobenius, or by sums of rows and columns (Schur)."""
+    """Bound of the spectral norms of matrices, from bounds of their elements: Frobenius, or row and column sums (Schur)."""
     frobenius = size.square().sum((-2, -1)).sqrt()
     schur = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
     return float(torch.minimum(frobenius, schur).max()) * _UP
 
 
 def _constant_norm(matrices: Tensor) -> float:
-    """The same where the matrices are known."""
+    """Largest spectral norm of known matrices on the last two axes, rounded up."""
     return float(torch.linalg.matrix_norm(matrices.double(), 2).max()) * _UP
 
 
 def _repeats(walk: LipschitzWalk, n: fx.Node, node: Any) -> float:
-    """Root of how many matrices of a product each matrix of a factor enters."""
+    """Square root of the number of products that each matrix of a factor is broadcast to."""
     return root_of_count(math.prod(walk.env[n].shape[:-2]) / math.prod(walk.env[node].shape[:-2]))

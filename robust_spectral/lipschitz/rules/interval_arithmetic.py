@@ -1,4 +1,4 @@
-"""Boxes that a node's values stay in, from those of its arguments: interval arithmetic along the walk, rounded outward."""
+"""Interval rules: a box that contains a node's values, from the boxes of its arguments; the walk rounds it outward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..registry import INTERVALS, interval
 from ..walk import LipschitzWalk
 from .node_arguments import given
 
-_ROUNDINGS = 1e-10  # of the sum of absolute products, more than float64 arithmetic errs by
+_ROUNDINGS = 1e-10  # relative to the sum of absolute products; exceeds the rounding error of float64
 
 
 @interval(
@@ -37,9 +37,9 @@ _ROUNDINGS = 1e-10  # of the sum of absolute products, more than float64 arithme
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
 def increasing_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """What rises with every argument has its ends at theirs."""
+    """A function that increases with every argument is smallest and largest at the ends of their boxes."""
     if n.kwargs.get("alpha", 1) != 1:
-        raise ValueError("a factor may turn it round")
+        raise ValueError("alpha may be negative")
     return _again(walk, n, 0), _again(walk, n, 1)
 
 
@@ -50,7 +50,7 @@ _LOWEST = {nn.SiLU: -0.2785, F.silu: -0.2785, nn.GELU: -0.1701, F.gelu: -0.1701,
 
 @interval(*_LOWEST)
 def falling_then_rising(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The largest value is at an end, the smallest there or the function's own."""
+    """A function that falls and then rises is largest at an end, and no smaller than its minimum."""
     module = walk.called(n)
     lowest = _LOWEST[type(module) if module is not None else n.target]
     ends = _again(walk, n, 0), _again(walk, n, 1)
@@ -58,29 +58,29 @@ def falling_then_rising(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 
 def activation_box(module: nn.Module, box: Box) -> Box:
-    """The box behind an elementwise module that rises, or falls and then rises.
+    """The box after an elementwise module that rises, or falls and then rises.
 
     Raises:
-        ValueError: it is not known to.
+        ValueError: the module is not known to do either.
     """
     if type(module) not in _LOWEST and INTERVALS.get(type(module)) is not increasing_box:
-        raise ValueError(f"{type(module).__name__} may fall")
+        raise ValueError(f"{type(module).__name__} is not known to rise")
     low, high = (module(end.clone()) for end in box)
     return torch.minimum(low, high).clamp_max(_LOWEST.get(type(module), math.inf)), torch.maximum(low, high)
 
 
 @interval(operator.sub, operator.isub, torch.sub, "sub", "sub_")
 def difference(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Lowest less highest, highest less lowest."""
+    """x - y lies between low(x) - high(y) and high(x) - low(y)."""
     (low, high), (other_low, other_high) = walk.box(n.args[0]), walk.box(n.args[1])
     if n.kwargs:
-        raise ValueError("a factor")
+        raise ValueError("a factor alpha")
     return low - other_high, high - other_low
 
 
 @interval(operator.mul, operator.imul, torch.mul, "mul", "mul_")
 def multiplied(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The ends are among the products of ends."""
+    """The smallest and the largest product of two intervals are products of their ends."""
     one, other = walk.box(n.args[0]), walk.box(n.args[1])
     products = [torch.as_tensor(a * b) for a in one for b in other]
     low, high = products[0], products[0]
@@ -91,27 +91,27 @@ def multiplied(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 @interval("float", "double", "to", "type_as")
 def cast(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The same values; what a type rounds is no matter of boxes."""
+    """The same values; `rounds` rules account for the rounding of a cast."""
     return walk.box(n.args[0])
 
 
 @interval(operator.neg, torch.neg, "neg")
 def opposite(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The ends, exchanged."""
+    """The negated ends, exchanged."""
     low, high = walk.box(n.args[0])
     return -high, -low
 
 
 @interval(torch.abs, "abs")
 def absolute(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """From the nearest to 0 to the furthest from it."""
+    """From the smallest to the largest distance to 0 in the interval."""
     low, high = walk.box(n.args[0])
     return torch.maximum(low, -high).clamp_min(0), torch.maximum(low.abs(), high.abs())
 
 
 @interval(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def linear_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The centre's image, and around it that of the radius under the absolute weights."""
+    """W x + b maps the box of centre c and radius r into the box of centre W c + b and radius |W| r."""
     module: Any = walk.called(n)
     low, high = walk.box(n.args[0])
     centre, radius = (low + high) / 2, (high - low) / 2
@@ -123,7 +123,7 @@ def linear_box(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 @interval(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batchnorm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Each channel's ends, exchanged where its factor is negative."""
+    """The images of the ends, exchanged in channels whose factor is negative."""
     module: Any = walk.called(n)
     low, high = walk.box(n.args[0])
     scale = batchnorm_scale(module).reshape(-1, *[1] * (low.ndim - 2)).abs()
@@ -139,7 +139,7 @@ def batchnorm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 @interval(nn.LayerNorm, nn.GroupNorm, F.layer_norm, F.group_norm)
 def normalised(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A normalised vector of m elements has length sqrt(m) at most, and so has each of its elements, times γ, plus β."""
+    """A normalised vector of m elements has norm <= sqrt(m), which also bounds each element; then times γ, plus β."""
     module: Any = walk.called(n)
     value: Tensor = walk.env[n]
     if module is None:

@@ -1,6 +1,6 @@
-"""What a rule asks about the node it is given: what it calls, what it depends on, which axes, how often elements repeat.
+"""Properties of a node that rules use: its module, the argument that depends on the input, axes and numbers of copies.
 
-And what several rules make of it: the operator of a function of tensors, and the identity.
+Also two operators that several rules share: that of a function of tensors with a known adjoint, and the identity.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def source_of(walk: LipschitzWalk, n: fx.Node) -> fx.Node:
     """The one argument that depends on the network's input.
 
     Raises:
-        ValueError: there are others.
+        ValueError: there are several.
     """
     depending = [node for node in n.all_input_nodes if walk.depends(node)]
     if len(depending) != 1:
@@ -39,34 +39,34 @@ def source_of(walk: LipschitzWalk, n: fx.Node) -> fx.Node:
 
 
 def given(n: fx.Node, *names: str) -> dict[str, Any]:
-    """A call's arguments behind the first, by name, whether they were given by place or by name."""
+    """A call's arguments after the first, by name, whether they are positional or keyword arguments."""
     return dict(zip(names, n.args[1:], strict=False)) | dict(n.kwargs)
 
 
 def axes_of(walk: LipschitzWalk, n: fx.Node) -> list[int]:
-    """The axes that a reduction goes over, counted from the front; none where it goes over everything."""
+    """The axes of a reduction, counted from the front; an empty list for a reduction over all axes."""
     axes = given(n, "dim").get("dim")
     listed = [axes] if isinstance(axes, int) else list(axes) if axes is not None else []
     return [a % walk.env[source_of(walk, n)].ndim for a in listed]
 
 
 def axes_named(name: str) -> int:
-    """How many axes a module or function is for, as its name says: 2 of MaxPool2d and avg_pool2d."""
+    """The number of spatial axes in the name of a module or function: 2 for MaxPool2d and avg_pool2d."""
     return int(name[-2])
 
 
 def in_place(n: fx.Node) -> bool:
-    """Whether a node writes its result over its first argument."""
+    """Whether a node overwrites its first argument with its result."""
     return n.target in _IN_PLACE or (isinstance(n.target, str) and n.target.endswith("_"))
 
 
 def repeats(walk: LipschitzWalk, n: fx.Node, argument: Any) -> float:
-    """Root of how often each element of an argument appears in what two arguments give together, rounded up."""
+    """Square root of the number of copies that broadcasting makes of each element of an argument, rounded up."""
     return root_of_count(walk.env[n].numel() / walk.env[argument].numel())
 
 
 def root_of_count(count: float) -> float:
-    """Root of how often something appears, rounded up: what copies of it are longer by, at most."""
+    """Square root of a number of copies, rounded up: the norm of the operator x -> (x, ..., x)."""
     return 1.0 if count == 1 else math.nextafter(math.sqrt(count), math.inf)
 
 
@@ -74,7 +74,7 @@ def operator_of(
     walk: LipschitzWalk, source: fx.Node, out_shape: Shape, forward: Callable[[Tensor], Tensor],
     adjoint: Callable[[Tensor], Tensor], diagonal: bool = False,
 ) -> Callable[[], LinearOperator]:  # fmt: skip
-    """A builder of the operator of a function of tensors."""
+    """A function that makes the operator of a linear function of tensors and its adjoint."""
     in_shape, device = walk.shape(source), walk.env[source].device
 
     def build(dtype: torch.dtype = torch.float64) -> LinearOperator:
@@ -84,6 +84,6 @@ def operator_of(
 
 
 def identity(walk: LipschitzWalk, n: fx.Node, source: Any) -> Affine:
-    """A node whose value moves just as another's does."""
+    """The affine step of a node whose value is another node's value, or differs from it by a constant."""
     shape = walk.shape(source)
     return Affine(source, (n.name, shape), operator_of(walk, source, shape, lambda X: X, lambda Y: Y, diagonal=True), 1.0)

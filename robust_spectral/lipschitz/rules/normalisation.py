@@ -1,4 +1,4 @@
-"""Rules of normalisations by the statistics of one sample, whose constant for all inputs is owed to their eps."""
+"""Rules of normalisations by the statistics of one sample, whose Lipschitz constant is finite thanks to eps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .node_arguments import given, source_of
 
 @rule(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def own_statistics(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Normalised by its own mean and variance: at most max |γ| / sqrt(eps).
+    """Normalisation by a sample's own mean and variance has Lipschitz constant max |γ| / sqrt(eps) at most.
 
-    x -> z / sqrt(‖z‖² / n + eps) with z = x - mean(x), a projection, has the Jacobian (I - z zᵀ / (n (var + eps))) / sqrt(var +
-    eps) there, whose norm is at most 1 / sqrt(eps). γ multiplies each element.
+    With z = x - mean(x), a projection, and var = ‖z‖² / n, the map z -> z / sqrt(var + eps) has the Jacobian
+    (I - z zᵀ / (n (var + eps))) / sqrt(var + eps), whose norm is at most 1 / sqrt(eps). γ multiplies each element.
     """
     module: Any = walk.called(n)
     if getattr(module, "track_running_stats", False):
@@ -30,7 +30,7 @@ def own_statistics(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(nn.RMSNorm)
 def root_mean_square_bound(walk: LipschitzWalk, n: fx.Node) -> float:
-    """x -> x / sqrt(‖x‖² / n + eps): the same without the mean, and at most max |γ| / sqrt(eps) for the same reason."""
+    """x -> x / sqrt(‖x‖² / n + eps) has constant max |γ| / sqrt(eps) at most, as `own_statistics` without the mean."""
     module: Any = walk.called(n)
     eps = torch.finfo(walk.env[n].dtype).eps if module.eps is None else module.eps
     return product_up(walk.bound(source_of(walk, n)), normalising_gain(eps, module.weight))
@@ -38,7 +38,7 @@ def root_mean_square_bound(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(F.layer_norm, F.group_norm)
 def own_statistics_function(walk: LipschitzWalk, n: fx.Node) -> float:
-    """As `own_statistics`, of the functions."""
+    """The bound of `own_statistics`, for the functions layer_norm and group_norm."""
     source = source_of(walk, n)
     names = ("normalized_shape" if n.target is F.layer_norm else "num_groups", "weight", "bias", "eps")
     told = given(n, *names)

@@ -1,4 +1,4 @@
-"""Rules of what picks the largest of some values: windows that overlap count an element as often as it may be picked."""
+"""Rules of maxima, over windows or axes; in overlapping windows an element may be the maximum of several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .node_arguments import axes_named, axes_of, given, source_of
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def max_pool(walk: LipschitzWalk, n: fx.Node) -> float:
-    """sqrt of the number of windows an input element can lie in, ceil(window / stride) along each axis."""
+    """Max-pooling has constant sqrt(k) if an element lies in at most k windows: ceil(window / stride) along each axis.
+
+    Each output changes by no more than one of the elements in its window (the whole window counts if it is dilated).
+    """
     module: Any = walk.called(n)
     overlap = _overlap(axes_named(type(module).__name__), module.kernel_size, module.stride, module.dilation)
     return product_up(walk.bound(source_of(walk, n)), overlap)
@@ -25,7 +28,7 @@ def max_pool(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(F.max_pool1d, F.max_pool2d, F.max_pool3d)
 def max_pool_function(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same of a function."""
+    """The bound of `max_pool`, for the functions."""
     axes = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}[n.target]  # type: ignore[index]
     told = given(n, "kernel_size", "stride", "padding", "dilation")
     window = told["kernel_size"]
@@ -35,7 +38,7 @@ def max_pool_function(walk: LipschitzWalk, n: fx.Node) -> float:
 
 
 def _overlap(axes: int, *settings: Any) -> float:
-    """Root of how many windows an element lies in, from their size, stride and dilation; rounded up."""
+    """Square root of the most windows that an element lies in, from window, stride and dilation; rounded up."""
     window, stride, dilation = (tuple(v) if isinstance(v, tuple | list) else (v,) * axes for v in settings)
     each = [w if d > 1 else math.ceil(w / s) for w, s, d in zip(window, stride, dilation, strict=True)]
     return math.nextafter(math.sqrt(math.prod(each)), math.inf)
@@ -43,13 +46,13 @@ def _overlap(axes: int, *settings: Any) -> float:
 
 @rule("amax", "amin", torch.amax, torch.amin)
 def extreme(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The largest of some values moves by no more than they do."""
+    """A maximum or minimum has constant 1: it changes by no more than one of its elements."""
     axes = axes_of(walk, n)
     return walk.bound(source_of(walk, n)) if axes and 0 not in axes else math.inf
 
 
 @rule(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 def adaptive_max_pool(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same where there is one window; others may overlap and are not covered."""
+    """A maximum over one window per channel has constant 1; several windows may overlap and are not covered."""
     axes = axes_named(type(walk.called(n)).__name__)
     return walk.bound(source_of(walk, n)) if set(walk.env[n].shape[-axes:]) == {1} else math.inf

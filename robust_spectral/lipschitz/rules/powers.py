@@ -1,6 +1,6 @@
-"""Rules of powers, roots, quotients and lengths, of which normalisations are made where they are written out.
+"""Rules of powers, roots, quotients, variances and norms, the parts of normalisations that a model writes out itself.
 
-Most have no global constant; on a box, where their arguments are bounded, and bounded away from 0 where it matters, they do.
+Most have no global constant, but one on a box, where arguments are bounded, and bounded away from 0 where necessary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..walk import Affine, LipschitzWalk
 from .arithmetic import most_met, scale
 from .node_arguments import given
 
-_UP = 1 + 1e-12  # past what float64 arithmetic errs by
+_UP = 1 + 1e-12  # exceeds the rounding error of float64 arithmetic
 
 
 @rule(operator.pow, torch.pow, "pow", torch.square, "square")
 def power(walk: LipschitzWalk, n: fx.Node) -> float:
-    """A constant power p >= 1 has the slope p |x|^(p-1), locally."""
+    """x^p with a constant p >= 1 has slope p max |x|^(p-1) at most: local only."""
     exponent = _exponent(n)
     if not walk.local or walk.depends(n.args[1:]) or exponent < 1:
         return math.inf
@@ -36,10 +36,10 @@ def power(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(operator.pow, torch.pow, "pow", torch.square, "square")
 def even_power(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Of an even power the smallest value is at the smallest absolute value."""
+    """An even power is smallest where |x| is smallest, and largest where |x| is largest."""
     exponent, (low, high) = _exponent(n), walk.box(n.args[0])
     if exponent not in (2.0, 4.0):
-        raise ValueError("another power")
+        raise ValueError("a power other than 2 and 4")
     nearest = torch.maximum(low, -high).clamp_min(0)
     return nearest**exponent * (2 - _UP), torch.maximum(low.abs(), high.abs()) ** exponent * _UP
 
@@ -53,7 +53,7 @@ _ROOTS = {torch.rsqrt: -0.5, "rsqrt": -0.5, torch.sqrt: 0.5, "sqrt": 0.5, torch.
 
 @rule(*_ROOTS)
 def root(walk: LipschitzWalk, n: fx.Node) -> float:
-    """x^p with p < 1 has the slope |p| l^(p-1) where x >= l > 0, locally."""
+    """x^p with p < 1 has slope |p| l^(p-1) at most where x >= l > 0: local only."""
     exponent = _ROOTS[n.target]
     lowest = float(walk.box(n.args[0])[0].min()) if walk.local else 0.0
     return product_up(walk.bound(n.args[0]), abs(exponent) * lowest ** (exponent - 1) * _UP) if lowest > 0 else math.inf
@@ -61,19 +61,19 @@ def root(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(*_ROOTS)
 def rising_or_falling(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The ends are at the ends."""
+    """A monotone function is smallest and largest at the ends of an interval."""
     low, high = walk.box(n.args[0])
     if not float(low.min()) > 0:
-        raise ValueError("a root of numbers that may be 0")
+        raise ValueError("a root of numbers that may be 0 or negative")
     ends = low ** _ROOTS[n.target], high ** _ROOTS[n.target]
     return torch.minimum(*ends) * (2 - _UP), torch.maximum(*ends) * _UP
 
 
 @rule(operator.truediv, torch.div, "div")
 def quotient(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """d(x / y) = dx / y - x dy / y², by a function of the input that is bounded away from 0: local only.
+    """d(x / y) = dx / y - x dy / y², with the extreme values of x and y on a box where y is not 0: local only.
 
-    An element that is repeated along some axes meets all the others there.
+    An element that broadcasting puts into several quotients counts with the square root of the sum of their squared factors.
     """
     x, y = n.args[:2]
     if not walk.depends(y):
@@ -92,7 +92,7 @@ def quotient(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
 
 @interval(operator.truediv, torch.div, "div")
 def quotients(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The ends are among the quotients of ends, where the divisor is not 0."""
+    """The smallest and the largest quotient are quotients of ends, if the divisor's interval excludes 0."""
     (low, high), (least, most) = walk.box(n.args[0]), map(torch.as_tensor, walk.box(n.args[1]))
     if n.kwargs or bool((least * most <= 0).any()):
         raise ValueError("a divisor that may be 0")
@@ -102,7 +102,7 @@ def quotients(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 @rule(torch.var, "var")
 def variance(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The gradient 2 (x - mean) / N of a slice is at most 2 ‖x‖ / N long; the slices are apart. Local only."""
+    """The variance of a slice has the gradient 2 (x - mean) / N, of norm <= 2 ‖x‖ / N; slices are disjoint. Local only."""
     if not walk.local:
         return math.inf
     axes, degrees = _slices(walk, n)
@@ -112,7 +112,7 @@ def variance(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(torch.var, "var")
 def spread(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Between 0 and the mean square."""
+    """A variance lies between 0 and ‖x‖² / N."""
     axes, degrees = _slices(walk, n)
     keep = walk.env[n].ndim == walk.env[n.args[0]].ndim  # type: ignore[index]
     most = walk.size(n.args[0]).square().sum(axes, keepdim=keep) / degrees * _UP
@@ -120,7 +120,7 @@ def spread(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 
 def _slices(walk: LipschitzWalk, n: fx.Node) -> tuple[list[int], int]:
-    """The axes that a variance goes over, and what its sum of squares is divided by."""
+    """The axes of a variance, and the divisor N of its sum of squares."""
     value: Tensor = walk.env[n.args[0]]  # type: ignore[index]
     axes: Any = given(n, "dim").get("dim")
     unbiased = bool(n.kwargs.get("unbiased", n.args[2] if len(n.args) > 2 and isinstance(n.args[2], bool) else True))
@@ -129,13 +129,13 @@ def _slices(walk: LipschitzWalk, n: fx.Node) -> tuple[list[int], int]:
     over = [axis % value.ndim for axis in over]
     degrees = math.prod(value.shape[axis] for axis in over) - int(correction)
     if 0 in over or degrees < 1:
-        raise ValueError("over the batch, or of a single element")
+        raise ValueError("a variance over the batch or of a single element")
     return over, degrees
 
 
 @rule(F.normalize)
 def unit_length(walk: LipschitzWalk, n: fx.Node) -> float:
-    """x / max(‖x‖, eps) is x / eps inside the ball of radius eps, and a projection of length 1 / ‖x‖ <= 1 / eps outside."""
+    """x / max(‖x‖, eps) has constant 1 / eps: x / eps in the ball of radius eps; outside, a projection times 1 / ‖x‖."""
     power, axis, eps = _normalize_settings(n)
     if power != 2 or not isinstance(axis, int) or axis % walk.env[n].ndim == 0 or not eps > 0:
         return math.inf
@@ -144,9 +144,9 @@ def unit_length(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @interval(F.normalize)
 def at_most_one(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """No element of a vector is longer than the vector."""
+    """No element of a vector exceeds the vector's norm, so that all lie between -1 and 1."""
     if _normalize_settings(n)[0] < 1:
-        raise ValueError("no norm")
+        raise ValueError("p below 1")
     most = torch.full_like(walk.env[n], _UP)
     return -most, most
 

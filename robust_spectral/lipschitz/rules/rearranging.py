@@ -1,6 +1,6 @@
-"""Rules of what puts elements in other places: in another shape or order, side by side, in several places, or left out.
+"""Rules of operations that reshape, reorder, concatenate, select, copy or pad elements.
 
-Nothing is computed with them, so that it counts only how often each appears; where copies are summed again, how many.
+Nothing is computed, so that only the number of copies of each element counts; where copies are summed, the number of terms.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .node_arguments import given, operator_of, root_of_count, source_of
 
 @rule(torch.cat, torch.concat, torch.stack)
 def cat(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Root of the sum of the branches' squares; concatenation along the batch axis is no function of one input."""
+    """‖(a, b)‖² = ‖a‖² + ‖b‖²: the squares of the branches' bounds add. No constant along the batch axis."""
     parts: Any = n.args[0] if n.args else n.kwargs["tensors"]
     axis = given(n, "dim").get("dim", 0)
     if axis % walk.env[n].ndim == 0:
         return math.inf
-    if isinstance(parts, fx.Node):  # of a value in parts
+    if isinstance(parts, fx.Node):  # a node whose value is a tuple of tensors
         return walk.bound(parts)
     return math.nextafter(math.hypot(*(walk.bound(part) for part in parts)), math.inf)
 
@@ -36,7 +36,7 @@ def cat(walk: LipschitzWalk, n: fx.Node) -> float:
     "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten",
 )  # fmt: skip
 def rearranged(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """The same elements in another shape."""
+    """The same elements in another shape: an operator of norm 1."""
     source = source_of(walk, n)
     before, after = tuple(walk.env[source].shape), tuple(walk.env[n].shape)
     if after[0] != before[0] or not before[1:] or not after[1:]:
@@ -54,13 +54,13 @@ def rearranged(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
 def picked(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same elements in another order, or in parts, which count together; or some of them; or constants around them."""
+    """Constant 1 for elements in another order, split into parts (bounded together), selected, or padded by constants."""
     return walk.bound(source_of(walk, n))
 
 
 @rule("type_as", "reshape_as", "view_as")
 def like_another(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same elements in the type or the shape of another value, which counts for nothing else."""
+    """Constant 1 for a change to the type or shape of another value, whose elements have no effect."""
     return walk.bound(n.args[0])
 
 
@@ -68,23 +68,26 @@ def like_another(walk: LipschitzWalk, n: fx.Node) -> float:
     operator.getitem, F.pad, nn.Unfold, F.unfold, "unfold", "expand", "expand_as", "repeat", torch.tile, "repeat_interleave",
 )  # fmt: skip
 def copied(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Elements in other places, and constants: root of how often the element is there that is there most often."""
+    """Indexing, padding and repetition have constant sqrt(k), for k copies of the element that is copied most often.
+
+    k is counted by running the node on the numbers 1, 2, ….
+    """
     source: Any = n.args[0]
     value = walk.env[source]
     if n.target != "expand_as" and any(walk.depends(node) for node in n.all_input_nodes if node is not source):
         return math.inf
-    if not isinstance(value, Tensor):  # a part of several values
+    if not isinstance(value, Tensor):  # one tensor of a tuple
         return walk.bound(source)
     numbers = torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
     found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node]).flatten()
-    places = found[(found >= 1) & (found <= value.numel())].long()  # a constant may pass for an element, and count too much
+    places = found[(found >= 1) & (found <= value.numel())].long()  # a constant among them only raises the count
     most = int(torch.bincount(places).max()) if places.numel() else 1
     return product_up(walk.bound(source), root_of_count(most))
 
 
 @rule(nn.Fold, F.fold)
 def summed_where_they_overlap(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Each sum has elements of its own: root of the longest one's number of terms."""
+    """Sums of disjoint sets of at most k elements have constant sqrt(k) (Cauchy-Schwarz)."""
     source = source_of(walk, n)
     terms = float(walk.rerun(n, lambda node: torch.ones_like(walk.env[node])).max())
     return product_up(walk.bound(source), math.nextafter(math.sqrt(terms), math.inf))
@@ -92,5 +95,5 @@ def summed_where_they_overlap(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(getattr)
 def attribute(walk: LipschitzWalk, n: fx.Node) -> float:
-    """A transposed matrix."""
+    """A transpose has constant 1; other attributes have none."""
     return walk.bound(n.args[0]) if n.args[1] in ("T", "mT", "H", "mH") else math.inf

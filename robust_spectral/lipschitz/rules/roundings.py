@@ -1,4 +1,4 @@
-"""What each operation rounds in a forward pass: how many terms it sums, and a bound of the sum of their absolute values."""
+"""Rounding rules: the number of terms that an operation sums, and a bound of the sum of their absolute values."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
     "contiguous", "clone", nn.Unfold, F.unfold, "unfold",
 )  # fmt: skip
 def not_rounded(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """What is picked, compared or turned round is not rounded; an affine node of these keeps every element, once."""
+    """Selections, comparisons and changes of sign are exact; an affine one has every element of its argument once."""
     return 0, walk.size(walk.affine[n].source) if n in walk.affine else math.inf
 
 
 @rounds(nn.LeakyReLU, nn.PReLU)
 def slope_times(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """A product with a slope."""
+    """One product with a slope."""
     return 2, walk.size(n.args[0]) * activation_slope(_called(walk, n))
 
 
@@ -47,7 +47,7 @@ def slope_times(walk: RoundingWalk, n: fx.Node) -> Terms:
     torch.tanh, torch.sigmoid, F.sigmoid, F.silu, F.gelu, F.mish, F.hardswish, F.hardsigmoid, F.selu, "tanh", "sigmoid",
 )  # fmt: skip
 def smooth(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """An elementary function, right to some roundings of its argument and value; no slope above 2, no value at 0 above 0.7."""
+    """An elementary function f, computed to within some roundings of its argument and value; slope <= 2 and |f(0)| <= 0.7."""
     module = walk.called(n)
     if module is not None and not activation_slope(module) <= 2:
         raise ValueError("a slope above 2")
@@ -65,7 +65,7 @@ def sum_of_two(walk: RoundingWalk, n: fx.Node) -> Terms:
 
 @rounds(operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, operator.itruediv, torch.div, "div", "div_")
 def scaled(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """A product with, or quotient by, a constant."""
+    """A product with a constant, or a quotient by one."""
     first, second = n.args[:2]
     function, constant = (first, second) if walk.depends(first) else (second, first)
     values = torch.as_tensor(walk.env[constant] if isinstance(constant, fx.Node) else constant).double().abs()
@@ -75,9 +75,9 @@ def scaled(walk: RoundingWalk, n: fx.Node) -> Terms:
 
 @rounds(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def linear_rounding(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """As many products as an output has weights, and the offset; |W| |x| is no longer than ‖|W|‖ ‖x‖.
+    """One product for each weight of an output, and the bias; the sum of absolute values, |W| |x|, has norm <= ‖|W|‖ ‖x‖.
 
-    ‖|W|‖² is at most the largest sum of a row times that of a column (Schur), and at most ‖W‖_F² of a dense layer.
+    ‖|W|‖² is at most the largest row sum times the largest column sum (Schur), and at most ‖W‖_F² for a dense layer.
     """
     module = _called(walk, n)
     weight: Tensor = module.weight.detach().double()
@@ -100,7 +100,7 @@ def linear_rounding(walk: RoundingWalk, n: fx.Node) -> Terms:
 
 @rounds(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batchnorm_rounding(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """(x - mean) γ / sqrt(var + eps) + β, in whichever order; the factor is right to some roundings."""
+    """(x - mean) γ / sqrt(var + eps) + β, evaluated in any order; the factor is computed to within some roundings."""
     module = _called(walk, n)
     factor = batchnorm_scale(module).abs()
     offset = (
@@ -117,7 +117,7 @@ def batchnorm_rounding(walk: RoundingWalk, n: fx.Node) -> Terms:
     torch.mean, "mean", torch.sum, "sum",
 )  # fmt: skip
 def averaged(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """Weights are no less than 0, so that the norm is that of the absolute weights as well."""
+    """The weights are >= 0, so that the operator with absolute weights is the operator itself and has its norm."""
     source = source_of(walk, n)
     if n in walk.affine:
         gain = walk.product([walk.affine[n]])
@@ -132,9 +132,9 @@ def averaged(walk: RoundingWalk, n: fx.Node) -> Terms:
 def normalised_by_itself(walk: RoundingWalk, n: fx.Node) -> Terms:
     """z γ / sqrt(v + eps) + β with z = x - mean and v the mean of z² of a group of m elements.
 
-    However v is summed, by Welford's method or as the mean of x² less the squared mean, it is off by δ <= 4 γ_k ‖x‖² / m (Chan,
-    Golub and LeVeque 1983, Algorithms for computing the sample variance). As ‖z‖ <= sqrt(m (v + eps)), the value moves with it
-    by at most sqrt(m) δ / (2 eps) times γ; all else rounds numbers no larger than ‖x‖ / sqrt(eps) times γ.
+    Whether computed by Welford's method or as the mean of x² less the squared mean, v has an error δ <= 4 γ_k ‖x‖² / m (Chan,
+    Golub and LeVeque 1983, Algorithms for computing the sample variance). Since ‖z‖ <= sqrt(m (v + eps)), this error changes
+    the value by at most sqrt(m) δ / (2 eps) times γ; all other rounded numbers are at most ‖x‖ / sqrt(eps) times γ.
     """
     module = _called(walk, n)
     shape = walk.env[n].shape
@@ -142,7 +142,7 @@ def normalised_by_itself(walk: RoundingWalk, n: fx.Node) -> Terms:
         count = math.prod(shape[1:]) // module.num_groups
     else:
         count = math.prod(getattr(module, "normalized_shape", shape[2:]))
-    eps = torch.finfo(walk.env[n].dtype).eps if module.eps is None else module.eps  # of float64, the smallest that it may be
+    eps = torch.finfo(walk.env[n].dtype).eps if module.eps is None else module.eps  # float64's, the smallest default
     gain = 1.0 if module.weight is None else float(module.weight.detach().double().abs().max())
     bias = getattr(module, "bias", None)
     offset = 0.0 if bias is None else float(bias.double().norm()) * math.sqrt(walk.elements(n) / bias.numel())
@@ -153,7 +153,7 @@ def normalised_by_itself(walk: RoundingWalk, n: fx.Node) -> Terms:
 
 @rounds(torch.softmax, "softmax", F.softmax, nn.Softmax)
 def shares(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """exp(x - max) over a sum of m of those: off by a share of at most 4 ‖x‖ u + γ_k, and no longer than 1."""
+    """exp(x - max) over a sum of m such terms: a relative error of at most 4 ‖x‖ u + γ_k, in a vector of norm <= 1."""
     module = walk.called(n)
     axis: Any = module.dim if module is not None else given(n, "dim").get("dim")
     count = walk.env[n].shape[axis]
@@ -162,12 +162,12 @@ def shares(walk: RoundingWalk, n: fx.Node) -> Terms:
 
 @rounds("float", "double", "to")
 def cast(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """To another type of number."""
+    """One rounding, to another floating-point type."""
     return 1, walk.size(n.args[0])
 
 
 def _spread(walk: RoundingWalk, n: fx.Node, argument: Any) -> float:
-    """Size of an argument that is repeated to the shape of the node's value."""
+    """Norm of an argument that is broadcast to the shape of the node's value, at most."""
     held = walk.elements(argument) if walk.depends(argument) else torch.as_tensor(walk.env.get(argument, 0.0)).numel()
     return walk.size(argument) * math.sqrt(max(1.0, walk.elements(n) / held)) * (1 + 1e-12)
 
