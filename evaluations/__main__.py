@@ -1,8 +1,8 @@
-"""``python -m robust_spectral.evaluations`` is the command ``robust-spectral``."""
+"""The command ``robust-spectral``, as ``python -m robust_spectral.evaluations``."""
 
 
 def main() -> None:
-    """Run the command line, or say what to install where the core is installed alone."""
+    """Run the command line; where only the core package is installed, say which extra to install."""
     try:
         from .commands import main as run
     except ModuleNotFoundError as error:

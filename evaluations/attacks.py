@@ -1,10 +1,10 @@
-"""How an attack is run so that its verdicts can be trusted, whatever the attack itself does.
+"""A harness that runs attacks and checks their results, so that a verdict can be trusted whatever the attack does.
 
-An attack has a `norm`, an `eps` and a call from model, images and labels to adversarial images. Here it is shown the model
-through a `Witness`, which keeps the first image inside the ball that fools the model, should the attack pass it over; it sees
-whole batches only, not the parts of them that AutoAttack goes on with, which keeps what it finds itself. What an attack
-returns is put back into the ball and the pixel box in float64, and predicted again. An attack that fails is a verdict of its
-own, never a robust image.
+An attack has a `norm`, an `eps` and a call from model, images and labels to adversarial images. The harness passes it the
+model wrapped in a `Witness`, which remembers for each image the first input inside the ball that fools the model, in case the
+attack does not return it. The witness records whole batches only, not the subsets that AutoAttack continues with; AutoAttack
+keeps its own findings. The harness moves the returned images into the ball and the pixel box in float64 and predicts them
+again. An attack that raises an error gives a verdict with this error, never a robust image.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from robust_spectral.operators import evaluating
 from robust_spectral.plugins.registry import find
 
 NORMS = {"l2": 2, "linf": np.inf}
-HARNESS = 2  # raised whenever what an attack or a gate finds may change, so that no older record is taken for a new one
-_OF_THE_MACHINE = ("not enough memory", "CUDA error", "CUDA out of memory")  # errors that say nothing of the model
-ROUNDING = 1e-6  # by which a stored image may be outside its ball, relative to eps
+HARNESS = 2  # version, raised when the results of an attack or a check may change, so that no older record is reused
+_OF_THE_MACHINE = ("not enough memory", "CUDA error", "CUDA out of memory")  # errors that say nothing about the model
+ROUNDING = 1e-6  # distance by which a stored image may lie outside its ball, relative to eps
 
 
 class Attack(Protocol):
-    """What the harness runs; registered under the entry points ``robust_spectral.attacks``, made with ``norm`` and ``eps``.
+    """The interface of an attack. It is registered under the entry points ``robust_spectral.attacks``.
 
-    A dataclass, so that its budget is part of its record; ``package`` names the distribution whose version is, too.
+    An attack is made with the arguments ``norm`` and ``eps``.
+
+    An attack is a dataclass, so that its budget is part of its record. Its attribute ``package`` names the distribution whose
+    version is recorded as well.
     """
 
     norm: str
     eps: float
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (n, channels, height, width) in [0, 1], one for each image, in their order."""
+        """Return adversarial images (n, channels, height, width) in [0, 1], one for each image, in the order of the images."""
 
 
 def make_attack(name: str, norm: str, eps: float) -> Attack:
-    """An attack by name, of this package or another that is installed.
+    """Make an attack by name, from this package or another installed one.
 
     Raises:
-        ValueError: there is none of that name (the near ones are offered), or it has no such norm.
+        ValueError: no attack has this name (similar names are listed), or it does not support the norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
@@ -54,7 +57,7 @@ def make_attack(name: str, norm: str, eps: float) -> Attack:
 
 
 def describe(attack: Attack) -> dict[str, Any]:
-    """What makes an attack the one it is: its class, its budget, the version of the package it comes from."""
+    """The identity of an attack: its class, its budget, and the versions of the harness and of the package it comes from."""
     kind, package = type(attack), getattr(attack, "package", None)
     told = {"class": f"{kind.__module__}.{kind.__qualname__}", "harness": HARNESS, **asdict(attack)}  # type: ignore[call-overload]
     return told | ({"package": f"{package} {version(package)}"} if package else {})
@@ -62,7 +65,7 @@ def describe(attack: Attack) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random perturbations of full size, whatever the model: a control, which any attack must beat."""
+    """Random perturbations of full size, independent of the model: a control, which any attack must beat."""
 
     norm: str = "l2"
     eps: float = 0.5
@@ -70,7 +73,7 @@ class Noise:
     package: ClassVar[None] = None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The last of all draws; the witness has seen the others."""
+        """Return the last draw; the witness has recorded any earlier one that fools the model."""
         noisy = images
         with torch.no_grad():
             for _ in range(self.draws):
@@ -86,7 +89,7 @@ class Noise:
 
 
 class Witness(nn.Module):
-    """The model under attack, which remembers for every image the first input in its ball that was not given its label."""
+    """The model under attack. Remembers for each image the first input in its ball that does not get the image's label."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class Witness(nn.Module):
         self.best, self.found = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's logits of a batch; one of another number of images than are attacked is not remembered."""
+        """Return the model's logits of a batch. A batch of another shape than the attacked images is not recorded."""
         logits: Tensor = self.model(x)
         if x.shape == self.images.shape:
             self._note(x.detach(), logits.detach())
@@ -112,13 +115,13 @@ class Witness(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an attack came to on a batch of n images.
+    """The result of an attack on a batch of n images.
 
     Attributes:
-        adversarial: The images it ended with, (n, channels, height, width), inside ball and box.
+        adversarial: The adversarial images, (n, channels, height, width), inside ball and box.
         predicted: Their predicted classes, (n,).
         distance: Norms of their perturbations, (n,), float64.
-        error: Why it failed, and then no image counts as robust or fooled; None where it did not.
+        error: Why the attack failed; no image then counts as robust or fooled. None if the attack did not fail.
     """
 
     adversarial: Tensor
@@ -132,10 +135,10 @@ def run_attack(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor,
 
     Args:
         attack: The attack.
-        model: Takes pixels in [0, 1] and gives logits.
+        model: A module from pixels in [0, 1] to logits.
         images: (n, channels, height, width).
         labels: (n,).
-        seed: Of torch and numpy, which are left as they were.
+        seed: Seed of torch and numpy for the attack; their random states are restored afterwards.
     """
     witness = Witness(model, images, labels, attack.norm, attack.eps)
     with seeded(seed), evaluating(model):
@@ -155,7 +158,7 @@ def run_attack(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor,
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Classes (n,) of images.
+    """Return the predicted classes (n,) of images.
 
     Raises:
         ValueError: a logit is not finite.
@@ -168,10 +171,10 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor) -> Tensor:
-    """Adversarial images put back into the pixel box and the ball of radius eps, or of one of (n, 1, 1, 1), around the images.
+    """Move adversarial images into the pixel box and the ball of radius eps around the images; eps may have shape (n, 1, 1, 1).
 
     Raises:
-        ValueError: they are of another shape than the images, or a value is not finite.
+        ValueError: the adversarial images have another shape than the images, or a value is not finite.
     """
     if adversarial.shape != images.shape:
         raise ValueError(f"an attack returned images of shape {tuple(adversarial.shape)} for {tuple(images.shape)}")
@@ -188,13 +191,13 @@ def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tenso
 
 
 def size_of(delta: Tensor, norm: str) -> Tensor:
-    """Norm of each perturbation of a batch."""
+    """The norm of each perturbation of a batch."""
     return torch.linalg.vector_norm(delta.flatten(1), ord=NORMS[norm], dim=1)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global random states that attacks draw from, and put them back afterwards."""
+    """Seed the global random states that attacks draw from, and restore them afterwards."""
     numpy_state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Everything a fine-tuning run depends on, checked before anything is done."""
+"""The configuration of a fine-tuning run, checked before the run starts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOVES: dict[str, type[Move]] = {"weight": MoveWeight, "gamma": MoveGamma, "weigh
 
 
 def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    """ "0.5,0.4", as given to the option of a name, as numbers.
+    """Parse the text of the option ``name``, such as "0.5,0.4", into numbers.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the text contains anything else.
     """
     try:
         return None if text is None else tuple(float(part) for part in text.split(","))
@@ -29,7 +29,7 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything a fine-tuning run depends on; stored in its run.json."""
+    """Everything that a fine-tuning run depends on, stored in its run.json; each field is an option of the command finetune."""
 
     model: str
     data: str
@@ -76,7 +76,7 @@ class FinetuneConfig:
         numbers("mean", self.mean), numbers("std", self.std)
         find("defence", self.defence)
         if self.lipschitz_target is not None and not self.fastclip:
-            raise ValueError(f"lipschitz_target={self.lipschitz_target}: of fastclip only, not of defence={self.defence!r}")
+            raise ValueError(f"lipschitz_target={self.lipschitz_target}: only fastclip has it, not defence={self.defence!r}")
         if self.lipschitz_target is not None and not 0 < self.lipschitz_target < math.inf:
             raise ValueError(f"lipschitz_target={self.lipschitz_target}: must be positive and finite")
         if self.epochs < 0 or self.batch_size < 1 or not self.lr > 0 or not self.logit_scale > 0:
@@ -87,7 +87,7 @@ class FinetuneConfig:
         if self.composites not in ("auto", "always", "never"):
             raise ValueError(f"composites={self.composites!r}: expected auto, always or never")
         if self.move not in MOVES or (self.move != "weight" and self.composites == "never"):
-            raise ValueError(f"move={self.move!r}: expected {', '.join(MOVES)}; γ moves composites only, see composites")
+            raise ValueError(f"move={self.move!r}: expected {', '.join(MOVES)}; γ moves with composites only, see composites")
         if not 0 <= self.adversarial_eps < math.inf or self.adversarial_steps < 1:
             given = f"adversarial_eps={self.adversarial_eps}, adversarial_steps={self.adversarial_steps}"
             raise ValueError(f"{given}: expected a finite size, 0 for none, and at least one step")
@@ -98,35 +98,35 @@ class FinetuneConfig:
             raise ValueError(f"{given}: expected accuracy or certified, and summed or averaged")
         if (self.objective == "certified") != (0 < self.margin_eps < math.inf):
             raise ValueError(
-                f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective, and no other, takes the "
-                "positive radius that images are to be certified at"
+                f"objective={self.objective!r}, margin_eps={self.margin_eps}: the certified objective needs the positive "
+                "radius at which it certifies images, any other objective 0"
             )
         if self.lift and (self.finite_max_norm is None or self.spectral_warmup > 0):
-            raise ValueError("lift: raises singular values to a finite max_norm, and takes no spectral_warmup; give 0 for that")
+            raise ValueError("lift: needs a finite max_norm and takes no spectral_warmup; give spectral_warmup=0")
         if not 0 <= self.spectral_warmup <= 1:
             raise ValueError(f"spectral_warmup={self.spectral_warmup}: is a share of the training steps, 0 to 1")
 
     def is_that_of(self, stored: dict[str, Any]) -> bool:
-        """Whether a configuration that was stored, perhaps before some option was there, asks for the same on any device."""
+        """Whether a stored configuration describes the same run, on any device; options missing in it have their defaults."""
         given = {field.name: field.default for field in fields(self)} | stored
         return given | {"device": self.device} == json.loads(json.dumps(asdict(self)))
 
     @property
     def standardisation(self) -> dict[str, Any]:
-        """Mean and std that the model was trained with, None for timm's own."""
+        """The mean and std by which the model's input is standardised, None for timm's own."""
         return {"mean": numbers("mean", self.mean), "std": numbers("std", self.std)}
 
     @property
     def clips(self) -> bool:
-        """Whether the run holds spectral norms with FastClip."""
+        """Whether the run constrains spectral norms with FastClip."""
         return self.fastclip and (self.finite_max_norm is not None or self.lipschitz_target is not None)
 
     @property
     def fastclip(self) -> bool:
-        """Whether the defence is FastClip, with all its options, and no other."""
+        """Whether the defence is ``fastclip`` or ``fastclip-composite``."""
         return self.defence in ("fastclip", "fastclip-composite")
 
     @property
     def finite_max_norm(self) -> float | None:
-        """The norm asked of every layer by itself, if any is."""
+        """The largest spectral norm allowed in every layer; None without such a limit."""
         return self.max_norm if self.max_norm is not None and math.isfinite(self.max_norm) else None

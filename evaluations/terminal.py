@@ -1,4 +1,4 @@
-"""What the commands say: results on standard output, everything else on standard error."""
+"""The consoles of the commands: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Figures in words and digits, alike on the terminal and on every page.
+"""The format of figures, the same on the terminal and on every page.
 
-Shares are rounded down, and a number that is not finite is written as ∞.
+Shares are rounded down, and infinity is written as ∞.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ABSOLUTE = re.compile(r"""(?:^|(?<=[\s'"=:,(\[]))(?:[A-Za-z]:)?[/\\](?![/\\\s])(
 
 
 def number(value: float | None) -> str:
-    """Four digits; a value that is not finite is written as ∞ (it is null in JSON)."""
+    """A number with four significant digits; infinity, which is null in JSON, is written as ∞."""
     return "∞" if value is None or math.isinf(value) else f"{value:.4g}"
 
 
 def percent(value: float) -> str:
-    """A share in per cent, one decimal, rounded down so that no figure is flattered."""
+    """A share in per cent with one decimal, rounded down so that no figure looks better than it is."""
     return f"{math.floor(round(value * 1000, 9)) / 10:.1f}"
 
 
@@ -30,18 +30,18 @@ def interval(ci: tuple[float, float] | list[float] | None) -> str:
 
 
 def verdict(status: str) -> str:
-    """The status of a check in words; one that is unknown is a failure."""
+    """The status of a check in words; an unknown status counts as a failure."""
     return VERDICTS.get(status, "✗ FAIL")
 
 
 def not_tested(gates: list[dict[str, Any]]) -> str:
-    """One line for all checks that were not made; nothing where there are none."""
+    """One line for all checks that were not tested; an empty text if there are none."""
     names = [gate["name"] for gate in gates if gate["status"] == "skip"]
-    return f"{len(names)} gates not tested ({', '.join(names)}); give more --gate-samples" if names else ""
+    return f"{len(names)} checks not tested ({', '.join(names)}); give more --gate-samples" if names else ""
 
 
 def size(eps: float, norm: str) -> str:
-    """The size of a perturbation; in the largest-change norm as a fraction of 255 where it is one."""
+    """The size of a perturbation; in L∞ as a fraction of 255 where it is a whole number of 255ths."""
     levels = eps * 255
     if norm == "linf" and round(levels) > 0 and abs(levels - round(levels)) < 1e-3:
         return f"{round(levels)}/255"
@@ -49,7 +49,7 @@ def size(eps: float, norm: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the unit that suits it."""
+    """A time in hours, minutes or seconds."""
     if seconds is None:
         return "unknown"
     for unit, length in (("h", 3600), ("min", 60)):
@@ -69,5 +69,5 @@ def count(value: float | None) -> str:
 
 
 def portable(text: object) -> str:
-    """A text whose absolute paths are cut down to their last part, as they mean nothing on another machine."""
+    """Shorten each absolute path in a text to its last part, because paths differ between machines."""
     return ABSOLUTE.sub("…/", str(text))

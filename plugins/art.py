@@ -2,7 +2,7 @@
 
 ART has no plugin registry: a defence is a subclass of one of ART's base classes that takes and returns ART estimators.
 `FastClipTrainer` is a trainer, alone or around another one (Madry PGD, TRADES, AWP, FBF, OAAT); `FastClipTransformer` clips a
-trained classifier; `LipschitzClassifier` certifies predictions, and `LipschitzReport` compares certified with attacked accuracy.
+trained classifier; `LipschitzClassifier` certifies predictions, and `LipschitzReport` compares certified and attacked accuracy.
 `register` adds these classes to ART's own modules, for tools that look a defence up by its ART module and name.
 """
 

@@ -2,7 +2,7 @@
 
 Each attack has a threat model and a budget, and maps images and labels to adversarial images in the same order. Random starts
 depend on torch's and numpy's global random states, which the caller seeds. No attack is trusted to stay inside its ball or to
-return its best image: the harness of the evaluations checks both.
+return its best image: the harness of the evaluations enforces both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 _ORDER: dict[str, float | int] = {"l2": 2, "linf": np.inf}
-_ABOVE_MEDIAN = 7.0  # the largest logit: its gradient neither vanishes in float32 nor weighs all classes alike
+_ABOVE_MEDIAN = 7.0  # for the largest logit: the cross-entropy neither vanishes in float32 nor weighs all classes alike
 
 
 class ScaleFreeCrossEntropy(nn.CrossEntropyLoss):
@@ -94,7 +94,7 @@ class APGD(_ArtAttack):
 
 @dataclass(frozen=True)
 class FGSM(_ArtAttack):
-    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a sanity check, no measure of robustness."""
+    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a sanity check, no measure."""
 
     def _attack(self, classifier: PyTorchClassifier, batch: int) -> Any:
         return FastGradientMethod(classifier, norm=_ORDER[self.norm], eps=self.eps, batch_size=batch)

@@ -83,7 +83,7 @@ class LipschitzReport(Evaluation):
 
     Args:
         eps: L2 sizes of perturbation, in the units of the classifier's arrays.
-        clever_samples: Number of images to compute the CLEVER score of, ART's own estimate of the minimal perturbation.
+        clever_samples: Number of first images whose CLEVER score, ART's estimate of the minimal perturbation, is computed.
     """
 
     def __init__(self, eps: Sequence[float], clever_samples: int = 0) -> None:
@@ -108,7 +108,7 @@ class LipschitzReport(Evaluation):
         """
         if not isinstance(classifier, LipschitzClassifier):
             kind = type(classifier).__name__
-            raise TypeError(f"LipschitzReport.evaluate: takes a LipschitzClassifier, got {kind}; make one with the same arguments")
+            raise TypeError(f"LipschitzReport.evaluate: takes a LipschitzClassifier, got {kind}; both take the same arguments")
         y = check_and_transform_label_format(y, nb_classes=classifier.nb_classes)
         prediction, radius = classifier.certify(x)
         _, attacked, accuracy = SecurityCurve(self.eps).evaluate(classifier, x, y, **{"norm": 2, "verbose": False} | pgd)

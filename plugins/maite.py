@@ -1,8 +1,8 @@
-"""MAITE's protocols: a torch model as one of its image classifiers, and certified accuracy as one of its metrics.
+"""MAITE's protocols: a torch model as a MAITE image classifier, and certified accuracy as a MAITE metric.
 
-MAITE passes between models and metrics whatever numpy can read, so that what a certificate rests on is easily lost on the way:
-the numeric type that the logits were computed in, and whether they are logits at all. `ImageClassifier` keeps both, and
-`CertifiedAccuracy` refuses predictions that have lost them.
+MAITE passes anything that numpy can read between models and metrics, so that two conditions of a certificate are easily lost:
+the dtype that the logits were computed in, and that they are logits at all. `ImageClassifier` preserves both, and
+`CertifiedAccuracy` refuses predictions that have visibly lost them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class ImageClassifier:
         model: From images (n, channels, height, width) to logits (n, classes), in float32 or float64.
         id: The model's name in MAITE's records.
         index2label: Names of the classes by their index.
-        device: Where the model is moved to; default where it is.
+        device: The device to move the model to; default its current device.
 
     Raises:
-        TypeError: the model's weights are in another type.
+        TypeError: the model's weights are in another dtype.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class ImageClassifier:
             raise TypeError(f"ImageClassifier(model): its weights are in {self.dtype}; call model.float() or model.double()")
 
     def __call__(self, batch: Sequence[ArrayLike], /) -> Sequence[np.ndarray]:
-        """Logits of a batch, in eval mode and the full precision of the model's type: no autocast, no TF32.
+        """Logits of a batch, in eval mode and the full precision of the model's dtype: no autocast, no TF32.
 
         Args:
             batch: Images of one shape (channels, height, width), floating point, in [0, 1].
 
         Returns:
-            Sequence[np.ndarray]: One (classes,) for each image, in the model's type.
+            Sequence[np.ndarray]: One array (classes,) for each image, in the model's dtype.
 
         Raises:
-            ValueError: images of other shapes, of integers, or with values outside [0, 1].
+            ValueError: the images differ in shape, have another number of axes, are integers, or have values outside [0, 1].
         """
         if len(batch) == 0:
             return []
@@ -73,20 +73,20 @@ class ImageClassifier:
 
 
 class CertifiedAccuracy:
-    """Share of images whose class provably stays, as MAITE's ``image_classification.Metric``, beside the clean accuracy.
+    """Clean accuracy and certified accuracy, as MAITE's ``image_classification.Metric``.
 
-    An image counts at ``eps`` if ``certified_radius(logits, label, bound) >= eps``; see there for what is promised. Predictions
-    must be logits, not probabilities: the bound is one of the model without a softmax. They must be arrays of the type that
-    the model computed in, with neither autocast nor TF32; that cannot be seen in an array, and `ImageClassifier` sees to it.
+    An image is certified at ``eps`` if ``certified_radius(logits, label, bound) >= eps``; `certified_radius` says what this
+    proves. Predictions must be logits, not probabilities: the bound is for the model without a softmax. Their dtype must be the
+    one that the model computed in, without autocast or TF32. An array does not show this; `ImageClassifier` ensures it.
 
     Args:
-        bound: The result of ``lipschitz_bound`` for this very model.
+        bound: The result of ``lipschitz_bound`` for the same model.
         eps: L2 sizes of perturbation, in the units of the model's input.
         id: The metric's name in MAITE's records.
 
     Raises:
         TypeError: ``bound`` is not a `LipschitzBound`.
-        ValueError: no eps, or one that is not positive and finite.
+        ValueError: ``eps`` is empty, or an eps is not positive and finite.
     """
 
     def __init__(self, bound: LipschitzBound, eps: Sequence[float], id: str = "certified_accuracy") -> None:
@@ -105,16 +105,16 @@ class CertifiedAccuracy:
     def update(
         self, pred_batch: Sequence[ArrayLike], target_batch: Sequence[ArrayLike], metadata_batch: Sequence[Any] = (), /
     ) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             pred_batch: Logits (classes,) of each image, float32 or float64 arrays.
-            target_batch: Its true class, one-hot or by the largest score, (classes,).
-            metadata_batch: Not looked at; MAITE before 0.9 does not pass it.
+            target_batch: The true class of each image, one-hot or as the largest score, (classes,).
+            metadata_batch: Ignored; MAITE before 0.9 does not pass it.
 
         Raises:
-            TypeError: predictions that are not arrays, or of another type.
-            ValueError: probabilities, or predictions and targets that do not fit.
+            TypeError: the predictions are not arrays of one dtype, float32 or float64.
+            ValueError: the predictions are probabilities, or predictions and targets do not fit.
         """
         if len(pred_batch) != len(target_batch):
             raise ValueError(f"CertifiedAccuracy.update: {len(pred_batch)} predictions for {len(target_batch)} targets")
@@ -127,17 +127,17 @@ class CertifiedAccuracy:
         self._radii = torch.cat([self._radii, certified_radius(logits, labels, self.bound)])
 
     def compute(self) -> dict[str, Any]:
-        """The shares over all batches since the last reset.
+        """The accuracies over all batches since the last reset.
 
         Returns:
             dict: ``accuracy``, ``certified_accuracy_l2_<eps>`` for each eps, the number of ``images``, and the
             ``failure_probability`` of the bound.
 
         Raises:
-            ValueError: there was no image.
+            ValueError: no image was added.
         """
         if not len(self._right):
-            raise ValueError("CertifiedAccuracy.compute: no image was counted; call update first")
+            raise ValueError("CertifiedAccuracy.compute: no image was added; call update first")
         shares = {f"certified_accuracy_l2_{eps}": float((self._radii >= eps).double().mean()) for eps in self.eps}
         return {"accuracy": float(self._right.double().mean()), **shares, "images": len(self._right),
                 "failure_probability": self.bound.failure_probability}  # fmt: skip
@@ -154,18 +154,18 @@ def _image(index: int, image: ArrayLike) -> Tensor:
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError(
             f"ImageClassifier: image {index} of the batch has values from {float(pixels.min()):g} to {float(pixels.max()):g}; "
-            "give pixels in [0, 1], not standardised: the normalisation belongs into the model"
+            "give pixels in [0, 1], not standardised: the normalisation belongs in the model"
         )
     return pixels
 
 
 def _logits(predictions: Sequence[ArrayLike]) -> Tensor:
-    """Predictions (n, classes) of one type, on the CPU."""
+    """Predictions as one tensor of logits (n, classes) on the CPU, after checks."""
     rows = [torch.from_numpy(np.array(row)) if isinstance(row, np.ndarray) else row for row in predictions]
     if not all(isinstance(row, Tensor) for row in rows) or len({row.dtype for row in rows}) > 1:
         kinds = sorted({type(row).__name__ if not isinstance(row, Tensor) else str(row.dtype) for row in rows})
         raise TypeError(
-            f"CertifiedAccuracy.update: predictions are {', '.join(kinds)}; give arrays of the one type the model computed in"
+            f"CertifiedAccuracy.update: predictions are {', '.join(kinds)}; give arrays in the dtype that the model computed in"
         )
     if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
         shapes = sorted({tuple(row.shape) for row in rows})
@@ -173,7 +173,7 @@ def _logits(predictions: Sequence[ArrayLike]) -> Tensor:
     logits = torch.stack([row.detach().cpu() for row in rows])
     if bool((logits >= 0).all() & ((logits.double().sum(1) - 1).abs() < 1e-5).all()):
         raise ValueError(
-            "CertifiedAccuracy.update: predictions are probabilities (none negative, each row sums to 1); the bound is one of "
+            "CertifiedAccuracy.update: predictions are probabilities (none negative, each row sums to 1); the bound is for "
             "logits: leave out the softmax"
         )
     return logits
@@ -184,6 +184,6 @@ def _label(index: int, target: ArrayLike, classes: int) -> int:
     if scores.shape != (classes,) or int((scores == scores.max()).sum()) != 1:
         raise ValueError(
             f"CertifiedAccuracy.update: target {index} of the batch has shape {tuple(scores.shape)}; give ({classes},) scores "
-            "of which one is the largest, as one-hot has it"
+            "with one largest, such as a one-hot vector"
         )
     return int(scores.argmax())

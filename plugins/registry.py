@@ -1,6 +1,6 @@
-"""Defences and attacks by name: whatever installed packages have entered, those of this one among them.
+"""Defences and attacks by name: those of this package and all that other installed packages register.
 
-A package enters its own in its pyproject.toml, and they are reachable by name wherever ours are:
+A package registers its own in its pyproject.toml; they are then available by name wherever this package's are:
 
     [project.entry-points."robust_spectral.defences"]
     mine = "my_package:MyDefence"
@@ -17,15 +17,15 @@ _GROUPS: dict[Kind, str] = {"defence": "robust_spectral.defences", "attack": "ro
 
 
 def names(kind: Kind) -> list[str]:
-    """All that are installed, sorted."""
+    """The names of all installed defences or attacks, sorted."""
     return sorted({point.name for point in entry_points(group=_GROUPS[kind])})
 
 
 def find(kind: Kind, name: str) -> Any:
-    """The object entered under a name.
+    """The object registered under a name.
 
     Raises:
-        ValueError: there is none (the near ones are offered), two packages have entered it, or it cannot be imported.
+        ValueError: the name is unknown (similar ones are listed), two packages register it, or it cannot be imported.
     """
     points = list(entry_points(group=_GROUPS[kind], name=name))
     if not points:

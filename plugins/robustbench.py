@@ -1,8 +1,8 @@
-"""Entries of RobustBench's leaderboards, made and checked without the package itself.
+"""Entries for RobustBench's leaderboards, made and checked without the package robustbench.
 
-A board is a folder ``<dataset>/<threat model>`` of JSON files, one a model, from which the leaderboards are rendered.
-`model_info` puts a model's figures into such an entry, `problems` says what is wrong with one, whoever wrote it, and
-`write_model_info` writes it. An entry rests on the official AutoAttack, so its figure is never taken from anything else here.
+A board is a folder ``<dataset>/<threat model>`` of JSON files, one for each model, from which the leaderboards are rendered.
+`model_info` makes such an entry from a model's figures, `problems` lists the errors of any entry, and `write_model_info` writes
+it. The robust accuracy of an entry must be that of the official AutoAttack; no other figure is put in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BOARDS = {
     "cifar10/corruptions": (),
     "cifar100/corruptions": (),
     "imagenet/corruptions": (),
-}  # with the sizes of perturbation of each, as they are written there; the first is the usual one
+}  # board -> its sizes of perturbation as RobustBench writes them, the usual one first
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
 
 _TEXTS = ("link", "name", "authors", "venue", "architecture")
@@ -48,20 +48,20 @@ def model_info(
         authors: Full names with commas between them.
         venue: Where and when it appeared, such as "ICML 2020".
         architecture: Such as "WideResNet-28-10".
-        additional_data: Whether more than the dataset's training images was trained on.
-        images: Test images that the accuracies were counted on; only the whole test set is taken.
+        additional_data: Whether the model was trained on more than the dataset's training images.
+        images: Number of test images that the accuracies were measured on; must be the whole test set.
         clean_acc: Accuracy without attack.
-        autoattack_acc: What the official AutoAttack, version "standard", left standing at ``eps``; no other attack's figure,
-            no subset of its attacks, and no certified accuracy.
+        autoattack_acc: Robust accuracy under the official AutoAttack, version "standard", at ``eps``; not under another attack
+            or a subset of its attacks, and not a certified accuracy.
         reported: The robust accuracy that the paper claims.
         external: The lowest robust accuracy known from another evaluation, where it is below ``autoattack_acc``.
-        unreliable: Whether AutoAttack raised a flag that its figure may be too high; None where it was not looked at.
-        footnote: Shown with the entry.
-        number_forward_passes: Of the network, for one prediction.
+        unreliable: Whether AutoAttack raised a flag that its figure may be too high; None if not checked.
+        footnote: Text shown with the entry.
+        number_forward_passes: Forward passes of the network for one prediction.
         eps: Size of the perturbation as written on the board; default the board's.
 
     Raises:
-        ValueError: no such board, part of a test set, or whatever `problems` finds.
+        ValueError: the board is unknown, ``images`` is not the whole test set, or the entry has `problems`.
     """
     if not BOARDS.get(board):
         raise ValueError(f"model_info(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
@@ -83,11 +83,11 @@ def model_info(
 
 
 def problems(info: dict[str, Any], board: str | None = None) -> list[str]:
-    """What keeps an entry from being a sound file of a board; empty where nothing does.
+    """The errors of an entry for a board; empty if it is valid.
 
     Args:
         info: The content of a JSON file.
-        board: The board, ``<dataset>/<threat model>``; default as the entry itself looks.
+        board: The board, ``<dataset>/<threat model>``; default the `board_of` the entry.
     """
     board = board_of(info) if board is None else board
     if board not in BOARDS:
@@ -100,21 +100,21 @@ def problems(info: dict[str, Any], board: str | None = None) -> list[str]:
 
 
 def board_of(info: dict[str, Any]) -> str:
-    """The board an entry looks like: its threat model is no field, but follows from the accuracies it has and from eps."""
+    """The board of an entry. Its threat model is not a field, but follows from its accuracies and eps."""
     corruptions = any(info.get(key) is not None for key in _CORRUPTIONS)
     return f"{info.get('dataset')}/{'corruptions' if corruptions else 'L2' if info.get('eps') == '0.5' else 'Linf'}"
 
 
 def write_model_info(info: dict[str, Any], folder: str | Path, model_name: str) -> Path:
-    """Write an entry to ``<folder>/<dataset>/<threat model>/<model_name>.json``, over one of that name.
+    """Write an entry to ``<folder>/<dataset>/<threat model>/<model_name>.json``, replacing a file of that name.
 
     Args:
         info: The entry.
         folder: The folder of all boards.
-        model_name: First author's name, year, first word of the title, and what tells models of one paper apart.
+        model_name: First author's name, year, first word of the title, and a suffix to distinguish models of one paper.
 
     Raises:
-        ValueError: the name is of another form, or the entry has `problems`.
+        ValueError: the name has another form, or the entry has `problems`.
     """
     if not _MODEL_NAME.fullmatch(model_name):
         raise ValueError(
@@ -141,7 +141,7 @@ def _raise_if_any(call: str, found: list[str]) -> None:
 
 
 def _text_problems(info: dict[str, Any]) -> list[str]:
-    baseline = info.get("venue") == "N/A"  # models of no paper have no authors
+    baseline = info.get("venue") == "N/A"  # models without a paper have no authors
     needed = [key for key in _TEXTS if key in info and not (key == "authors" and baseline and info[key] == "")]
     found = [f"{key} is {info[key]!r}; expected a text" for key in needed if not _is_text(info[key])]
     if _is_text(info.get("link")) and not info["link"].startswith(("https://", "http://")):

@@ -1,7 +1,7 @@
-"""Adversarial images as RobustBench asks for them of an attack that beats AutoAttack: one tensor over the whole test set.
+"""Adversarial images as RobustBench requires them from an attack that beats AutoAttack: one tensor over the whole test set.
 
-Images of a part of the test set, outside the pixel box or beyond eps are evidence of nothing, so all of this is checked, the
-distances in float64, before anything is written.
+Images of a part of the test set, outside the pixel box or beyond eps prove nothing, so all of this is checked, distances in
+float64, before anything is written.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 TEST_SETS = {"cifar10": (10_000, 3, 32, 32), "cifar100": (10_000, 3, 32, 32), "imagenet": (5_000, 3, None, None)}
 _NORMS = {"L2": 2.0, "Linf": math.inf}
-_ROUNDING = 2.0**-23  # by which float32 arithmetic may move a pixel out of the ball
+_ROUNDING = 2.0**-23  # the distance by which float32 arithmetic may move a pixel out of the ball
 
 
 def save_adversarial(images: Tensor, clean: Tensor, path: str | Path, board: str, eps: str) -> Path:
     """Write adversarial images to a ``.pt`` file that ``torch.load(..., weights_only=True)`` reads.
 
-    Distances are taken in float64. Beyond eps they may be what float32 arithmetic explains: 2^-23 for each pixel.
+    Distances are computed in float64, and may exceed eps by what float32 rounding explains: 2^-23 for each pixel.
 
     Args:
-        images: One for each test image and in their order, (n, 3, height, width), float32, in [0, 1]; the image itself where
-            no attack succeeded.
+        images: One for each test image, in order, (n, 3, height, width), float32, in [0, 1]; the clean image where no attack
+            succeeded.
         clean: The test images, of the same shape, in [0, 1].
         path: Where to write, ending in ``.pt``.
         board: ``<dataset>/<threat model>``: of cifar10, cifar100 or imagenet, and L2 or Linf.
         eps: Size of the perturbation as RobustBench writes it, such as "8/255" or "0.5".
 
     Raises:
-        ValueError: whichever of this does not hold; the farthest image is named.
+        ValueError: one of these requirements is not met; the farthest image is named.
     """
     path = Path(path)
     dataset, _, threat_model = board.partition("/")
@@ -91,6 +91,6 @@ def _pixel_problems(images: Tensor, clean: Tensor, threat_model: str, eps: str) 
 
 
 def _measure(images: Tensor, clean: Tensor, threat_model: str) -> tuple[Tensor, Tensor]:
-    """For each image, (n, pixels): whether it and the clean one lie in the box, and how far they are apart."""
+    """For each image, (n, pixels): whether it and the clean one lie in the box, and their distance."""
     inside = ((images >= 0) & (images <= 1) & (clean >= 0) & (clean <= 1)).all(1)
     return inside, torch.linalg.vector_norm(images - clean, ord=_NORMS[threat_model], dim=1)

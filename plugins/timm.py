@@ -1,8 +1,8 @@
-"""timm models that eat pixels.
+"""timm models that take pixels in [0, 1].
 
-`load` puts a model's input normalisation into a submodule in front of it, so that perturbation sizes and Lipschitz bounds
-are in units of pixels in [0, 1], and 1 / std is part of every bound. The inner model stays timm's own: its state dict has
-timm's keys. Importing this file also registers the Lipschitz rules of timm's layers.
+`load` puts a model's input normalisation into a submodule before the model, so that perturbation sizes and Lipschitz bounds
+are in units of pixels in [0, 1], and 1 / std is part of every bound. The inner model is timm's own: its state dict has timm's
+keys. Importing this module also registers the Lipschitz rules of timm's layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from robust_spectral.lipschitz import (
 )
 from robust_spectral.numerics import product_up
 
-from . import timm_maxmin  # noqa: F401 (whose models it makes known to timm)
+from . import timm_maxmin  # noqa: F401 (registers its models with timm)
 
 Statistics = tuple[float, ...]
 
@@ -64,7 +64,7 @@ class Normalize(nn.Module):
 
 
 class PixelModel(nn.Module):
-    """A model behind its normalisation: takes images in [0, 1].
+    """A model preceded by its input normalisation: takes images in [0, 1].
 
     Attributes:
         normalize: The normalisation.
@@ -98,16 +98,16 @@ def load(
         name: timm's model name.
         pretrained: Load timm's published weights through its hub, or those of ``pretrained_cfg_overlay=dict(file=...)``,
             with the head and the first convolution adapted by timm.
-        checkpoint: A local checkpoint of this very model (.safetensors, or .pth read with weights_only), timm's keys.
+        checkpoint: A local checkpoint of the same model (.safetensors, or .pth read with weights_only), with timm's keys.
         num_classes: Classes of the head; default the model's own.
-        in_chans: Channels of the input. The normalisation of a model published for three channels is averaged.
-        mean: Of every channel, or one for all, as the weights were trained with; default the model's own in timm.
-        std: As mean; (0,) and (1,) for weights that were trained on pixels as they are.
+        in_chans: Channels of the input. The normalisation of a model published for another number of channels is averaged.
+        mean: Mean of each channel, or one for all, that the weights were trained with; default timm's for the model.
+        std: Standard deviation, like ``mean``; for weights trained on raw pixels, ``mean=(0,)`` and ``std=(1,)``.
         **kwargs: For ``timm.create_model``.
 
     Raises:
-        ValueError: an unknown name (the nearest ones are offered), one without published weights, a checkpoint that is
-            missing or does not fit (the keys are named), or a mean and std that are not one for every channel.
+        ValueError: the name is unknown (similar ones are listed) or has no published weights, the checkpoint is missing or
+            does not fit (the keys are named), or mean and std are not one for all channels or one for each.
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
@@ -128,7 +128,7 @@ def load(
 
 
 def _published(model: nn.Module, channels: int) -> tuple[Statistics, Statistics]:
-    """timm's mean and std of a model."""
+    """timm's mean and std of a model, averaged for another number of channels."""
     config = resolve_model_data_config(model)
     mean, std = config["mean"], config["std"]
     if len(mean) != channels:
@@ -139,7 +139,7 @@ def _published(model: nn.Module, channels: int) -> tuple[Statistics, Statistics]
 def _given(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> tuple[Statistics, Statistics]:
     """The user's mean and std, for every channel."""
     if mean is None or std is None:
-        raise ValueError(f"load(mean={mean}, std={std}): give both; 0 and 1 for a model that takes pixels as they are")
+        raise ValueError(f"load(mean={mean}, std={std}): give both; 0 and 1 for a model that takes raw pixels")
     both = [tuple(map(float, given)) * (channels if len(given) == 1 else 1) for given in (mean, std)]
     if any(len(given) != channels or not all(map(math.isfinite, given)) for given in both) or min(both[1], default=0.0) <= 0:
         raise ValueError(
@@ -150,10 +150,10 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None, channels: 
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path, advice: str = "") -> None:
-    """Load a local checkpoint into a timm model, every key and shape accounted for; ``advice`` is for where they do not fit.
+    """Load a local checkpoint into a timm model; all keys and shapes must match, or the error ends with ``advice``.
 
     Raises:
-        ValueError: the file is missing, is damaged, holds more than tensors, or these do not fit.
+        ValueError: the file is missing, is damaged, contains more than tensors, or does not fit the model.
     """
     if not Path(checkpoint).is_file():
         raise ValueError(f"checkpoint {str(checkpoint)!r}: no such file")
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path, advice: str = "") -> 
 
 
 def unreadable(error: Exception, path: str | Path) -> str:
-    """What an error of reading weights from a file comes to, without torch's advice to trust the file."""
+    """A short text for an error in reading weights from a file, without torch's advice to trust the file."""
     if isinstance(error, PermissionError):
         return str(error)
     if "loading state_dict" in str(error):
@@ -185,7 +185,7 @@ def unreadable(error: Exception, path: str | Path) -> str:
     if isinstance(error, AttributeError) or "weights_only" in str(error):
         if Path(path).read_bytes()[:512].lstrip().startswith(b"<"):
             return "is a web page, not weights; download the file itself"
-        return "holds more than tensors; save model.state_dict()"
+        return "contains more than tensors; save model.state_dict()"
     return "not readable as a checkpoint, it is damaged or cut off"
 
 
@@ -206,7 +206,7 @@ def drop_path(walk: LipschitzWalk, n: fx.Node) -> float:
 
 @rule(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
 def batchnorm_then_activation(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The affine part, with the convolution before it where there is one, times the slope of the activation."""
+    """The bound of the batch normalisation, joined with a convolution before it, times the slope of the activation."""
     module: Any = walk.called(n)
     slopes = [activation_slope(part) for part in (module.drop, module.act)]
     return product_up(walk.bound_of(batchnorm_bound(walk, n)), *slopes)
@@ -218,7 +218,7 @@ interval(timm.layers.Conv2dSame)(linear_box)
 
 @interval(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
 def batchnorm_then_activation_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The box of the affine part, through the activation."""
+    """The box after the batch normalisation, mapped by the activation."""
     module: Any = walk.called(n)
     return activation_box(module.act, activation_box(module.drop, batchnorm_box(walk, n)))
 
@@ -229,7 +229,7 @@ rounds(timm.layers.Conv2dSame)(linear_rounding)
 
 @rounds(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
 def normalised_then_activated(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """The normalisation's terms and then those of an activation with a slope of at most 2."""
+    """The terms of the batch normalisation, followed by those of an activation with a slope of at most 2."""
     module: Any = walk.called(n)
     terms, total = batchnorm_rounding(walk, n)
     if not activation_slope(module.act) <= 2:

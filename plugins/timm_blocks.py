@@ -1,7 +1,7 @@
-"""How timm's architectures change for certificates and for small images: averaged residual blocks, a stem without strides.
+"""Changes of timm's architectures for certificates and for small images: averaged residual blocks, a stem without strides.
 
-A residual block x + f(x) with a Lipschitz constant of 1 in f has one of 2, so that the bound of a network doubles with every
-block. Half of the block's output has 1 again.
+A residual block x + f(x) with a 1-Lipschitz f has the Lipschitz bound 2, so that the bound of a network doubles with every
+block. Half of the block's output has the bound 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Averaged(nn.Module):
-    """Half of what a residual block gives: the mean of its branches where no activation, or a ReLU, follows the sum."""
+    """Half of a residual block's output: the mean of its branches if no activation, or a ReLU, follows their sum."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ _RESIDUAL: dict[type[nn.Module], Callable[[Any], bool]] = {
 
 
 def average_residuals_(model: nn.Module) -> list[str]:
-    """Put every residual block of a timm model into an `Averaged`, in place; their names.
+    """Put every residual block of a timm model into an `Averaged`, in place; return the blocks' names.
 
     Raises:
-        NotImplementedError: the model has none of the kinds known here.
+        NotImplementedError: the model has no residual block of a known kind.
     """
     found = [name for name, block in model.named_modules() if _RESIDUAL.get(type(block), lambda _: False)(block)]
     if not found:
@@ -65,12 +65,12 @@ def average_residuals_(model: nn.Module) -> list[str]:
 
 
 def small_stem_(model: nn.Module) -> None:
-    """Have a timm ResNet look closely at images of 28 or 32 pixels: no stride in its first convolution, no pooling behind it.
+    """Adapt a timm ResNet to images of 28 or 32 pixels, in place: no stride in its first convolution, no pooling after it.
 
-    In place; names and shapes of weights stay.
+    The names and shapes of the weights do not change.
 
     Raises:
-        NotImplementedError: the model is not of timm's ResNets.
+        NotImplementedError: the model is not a ResNet of timm.
     """
     if not isinstance(model, timm.models.resnet.ResNet):
         raise NotImplementedError(f"small_stem_: {type(model).__name__} is not of timm's ResNets")

@@ -1,7 +1,7 @@
-"""Networks made for certificates, among timm's models: a product of their layers' norms is little above their own slopes.
+"""Networks for certificates, as timm models: the product of their layers' norms is close to their true Lipschitz constant.
 
 Layers between `MaxMin` are dense, or convolutions whose windows do not overlap: matrices, so that their norms are known exactly
-and all their singular values can be raised to 1. What larger windows would see, `ChannelShift` brings to them.
+and all their singular values can be raised to 1. `ChannelShift` gives 1 x 1 convolutions access to neighbouring pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from robust_spectral.lipschitz import LipschitzWalk, increasing_box, interval, n
 
 
 class MaxMin(nn.Module):
-    """The larger and the smaller of each two channels, of the first half and the second: turns gradients, shortens none.
+    """The maximum and minimum of each channel of the first half and its partner in the second; preserves gradient norms.
 
     Source: Anil, Lucas and Grosse (2019), Sorting out Lipschitz function approximation.
     """
@@ -30,11 +30,11 @@ class MaxMin(nn.Module):
 
 
 class ChannelShift(nn.Module):
-    """A fifth of the channels moved by one pixel to each of the four sides, around the edge; lengths stay.
+    """Shift a fifth of the channels by one pixel in each of the four directions, cyclically; preserves norms.
 
-    A 1 x 1 convolution behind it sees a cross of five pixels. Sources: Wu et al. (2018), Shift: a zero FLOP, zero parameter
+    A 1 x 1 convolution after it reads a cross of five pixels. Sources: Wu et al. (2018), Shift: a zero FLOP, zero parameter
     alternative to spatial convolutions; Li et al. (2019), Preventing gradient attenuation in Lipschitz constrained
-    convolutional networks, whose orthogonal convolutions are made of the same two parts.
+    convolutional networks, whose orthogonal convolutions consist of the same two parts.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class ChannelShift(nn.Module):
 
 @rule(MaxMin, ChannelShift)
 def rearranged(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The same values at other places, or each pair sorted, which brings no two vectors further apart."""
+    """Constant 1 for a permutation of elements, and for a sort of each pair, which never increases a distance."""
     return walk.bound(n.args[0])
 
 
@@ -58,7 +58,7 @@ def maxmin_mlp(
     pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, img_size: int = 28, width: int = 512, depth: int = 3,
     **kwargs: Any,
 ) -> nn.Module:  # fmt: skip
-    """Dense layers with `MaxMin` between them, on raw pixels: with orthogonal weights it keeps all lengths of gradients."""
+    """Dense layers with `MaxMin` between them, on raw pixels; orthogonal weights preserve gradient norms."""
     sizes = [in_chans * img_size**2, *[width] * depth]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(sizes):
@@ -70,9 +70,9 @@ def maxmin_shift(
     pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, img_size: int = 28, widths: Sequence[int] = (64, 128),
     depths: Sequence[int] = (3, 6), **kwargs: Any,
 ) -> nn.Module:  # fmt: skip
-    """A convolutional network of the same kind: patches of 2 x 2 halve the size, then 1 x 1 convolutions behind `ChannelShift`.
+    """A convolutional network with `MaxMin`: 2 x 2 patches halve the size, then 1 x 1 convolutions follow `ChannelShift`.
 
-    ``widths`` are the channels of its stages, even numbers, ``depths`` the layers of each, patches included.
+    ``widths`` are the channels of its stages, even numbers, ``depths`` the convolutions of each stage, patches included.
     """
     layers: list[nn.Module] = []
     channels, size = in_chans, img_size
@@ -88,7 +88,7 @@ def maxmin_shift(
 
 
 def _on_pixels(layers: list[nn.Module], in_chans: int, img_size: int) -> nn.Module:
-    """The layers in a row, as a model of timm's that takes pixels as they are."""
+    """A sequential model of the layers, with timm's configuration for raw pixels."""
     net: Any = nn.Sequential(*layers)
     pixels = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans, "input_size": (in_chans, img_size, img_size)}
     net.pretrained_cfg = pixels

@@ -1,14 +1,13 @@
 """FastClip as a timm training task: timm's own train.py, or a loop like it, with one class exchanged.
 
-`FastClipTask` stands where `ClassificationTask` stood. It clips in `update_ema`, which timm's loop calls after every update
-whether there is a moving average or not; that is after the optimizer, its gradient scaler and Lookahead's averaging have done
-their work, so that no hook on the optimizer is needed. The clipper's state travels in timm's checkpoints as task state,
-beside the weights and not among them.
+`FastClipTask` replaces `ClassificationTask`. It clips in `update_ema`, which timm's loop calls after every update, with or
+without a moving average: after the optimizer, its gradient scaler and Lookahead's averaging, so that no hook on it is needed.
+timm's checkpoints contain the clipper's state as task state, separate from the weights.
 
     python -m robust_spectral.plugins.timm_task --max-norm 1 train.py --model resnet18 …
 
-runs a train.py as it is, under torchrun as well, with that class in it, and writes the weights, clipped with proof, when it
-ends: those of the moving average where there is one.
+runs a train.py unchanged, under torchrun as well, with that class in it, and at its end writes the weights, clipped to proved
+norms: those of the moving average if there is one.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from robust_spectral.layers import example_for
 
 
 class FastClipTask(ClassificationTask):
-    """timm's classification task with the spectral norms of its model's layers held.
+    """timm's classification task with the spectral norms of the model's layers kept at ``max_norm``.
 
     Args:
-        model: A timm model, or any other with ``example_input``. Sized before it is compiled or distributed, as timm does.
-        criterion: As for ``ClassificationTask``, and so are further keywords that it knows (``device``, ``dtype``, …).
+        model: A timm model, or any other with ``example_input``; not yet compiled or distributed, as in timm's train.py.
+        criterion: The loss, as for ``ClassificationTask``.
         max_norm: The spectral norm allowed in every layer.
-        example_input: A batch that the model takes, in the shape it is trained on; default one of timm's input size for it.
+        example_input: A batch in the shape that the model is trained on; default one of timm's input size for the model.
         spectral: Options for `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, …
-        **kwargs: For ``ClassificationTask``.
+        **kwargs: Further arguments of ``ClassificationTask`` (``device``, ``dtype``, …).
 
     Raises:
-        ValueError: as `robust_spectral.FastClip`.
+        ValueError: see `robust_spectral.FastClip`.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class FastClipTask(ClassificationTask):
         self.clipper = FastClip(model, self._example, max_norm, **self._options)
 
     def update_ema(self, step: int | None = None) -> None:
-        """Clip after an update, then move the average, whose norms stay held since norms are convex."""
+        """Clip after an update, then update the moving average, whose norms stay within ``max_norm`` as norms are convex."""
         self.clipper.step()
         super().update_ema(step)
 
@@ -76,16 +75,16 @@ class FastClipTask(ClassificationTask):
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
-        """Go on from a checkpoint's state; one without it, as of a run without clipping, starts afresh.
+        """Continue from a checkpoint's state; if it has no clipper's state, as after a run without clipping, start afresh.
 
         Raises:
-            ValueError: the state is of a model with other layers.
+            ValueError: the state belongs to a model with other layers.
         """
         if state and "fastclip" in state and not ema:
             self.clipper.load_state_dict(state["fastclip"])
 
     def finish(self) -> dict[str, ClipResult]:
-        """Clip until every norm is proved, in the model and in its moving average; what moved in the model, by layer.
+        """Clip until every norm is proved, in the model and its moving average; return the model's results by layer.
 
         Raises:
             ValueError: a layer's weights are not finite.
@@ -94,28 +93,28 @@ class FastClipTask(ClassificationTask):
         if self.has_ema():
             average = unwrap_model(self.get_trainable_module(ema=True))
             clipper = FastClip(average, self._example, self.max_norm, **self._options)
-            clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same directions
+            clipper.load_state_dict(self.clipper.state_dict())  # the same composites and singular vectors
             clipper.finish()
         return results
 
 
 def main(arguments: list[str]) -> FastClipTask:
-    """Run a train.py with `FastClipTask` in the place of timm's ``ClassificationTask``; returns the task that it trained.
+    """Run a train.py with `FastClipTask` in place of timm's ``ClassificationTask``; return the task that it trained.
 
     Args:
-        arguments: ``--max-norm``, ``--composites``, ``--image-size`` and ``--out`` of ours, then train.py and its own.
+        arguments: ``--max-norm``, ``--composites``, ``--image-size`` and ``--out``, then train.py and its own arguments.
 
     Raises:
         RuntimeError: the script made no ``ClassificationTask``.
     """
-    what = "Run timm's train.py with the spectral norms of its model's layers held, and write the weights, clipped with proof."
+    what = "Run timm's train.py with its layers' spectral norms kept at --max-norm, and write the weights with proved norms."
     parser = argparse.ArgumentParser("python -m robust_spectral.plugins.timm_task", description=what)
     parser.add_argument("--max-norm", type=float, default=1.0, help="spectral norm allowed in every layer")
     parser.add_argument("--composites", default="auto", help="clip a layer with its batch normalisation: auto, always or never")
-    parser.add_argument("--image-size", type=int, help="height and width trained on; default timm's for the model")
-    parser.add_argument("--out", type=Path, default=Path("clipped.safetensors"), help="the weights, clipped with proof")
-    parser.add_argument("script", help="timm's train.py, or one that uses timm.task as it does")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    parser.add_argument("--image-size", type=int, help="height and width in training; default timm's for the model")
+    parser.add_argument("--out", type=Path, default=Path("clipped.safetensors"), help="file for the weights with proved norms")
+    parser.add_argument("script", help="timm's train.py, or one that uses timm.task in the same way")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the script")
     ours = parser.parse_args(arguments)
     ours.out.parent.mkdir(parents=True, exist_ok=True)
     made: list[FastClipTask] = []

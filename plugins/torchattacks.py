@@ -1,8 +1,8 @@
-"""Attacks of torchattacks, under names of their own so that their numbers are not taken for others'.
+"""Attacks of torchattacks, under separate names so that their results are not mistaken for those of other implementations.
 
-Its AutoAttack runs each part for 10 iterations, where the authors' has 100: it is called ``torchattacks-autoattack-10`` here,
-and ``torchattacks-autoattack-100`` is the same code with 100 iterations and at most nine targets. Only the authors' own code
-is called ``autoattack``.
+The AutoAttack of torchattacks runs each part for 10 iterations, the authors' code for 100: it is named
+``torchattacks-autoattack-10`` here, and ``torchattacks-autoattack-100`` is the same code with 100 iterations and at most nine
+targets. Only the authors' own code is named ``autoattack``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _NORM = {"l2": "L2", "linf": "Linf"}
 
 @dataclass(frozen=True)
 class _TorchAttack:
-    """What all of them have: the norm and size of the perturbation."""
+    """An attack of torchattacks, with the norm and size of its perturbation."""
 
     norm: str = "l2"
     eps: float = 0.5
     package: ClassVar[str] = "torchattacks"
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (n, channels, height, width) in [0, 1] of images with labels (n,)."""
+        """Adversarial images (n, channels, height, width) in [0, 1] for images with labels (n,)."""
         found: Tensor = self._attack(model, images)(images, labels)
         return found.detach()
 
@@ -37,7 +37,7 @@ class _TorchAttack:
 
 @dataclass(frozen=True)
 class PGD(_TorchAttack):
-    """Its projected gradient descent, in l2 or linf, with steps of 2.5 eps / steps from a random start."""
+    """Projected gradient descent of torchattacks, in l2 or linf, with steps of 2.5 eps / steps from a random start."""
 
     steps: int = 40
 
@@ -48,7 +48,7 @@ class PGD(_TorchAttack):
 
 @dataclass(frozen=True)
 class CarliniWagner(_TorchAttack):
-    """Its attack of Carlini and Wagner in l2, of one constant c; what ends within eps counts.
+    """Carlini and Wagner's l2 attack in torchattacks, with one constant c; only results within eps count.
 
     Raises:
         ValueError: the norm is not l2.
@@ -68,7 +68,7 @@ class CarliniWagner(_TorchAttack):
 
 @dataclass(frozen=True)
 class AutoAttack10(_TorchAttack):
-    """Its AutoAttack as it comes: 10 iterations a part, every class a target. Needs four classes."""
+    """AutoAttack of torchattacks with its own budget: 10 iterations per part, every class a target; at least four classes."""
 
     steps: ClassVar[int] = 10
     most_classes: ClassVar[int | None] = None
@@ -89,7 +89,7 @@ class AutoAttack10(_TorchAttack):
 
 @dataclass(frozen=True)
 class AutoAttack100(AutoAttack10):
-    """The same with the budget of the authors' version: 100 iterations a part, nine targets at most."""
+    """AutoAttack of torchattacks with the budget of the authors' code: 100 iterations per part, at most nine targets."""
 
     steps: ClassVar[int] = 100
     most_classes: ClassVar[int | None] = 10

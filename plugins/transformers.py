@@ -1,9 +1,9 @@
 """`FastClip` as a callback of the ``Trainer`` of transformers.
 
-The trainer tells its callbacks of the start of training when the optimizer is made and a checkpoint restored, and writes its
-checkpoints before it tells them of the end. So the weights in ``checkpoint-<step>`` are as the steps leave them, each with the
-clipper's state in ``fastclip.pt`` beside it; norms are proved when ``train`` returns (of the best weights, with
-``load_best_model_at_end``), and ``trainer.save_model`` writes those.
+The trainer makes the optimizer and restores a checkpoint before it calls its callbacks at the start of training, and writes its
+checkpoints before it calls them at the end. Therefore a folder ``checkpoint-<step>`` contains the weights after that step and
+the clipper's state in ``fastclip.pt``. Norms are proved when ``train`` returns (those of the best weights, with
+``load_best_model_at_end``), and ``trainer.save_model`` then writes the weights with proved norms.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ STATE_NAME = "fastclip.pt"
 
 
 class FastClipCallback(TrainerCallback):
-    """Holds the spectral norms of a model's layers at ``max_norm`` while a ``Trainer`` trains it, and proves them at the end.
+    """A callback that keeps the spectral norms of a model's layers at ``max_norm`` in training, and proves them at the end.
 
-    The largest norm, an estimate from below, stands as ``spectral/max_norm`` in the trainer's log history. A run that is
-    resumed from its own output folder goes on exactly. After training, ``clipper`` is the `FastClip` and ``results`` what its
-    `finish` moved.
+    The largest norm, an estimate from below, is in the trainer's log history as ``spectral/max_norm``. A run that is resumed
+    from its own output folder continues exactly. After training, ``clipper`` is the `FastClip` and ``results`` the results of
+    its `finish`, by layer.
 
     Args:
         max_norm: The spectral norm allowed, or norms by name pattern.
-        example_input: A batch of what the model's forward takes first, (n, ...): ``pixel_values``, ``input_ids``, ….
-        **options: For `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, ….
+        example_input: A batch for the first argument of the model's forward, (n, ...): ``pixel_values``, ``input_ids``, ….
+        **options: Options of `robust_spectral.FastClip`: ``composites``, ``warmup_steps``, ….
     """
 
     def __init__(self, max_norm: float | Mapping[str, float] = 1.0, *, example_input: Tensor, **options: Any) -> None:
@@ -50,8 +50,8 @@ class FastClipCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module,
         optimizer: torch.optim.Optimizer, **_: Any,
     ) -> None:  # fmt: skip
-        """Make the clipper, restore it where the run is resumed, and hook the optimizer that accelerate wraps."""
-        self._detach()  # from a run that an error ended
+        """Make the clipper, restore its state if the run is resumed, and hook the optimizer that accelerate wraps."""
+        self._detach()  # the hook of a run that ended in an error
         self.clipper = FastClip(model, example_for(model, self.example_input), self.max_norm, **self.options)
         if state.global_step:
             _restore(self.clipper, args, state)
@@ -61,12 +61,12 @@ class FastClipCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Add the largest norm to what is logged of training."""
+        """Add the largest norm to the log of training."""
         if self.clipper is not None and "loss" in logs:
             logs["spectral/max_norm"] = state.log_history[-1]["spectral/max_norm"] = _largest_norm(self.clipper)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put the clipper's state beside a checkpoint."""
+        """Write the clipper's state into the checkpoint's folder."""
         if self.clipper is not None and args.should_save and (folder := _checkpoint(args, state)).is_dir():
             torch.save(self.clipper.state_dict(), folder / STATE_NAME)
 
@@ -74,7 +74,7 @@ class FastClipCallback(TrainerCallback):
         """Unhook the optimizer and clip until every norm is proved.
 
         Raises:
-            RuntimeError: the optimizer took steps of which the clipper saw none.
+            RuntimeError: the optimizer took steps, but the clipper saw none.
         """
         assert self.clipper is not None
         self._detach()
@@ -97,15 +97,15 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _restore(clipper: FastClip, args: TrainingArguments, state: TrainerState) -> None:
-    """Take over the state beside the checkpoint; which one was resumed the trainer does not tell its callbacks."""
+    """Load the clipper's state from a checkpoint's folder; the trainer does not tell its callbacks which one it resumed."""
     named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
     for path in (folder / STATE_NAME for folder in (*named, _checkpoint(args, state))):
         if path.is_file():
             clipper.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return
     warnings.warn(
-        f"FastClipCallback: the run goes on at step {state.global_step} and there is no {path}, so the clipper starts afresh; "
-        "to go on exactly, set resume_from_checkpoint of the TrainingArguments to the checkpoint that has one",
+        f"FastClipCallback: the run continues at step {state.global_step} and there is no {path}, so the clipper starts "
+        "afresh; to continue exactly, set resume_from_checkpoint of the TrainingArguments to the checkpoint that has one",
         stacklevel=2,
     )
 
@@ -113,5 +113,5 @@ def _restore(clipper: FastClip, args: TrainingArguments, state: TrainerState) ->
 def _largest_norm(clipper: FastClip) -> float:
     try:
         return max(clipper.norms().values())
-    except ValueError:  # weights are not finite; how long that may last is for the clipper to say
+    except ValueError:  # weights are not finite; the clipper raises an error if they stay so
         return math.nan

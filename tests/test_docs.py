@@ -40,7 +40,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def taken_for_granted() -> dict[str, Any]:
-    """What the README's code uses without making it: a model, its data, an optimizer and a loop."""
+    """The names that the README's code uses but does not define: a model, its data, an optimizer and a loop."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
     images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -58,13 +58,13 @@ def run_page(page: Path, namespace: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("my_page")
     monkeypatch.setitem(sys.modules, "my_page", module)
     vars(module).update(taken_for_granted() if page.name == "README.md" else {})
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(lightning|art|torch)\..*")  # of the hosts' own code
+        warnings.filterwarnings("ignore", module=r"(lightning|art|torch)\..*")  # warnings of the host libraries
         run_page(page, vars(module))
 
 
@@ -77,7 +77,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-def test_the_defence_of_the_page_holds_norms(plugins: types.ModuleType) -> None:
+def test_the_example_defence_keeps_norms_at_max_norm_or_below(plugins: types.ModuleType) -> None:
     model, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4)), torch.rand(4, 1, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     defence = plugins.Shrink(0.5)
@@ -88,13 +88,13 @@ def test_the_defence_of_the_page_holds_norms(plugins: types.ModuleType) -> None:
     assert max(norm(model[0], (1, 8, 8)), norm(model[2], (144,))) <= 0.5 * 1.001
 
 
-def test_the_attack_of_the_page_runs_in_the_harness(plugins: types.ModuleType) -> None:
+def test_the_example_attack_runs_in_the_harness(plugins: types.ModuleType) -> None:
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval(), torch.rand(6, 1, 8, 8)
     verdict = run_attack(plugins.Stripes(), model, images, model(images).argmax(1), seed=0)
     assert verdict.error is None and 0 < float(verdict.distance.max()) <= 0.1 * (1 + 1e-6)
 
 
-def test_the_rule_of_the_page_bounds_what_its_layer_does(plugins: types.ModuleType) -> None:
+def test_the_example_lipschitz_rule_bounds_its_layer(plugins: types.ModuleType) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), plugins.Halved())
     x = torch.rand(1, 1, 8, 8)
     assert rs.lipschitz_estimate(model, x) <= rs.lipschitz_bound(model, x).value <= 0.51 * norm(model[1], (64,))
@@ -114,7 +114,7 @@ def words_of(command: str) -> list[str]:
 
 
 def parse(words: list[str], whole: bool) -> None:
-    """See that a command exists and takes these options; one that is told in part may leave some out."""
+    """Check that a command exists and takes these options; unless it is ``whole``, required ones may be missing."""
     group: Any = typer.main.get_command(app)
     with group.make_context("robust-spectral", list(words), resilient_parsing=True) as context:
         if words == ["--help"]:
@@ -145,7 +145,7 @@ def test_torchrun_lines_start_a_command_that_exists() -> None:
         parse(words_of(line.partition("-m robust_spectral.evaluations ")[2]), whole=False)
 
 
-def test_an_option_or_a_command_that_does_not_exist_is_noticed() -> None:
+def test_the_check_of_commands_detects_unknown_commands_and_options() -> None:
     with pytest.raises(Exception, match="epsilon"):
         parse(["evaluate", "runs/a", "--epsilon", "0.5"], whole=False)
     with pytest.raises(Exception, match="train"):
@@ -154,7 +154,7 @@ def test_an_option_or_a_command_that_does_not_exist_is_noticed() -> None:
         parse(["finetune", "--model", "test_resnet"], whole=True)
 
 
-def test_every_make_target_and_script_that_is_named_exists() -> None:
+def test_every_make_target_and_script_named_in_the_documentation_exists() -> None:
     targets = set(re.findall(r"^([\w/.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, line in SHELL:
         if match := re.match(r"make ([\w/-]+)", line):
@@ -163,18 +163,18 @@ def test_every_make_target_and_script_that_is_named_exists() -> None:
             assert (ROOT / match[1]).is_file() or match[1] == "train.py", f"{page_name(page)}: {match[1]}"
 
 
-def test_every_file_of_ours_that_is_named_exists() -> None:
+def test_every_repository_file_named_in_the_documentation_exists() -> None:
     for page in PAGES:
         for name in re.findall(r"`((?:docs|tests|evaluations|plugins|robust_spectral)/[\w./-]+\.\w+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page_name(page)}: {name}"
 
 
-def test_the_links_of_the_readme_lead_somewhere() -> None:
+def test_the_relative_links_of_the_readme_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
 
 
-def test_the_grid_of_the_page_can_be_read(tmp_path: Path) -> None:
+def test_the_grid_in_the_documentation_can_be_read(tmp_path: Path) -> None:
     (text,) = blocks(DOCS / "choosing.md", "toml")
     (tmp_path / "grid.toml").write_text(text)
     grid = read_grid(tmp_path / "grid.toml", tmp_path)
@@ -191,7 +191,7 @@ def test_a_tutorial_in_python_runs(script: str, capsys: pytest.CaptureFixture[st
 
 
 def unrolled(script: str) -> Iterator[str]:
-    """The lines of a shell script with its one loop, if any, written out."""
+    """The lines of a shell script with its one loop, if any, unrolled."""
     joined = re.sub(r"\\\n\s*", " ", script)
     loop = re.search(r"for (\w+) in (.*?); do\n(.*?)done\n", joined, re.DOTALL)
     if loop:
@@ -201,9 +201,7 @@ def unrolled(script: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("script", [path for path in EXAMPLES if path.suffix == ".sh"], ids=lambda path: path.stem)
-def test_a_tutorial_on_the_command_line_runs_and_runs_again(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tutorial_on_the_command_line_can_be_run_twice(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for line in 2 * list(unrolled(script.read_text())):
         typer.main.get_command(app).main(words_of(line)[1:], standalone_mode=False)
@@ -225,7 +223,7 @@ def test_the_site_builds_without_a_warning_and_has_every_page(site: Path) -> Non
     assert not missing
 
 
-def test_the_site_asks_for_nothing_from_elsewhere(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?://[^\" >]+)", page.read_text())
         assert not loaded, f"{page.name}: {loaded}"
@@ -238,7 +236,7 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     assert not [name for name in names if f'id="robust_spectral.{name}"' not in page]
 
 
-def test_code_with_a_mistake_is_noticed(tmp_path: Path) -> None:
+def test_the_check_of_python_code_detects_a_failing_assertion(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nassert 1 + 1 == 3\n```\n")
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Docstrings say what a caller has to know: every public name has one, and those of the core name parameters and errors."""
+"""Docstrings: every public name has one, in the core with all parameters and errors, and its sentences name their subject."""
 
 import ast
 import importlib
@@ -17,8 +17,8 @@ import robust_spectral as rs
 ROOT = Path(__file__).parents[1]
 _ERRORS = {"ValueError", "TypeError", "NotImplementedError"}
 _RULES = {"attention", "interval_arithmetic", "powers", "roundings", "normalised_then_activated"}
-_OF_A_PROTOCOL = {"solve", "parameters", "gradients", "rescaled"}  # which says once what these are given
-_FROM_ELSEWHERE = [  # whose mathematics is published by others
+_OF_A_PROTOCOL = {"solve", "parameters", "gradients", "rescaled"}  # whose parameters the protocol documents
+_FROM_ELSEWHERE = [  # functions whose mathematics is published elsewhere
     "certified_radius", "circular_singular_values", "clip_", "Lanczos", "PowerQR", "projected_weight", "representation_gap",
     "spectral_norm",
 ]  # fmt: skip
@@ -61,7 +61,7 @@ def modules(folder: str, package: str) -> list[ModuleType]:
 
 
 def raised_in(function: Any) -> set[str]:
-    """The errors that a function raises itself, not those of what it calls."""
+    """The errors that a function raises itself, without those of the functions that it calls."""
     lines, _ = inspect.getsourcelines(function)
     tree = ast.parse(textwrap.dedent("".join(lines)))
     raising = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
@@ -73,7 +73,7 @@ def named_in(text: str) -> list[str]:
 
 
 def told_raised(docstring: str) -> str:
-    """The Raises section, or a first sentence that says the same."""
+    """The Raises section, or a line that starts with "Raise"."""
     section = re.search(r"^Raises:\n(.*?)(?=^\S|\Z)|^Raise [^\n]*", docstring, re.DOTALL | re.MULTILINE)
     return section[0] if section else ""
 
@@ -109,8 +109,8 @@ def test_a_class_of_the_core_names_all_its_parameters_or_attributes(name: str) -
     assert not set(inspect.signature(kind).parameters) - set(named_in(docstring))
 
 
-def test_a_function_tells_the_errors_that_it_raises() -> None:
-    """Rules of the walk aside, for which an error is no claim, and commands, whose errors are told to their user."""
+def test_a_function_documents_the_errors_that_it_raises() -> None:
+    """Lipschitz rules, whose errors only withhold a bound, and commands, whose errors are printed, are exempt."""
     telling = [m for m in modules("robust_spectral", "robust_spectral") if m.__name__.split(".")[-1] not in _RULES]
     found = [pair for module in [*telling, *modules("plugins", "robust_spectral.plugins")] for pair in public(module)]
     functions = {name: f for name, f in found if inspect.isfunction(f) and f.__name__ not in _RULES}
@@ -119,13 +119,13 @@ def test_a_function_tells_the_errors_that_it_raises() -> None:
     ]
 
 
-def test_mathematics_from_elsewhere_names_its_source() -> None:
+def test_published_mathematics_names_its_source() -> None:
     assert not [name for name in _FROM_ELSEWHERE if "Source" not in (inspect.getdoc(exported()[name]) or "")]
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """Every docstring of the three folders, private functions' and modules' included, with the place that it is at."""
-    for folder in ("robust_spectral", "plugins", "evaluations"):
+    """Every docstring of the three folders with its place, including those of private functions and of modules."""
+    for folder in ("robust_spectral", "plugins", "evaluations", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):

@@ -1,4 +1,4 @@
-"""Who may import whom, read off the syntax trees, and what an import of the core brings along."""
+"""The allowed imports between modules, checked on their syntax trees, and the modules that an import of the core loads."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ["devices", "numerics", "user_warnings"]  # modules beside the packages, which import nothing of ours
+LEAVES = ["devices", "numerics", "user_warnings"]  # core modules outside packages; they import nothing of this package
 CORE = [{"operators"}, {"singular_values"}, {"norms"}, {"layers"}, {"clipping", "lipschitz"}, {"training"}]
 EVALUATIONS = [
     {"run_folder", "terminal", "wording"},
@@ -87,12 +87,12 @@ def home(name: str) -> str:
 
 
 def room(name: str) -> str:
-    """The package or module directly under its folder, which others may import from; "" of the folder's own door."""
+    """The package or module directly under its folder, which others may import from; "" for the folder's own __init__."""
     return name.removeprefix(home(name)).strip(".").split(".")[0]
 
 
 def imported_modules(name: str) -> set[str]:
-    """Modules of ours among those."""
+    """The imported modules that belong to this package."""
     return IMPORTED[name] & MODULES.keys()
 
 
@@ -106,36 +106,36 @@ def third_party(name: str) -> set[str]:
 
 
 def out_of_order(folder: str, order: list[set[str]], free: set[str]) -> list[tuple[str, str]]:
-    """Imports of a folder's rooms from one that is not in a row above."""
+    """Pairs of an importing and an imported package of a folder whose second is not in a row above."""
     row = {name: place for place, names in enumerate(order) for name in names} | dict.fromkeys(free, -1)
     pairs = [(room(name), room(other)) for name in of(folder) for other in imported_modules(name) if home(other) == folder]
     return [(one, other) for one, other in pairs if one and one != other and not row[other] < row[one]]
 
 
-def test_importing_the_core_brings_torch_and_nothing_heavier() -> None:
+def test_importing_the_core_imports_torch_and_nothing_heavier() -> None:
     heavy = ["scipy", "timm", "art", "matplotlib", "sklearn", "pandas"]
     code = f"import robust_spectral, sys; print([name for name in {heavy} if name in sys.modules], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] True"
 
 
-def test_modules_beside_the_packages_import_nothing_of_ours() -> None:
+def test_core_modules_outside_packages_import_nothing_of_this_package() -> None:
     assert sorted(room(name) for name in of("robust_spectral") if room(name) and name.count(".") == 1) == sorted(
         [*LEAVES, *(name for names in CORE for name in names)]
     )
     assert not [name for name in LEAVES if imported_modules(f"robust_spectral.{name}")]
 
 
-def test_a_package_of_the_core_imports_from_those_below_it_only() -> None:
+def test_a_package_of_the_core_imports_only_from_packages_below_it() -> None:
     assert not out_of_order("robust_spectral", CORE, set(LEAVES))
 
 
-def test_the_evaluations_import_in_order() -> None:
+def test_a_package_of_the_evaluations_imports_only_from_packages_below_it() -> None:
     assert {room(name) for name in of("robust_spectral.evaluations")} == {"", *(n for names in EVALUATIONS for n in names)}
     assert not out_of_order("robust_spectral.evaluations", EVALUATIONS, set())
 
 
-def test_a_package_is_entered_through_its_door_only() -> None:
+def test_a_package_is_imported_only_through_its_init_file() -> None:
     deep = [
         (name, other)
         for name in MODULES
@@ -145,7 +145,7 @@ def test_a_package_is_entered_through_its_door_only() -> None:
     assert not deep
 
 
-def test_no_package_holds_a_cycle_of_imports() -> None:
+def test_no_package_has_an_import_cycle() -> None:
     for place in {(home(name), room(name)) for name in MODULES}:
         inside = [name for name in MODULES if (home(name), room(name)) == place and name not in PACKAGES]
         graph = {name: {other for other in imported_modules(name) if other in inside} for name in inside}
@@ -155,20 +155,20 @@ def test_no_package_holds_a_cycle_of_imports() -> None:
             pytest.fail(str(error))
 
 
-def test_no_module_bears_the_name_of_something_that_its_package_offers() -> None:
-    """Else whoever imports the one from the package may get the other."""
+def test_no_module_has_the_name_of_an_export_of_its_package() -> None:
+    """Otherwise an import of that name from the package could give either of them."""
     offered = {name: set(re.findall(r"from \.\w\S* import (\w+) as", MODULES[name].read_text())) for name in PACKAGES}
     assert not [name for name in MODULES if name.rpartition(".")[2] in offered.get(name.rpartition(".")[0], ())]
 
 
 @pytest.mark.parametrize("name", of("robust_spectral"))
-def test_the_core_imports_numerics_only(name: str) -> None:
+def test_the_core_imports_only_numerical_libraries(name: str) -> None:
     assert third_party(name) == set()
     assert not [n for n in IMPORTED[name] if home(n) in HOMES]
 
 
 @pytest.mark.parametrize("name", of("robust_spectral.plugins"))
-def test_a_plugin_imports_the_core_its_own_host_and_its_own_parts_only(name: str) -> None:
+def test_a_plugin_imports_only_the_core_its_host_library_and_its_own_parts(name: str) -> None:
     own = room(name)
     assert third_party(name) - {"safetensors"} <= {HOSTS.get(own, own)}
     assert not [n for n in IMPORTED[name] if is_within(n, "robust_spectral.evaluations")]
@@ -180,7 +180,7 @@ def test_the_folders_are_not_imported_by_their_top_level_names() -> None:
     assert not [(name, n) for name in MODULES for n in IMPORTED[name] if is_within(n, "plugins") or is_within(n, "evaluations")]
 
 
-def test_the_reference_of_these_tests_is_independent() -> None:
+def test_the_reference_of_these_tests_does_not_import_the_package() -> None:
     text = (ROOT / "tests" / "reference.py").read_text()
     named: Iterator[ast.AST] = ast.walk(ast.parse(text))
     modules = [node.module or "" for node in named if isinstance(node, ast.ImportFrom)]

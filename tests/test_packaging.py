@@ -1,4 +1,4 @@
-"""What is installed is the package and nothing else, and a source distribution is enough to make it from."""
+"""The wheel contains the package and nothing else, and can be built from the source distribution."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that git knows or would take, as they are in the working tree."""
+    """The files that git tracks or would add, as in the working tree."""
     tree = tmp_path_factory.mktemp("tree")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
@@ -50,7 +50,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tarfile.TarFi
 
 
 def shipped() -> set[str]:
-    """Where the files of the three folders belong in an installed package."""
+    """The paths in an installed package of the files of the three folders."""
     places = {"robust_spectral": "robust_spectral", "plugins": "robust_spectral/plugins",
               "evaluations": "robust_spectral/evaluations"}  # fmt: skip
     modules = {
@@ -64,12 +64,12 @@ def shipped() -> set[str]:
     return modules | data | recipes | {"robust_spectral/py.typed"}
 
 
-def test_the_wheel_holds_every_module_template_and_recipe_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_every_module_template_and_recipe_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     about = {"METADATA", "WHEEL", "entry_points.txt", "top_level.txt", "RECORD", "licenses/LICENSE"}
     assert set(wheel.namelist()) == shipped() | {f"{NAME}.dist-info/{name}" for name in about}
 
 
-def test_the_wheel_tells_its_licence_version_and_typing(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_metadata_has_licence_version_and_typing(wheel: zipfile.ZipFile) -> None:
     told = Parser().parsestr(wheel.read(f"{NAME}.dist-info/METADATA").decode())
     assert (told["Name"], told["Version"], told["License-Expression"]) == ("robust-spectral", rs.__version__, "MIT")
     assert told["Requires-Python"] == ">=3.10" and told["License-File"] == "LICENSE"
@@ -77,13 +77,13 @@ def test_the_wheel_tells_its_licence_version_and_typing(wheel: zipfile.ZipFile) 
     assert wheel.read(f"{NAME}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_core_needs_these_packages_and_no_others(wheel: zipfile.ZipFile) -> None:
+def test_the_core_requires_only_numpy_safetensors_scipy_and_torch(wheel: zipfile.ZipFile) -> None:
     told = Parser().parsestr(wheel.read(f"{NAME}.dist-info/METADATA").decode())
     needed = [line for line in told.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(needed) == ["numpy>=1.26", "safetensors>=0.4", "scipy>=1.11", "torch>=2.10"]
 
 
-def test_entry_points_name_what_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+def test_entry_points_name_modules_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     lines = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode().splitlines()
     modules = {line.split(" = ")[1].split(":")[0] for line in lines if " = " in line}
     assert len(modules) >= 5
@@ -91,7 +91,7 @@ def test_entry_points_name_what_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert not {path for path in paths if not {f"{path}.py", f"{path}/__init__.py"} & set(wheel.namelist())}
 
 
-def test_a_source_distribution_holds_what_the_wheel_is_made_of(
+def test_the_wheel_can_be_built_from_the_source_distribution(
     sdist: tarfile.TarFile, wheel: zipfile.ZipFile, tmp_path: Path
 ) -> None:
     top = {name.split("/")[1] for name in sdist.getnames() if "/" in name}

@@ -1,4 +1,4 @@
-"""The names that others rely on: importable from where the design says, and shaped as it says."""
+"""Public names: the modules that they are imported from, their signatures and their attributes."""
 
 import importlib
 import inspect
@@ -54,7 +54,7 @@ def test_a_core_name_is_importable_from_the_package(name: str) -> None:
 
 
 @pytest.mark.parametrize("module, name", [(module, name) for module, names in HOMES.items() for name in names])
-def test_a_core_name_lives_where_the_design_says(module: str, name: str) -> None:
+def test_a_core_name_is_defined_in_its_package(module: str, name: str) -> None:
     found = getattr(importlib.import_module(f"robust_spectral.{module}"), name)
     assert found is getattr(rs, name)
     assert found.__module__.startswith(f"robust_spectral.{module}.")
@@ -87,11 +87,11 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_call_takes_the_arguments_of_the_design_in_order(call, arguments: list[str]) -> None:
+def test_a_public_function_keeps_the_order_of_its_arguments(call, arguments: list[str]) -> None:
     assert list(inspect.signature(call).parameters)[: len(arguments)] == arguments
 
 
-def test_defaults_are_those_of_the_design() -> None:
+def test_public_defaults_are_kept() -> None:
     default = {name: p.default for name, p in inspect.signature(rs.FastClip).parameters.items()}
     assert (default["max_norm"], default["composites"]) == (1.0, "auto")
     assert inspect.signature(rs.clip_).parameters["max_norm"].default == 1.0
@@ -99,7 +99,7 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (rs.Lanczos().rtol, rs.Lanczos().max_steps) == (1e-4, 500)
 
 
-def test_results_have_the_attributes_of_the_design() -> None:
+def test_results_have_their_public_attributes() -> None:
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3)
     A = rs.linear_operator(model[0], (3,))
     t, n, b = rs.top_singular(A, 2), rs.spectral_norm(A), rs.lipschitz_bound(model, x)
@@ -117,6 +117,6 @@ def test_results_have_the_attributes_of_the_design() -> None:
     assert isinstance(r.distortion, float) and math.isfinite(b.value)
 
 
-def test_the_attributes_of_a_report_row_are_those_of_a_layer_in_a_report() -> None:
+def test_a_row_of_the_clippers_report_has_the_keys_of_a_layer_in_report_json() -> None:
     rows = rs.FastClip(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3)).report()
     assert {"name", "kind", "lower", "upper", "target"} <= rows[0].keys()

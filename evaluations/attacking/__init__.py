@@ -1,4 +1,4 @@
-"""Evaluation of a run: units of work planned, done by an engine, checked by gates, and merged into a report's figures."""
+"""Evaluation of a run: units of work are planned, done by an engine, checked, and merged into the figures of a report."""
 
 from .engine import make_engine as make_engine
 from .engine import run_units as run_units

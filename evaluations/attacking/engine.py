@@ -1,7 +1,7 @@
-"""Who does the units of an evaluation: this process, several on this machine, or a Ray cluster.
+"""Engines that do the units of work of an evaluation: in this process, in several on this machine, or on a Ray cluster.
 
-Whichever it is, units are independent, and this process alone writes their records, each whole as it comes in. A unit that
-was done before is not done again, so a run that was stopped at any moment goes on from there.
+Units are independent of each other. Only this process writes their records, each as a whole when it arrives. A unit that has a
+record is not done again, so an evaluation that was stopped at any moment continues from there.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _RETRIES = 3
 
 
 class Engine(Protocol):
-    """Does units of a run folder on a device, and gives back what came of each, in whatever order they end."""
+    """The interface of an engine, which does units of a run folder on a device and yields their outcomes in any order."""
 
     def __call__(self, folder: Path, units: Sequence[Unit], device: str) -> Iterator[Outcome]:
-        """The outcomes."""
+        """Yield each unit with its record, the seconds it took and the hardware."""
 
 
 def run_units(engine: Engine, folder: Path, units: Sequence[Unit], device: str, done: Callable[[Unit], None]) -> None:
-    """Have units done, and write each record as it comes in; those that have one are left alone, unless an attack failed."""
+    """Do units with an engine and write each record when it arrives; skip units with a record, unless their attack failed."""
     left = [unit for unit in units if not _settled(folder, unit)]
     for unit, record, seconds, hardware in engine(folder, left, device):
         write_record(folder, unit, record, seconds, hardware)
@@ -47,18 +47,18 @@ def _settled(folder: Path, unit: Unit) -> bool:
 
 
 def make_engine(name: str, workers: int = 1, address: str | None = None) -> Engine:
-    """An engine by name.
+    """Make an engine by name.
 
     Args:
         name: "local" or "ray".
-        workers: Processes of the local engine.
-        address: Of a Ray cluster, "auto" for the one this machine is part of; default one of its own.
+        workers: Number of processes of the local engine.
+        address: Address of a Ray cluster, "auto" for the one that this machine is part of; default: a new cluster.
 
     Raises:
-        ValueError: an unknown name, or no workers.
+        ValueError: the name is unknown, or the number of workers does not fit the engine.
     """
     if workers < 1 or (workers > 1 and name != "local"):
-        raise ValueError(f"workers={workers}: is a number of processes of the local engine, at least 1; the engine is {name!r}")
+        raise ValueError(f"workers={workers}: must be at least 1, and 1 unless the engine is local; the engine is {name!r}")
     if name == "local":
         return in_this_process if workers == 1 else _in_processes(workers)
     if name == "ray":
@@ -67,13 +67,13 @@ def make_engine(name: str, workers: int = 1, address: str | None = None) -> Engi
 
 
 def in_this_process(folder: Path, units: Sequence[Unit], device: str) -> Iterator[Outcome]:
-    """One unit after another."""
+    """Do one unit after another in this process."""
     for unit in units:
         yield unit, *do_unit(folder, unit, device)
 
 
 def _in_processes(workers: int) -> Engine:
-    """Several at once, each in a process with its share of the processors."""
+    """An engine of several processes, each with its share of the processors."""
 
     def engine(folder: Path, units: Sequence[Unit], device: str) -> Iterator[Outcome]:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -87,13 +87,13 @@ def _in_processes(workers: int) -> Engine:
         finally:
             pool.shutdown(wait=not waiting, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others if waiting else ():
-                process.terminate()  # stopped half-way: what they are at is done again
+                process.terminate()  # stopped early: a later evaluation does their units again
 
     return engine
 
 
 def _begin(threads: int, parent: int) -> None:
-    """What a worker does first: take its share of the processors, and see to it that it ends with its parent."""
+    """Prepare a worker: limit its threads to its share of the processors, and let it exit once its parent has ended."""
     torch.set_num_threads(threads)
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def _begin(threads: int, parent: int) -> None:
 
 
 def _on_ray(address: str | None) -> Engine:
-    """One Ray task a unit, tried again where a worker dies; one GPU each where the device is one."""
+    """An engine with one Ray task for each unit, retried if a worker dies; on a GPU device each task gets one GPU."""
 
     def engine(folder: Path, units: Sequence[Unit], device: str) -> Iterator[Outcome]:
         import ray
@@ -130,7 +130,7 @@ def _on_ray(address: str | None) -> Engine:
 
 
 def _shipped(folder: Path, unit: Unit, device: str) -> Shipped:
-    """A unit done in another process; its tensors as arrays, which travel by value and need no device where they arrive."""
+    """Do a unit in another process; its tensors become arrays, which are copied by value and need no device on arrival."""
     record, seconds, hardware = do_unit(folder, unit, device)
     return {name: tensor.detach().cpu().numpy() for name, tensor in record.tensors.items()}, record.told, seconds, hardware
 

@@ -1,9 +1,9 @@
-"""Attack a finished run and set what the attacks leave standing against what is proved.
+"""Evaluation of a finished run: its accuracy under attacks, compared with its certified accuracy.
 
-The work is planned as units (`work`), done by an engine (`engine`) into records (`records`), and merged here: a pure function
-of the records, so that the figures do not depend on who did what, when, or how often it was stopped. An image that falls at
-one size of perturbation has fallen at every larger one. The verdicts are kept per sample (`samples.parquet`), the figures
-follow from them (`report.json`).
+The evaluation is planned as units of work (`work`), done by an engine (`engine`) into records (`records`), and merged here.
+The merge is a pure function of the records, so the figures do not depend on which process did a unit, when, or how often the
+evaluation was stopped. An image that falls at one size of perturbation counts as fallen at every larger one. `samples.parquet`
+contains the verdict for each sample, `report.json` the figures computed from them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, pla
 Say = Callable[[str], None]
 Fallen = tuple[Tensor, Tensor]
 Errors = dict[tuple[str, str, float], str]
-_MOST_OF_IT = 0.99  # of each certified radius that is to be left by rounding in float32, or else float64 is certified
-_EXAMPLES = 8  # adversarial images that are kept for the pages
+_MOST_OF_IT = 0.99  # share of each certified radius that rounding in float32 must leave; else float64 is certified
+_EXAMPLES = 8  # number of adversarial images stored for the pages
 
 
 def evaluate(
@@ -52,20 +52,20 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     command: str = "",
 ) -> bool:
-    """Evaluate a run, or each twin of a run with twins: writes samples.parquet and report.json beside each model.
+    """Evaluate a run, or each of its twins, and write samples.parquet and report.json into its folder.
 
     Args:
-        folder: The run.
+        folder: The run folder.
         plans: The attacks.
-        seed: Of their random draws.
-        device: Where they run.
-        block: Images in a unit of work.
-        gate_samples: Images that the gates look at.
-        engine: Who does the units.
+        seed: Seed of the attacks' random draws.
+        device: Device of the model.
+        block: Number of images in a unit of work.
+        gate_samples: Number of images for the checks (called gates in report.json).
+        engine: The engine that does the units.
         shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
-        say: Told what is found.
-        progress: Told after every unit how many are done, of how many.
-        command: What makes this evaluation again, for the record.
+        say: Called with each message on the results.
+        progress: Called after every unit with the number of finished units and the number of all units of this shard.
+        command: The command that repeats this evaluation, for the record.
 
     Returns:
         bool: Whether all units are done, so that there is a report.
@@ -89,7 +89,7 @@ def evaluate(
         left = sum(not unit.path(run.folder).is_file() for unit in work.units)
         if left:
             where = name if opened.has_twins else folder
-            say(f"{where}: {left} of {len(work.units)} units are left to other shards; the report is made when none is")
+            say(f"{where}: {left} of {len(work.units)} units are left to other shards; the last to finish writes the report")
             complete = False
             continue
         _merge(subject, work, tell)
@@ -100,10 +100,10 @@ def evaluate(
 
 
 def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int]) -> None:
-    """See that the options of an evaluation make sense, before anything is done.
+    """Check the options of an evaluation before it starts.
 
     Raises:
-        ValueError: one is out of range, or an attack is given twice.
+        ValueError: an option is out of range, or an attack is given twice.
     """
     check_device(device)
     if block < 1 or gate_samples < 1 or not 1 <= shard[0] <= shard[1]:
@@ -111,29 +111,32 @@ def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_sam
             f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
         )
     if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
-        raise ValueError("evaluate: give every attack once for a norm, with all sizes, and at least one attack")
+        raise ValueError("evaluate: give at least one attack, and each attack once for a norm, with all its sizes")
 
 
 def planned_work(run: Run) -> Work:
-    """The units that the report of an evaluated run was made from."""
+    """The units from which the report of an evaluated run was made."""
     subject, planned = open_subject(run, "cpu"), run.report()["planned"]
     return plan_work(run.record, subject.data.tests, _plans_in(planned), **planned)
 
 
 def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
-    """The plans of a report's record of its work, taken out of it."""
+    """Take the plans out of a report's record of its work."""
     return [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
 
 
 def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
-    """The plans, and those of the report that is there already, so that no attack is lost by running another."""
+    """The plans and the plans of an earlier report, so that running another attack does not lose its results."""
     report = run.report() if run.evaluated else {}
     planned = dict(report.get("planned") or {"plans": []})
     found = {(plan.attack, plan.norm): plan for plan in plans}
     for earlier in _plans_in(planned):
         mine = found.get((earlier.attack, earlier.norm))
         if planned != how or (mine and mine.samples != earlier.samples):
-            say(f"left out of the report: {earlier.attack} {earlier.norm} as run before, with other samples, seed or blocks")
+            say(
+                f"left out of the report: {earlier.attack} {earlier.norm} of an earlier evaluation with other samples, seed or "
+                "blocks"
+            )
         elif mine:
             found[earlier.attack, earlier.norm] = replace(mine, eps=tuple(sorted({*mine.eps, *earlier.eps})))
         else:
@@ -158,12 +161,12 @@ def _prefixed(say: Say, name: str) -> Say:
 
 
 def _merge(subject: Subject, work: Work, say: Say) -> None:
-    """Verdicts and figures from the records of all units."""
+    """Compute the verdicts and figures from the records of all units, and write them."""
     folder, record = subject.run.folder, subject.run.record
     lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
     bound = bound_of(lipschitz)
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
-    on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are known
+    on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are bounded
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
     say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
@@ -178,11 +181,11 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     _keep_examples(subject, work)
     seen = max(unit.stop for unit in work.gates)
     known = f", {int((predicted == labels)[:seen].sum())} classified correctly" if seen <= len(labels) else ""
-    _say_gates(made["gates"], f"{seen} gate images{known}", say)
+    _say_gates(made["gates"], f"{seen} images for the checks{known}", say)
 
 
 def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[dict[str, Any]], Errors]:
-    """Rows of all attacks, and why those that failed did."""
+    """The rows of all attacks, and the error of each failed attack."""
     rows: list[dict[str, Any]] = []
     errors: Errors = {}
     fallen: dict[tuple[str, str], Fallen] = {}
@@ -196,13 +199,13 @@ def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[d
         if failed:
             errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
         rows += _rows(attack, norm, eps, labels, guess, robust, far, radii, "invalid" if failed else "ok")
-        say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images stand"
+        say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images survive"
             + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
     return rows, errors
 
 
 def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: int) -> None:
-    """report.json: the figures, and what they cost."""
+    """Write report.json: the figures, and the time they took."""
     for entry in made["robust"]:
         units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
         entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
@@ -213,7 +216,7 @@ def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: i
 def _say_gates(gates: list[dict[str, Any]], images: str, say: Say) -> None:
     for gate in gates:
         if gate["status"] == "fail":
-            say(f"gate failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
+            say(f"check failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
     if untested := not_tested(gates):
         say(f"{images}: {untested}")
 
@@ -223,7 +226,7 @@ def _mean(flags: Tensor) -> float:
 
 
 def _after(before: Fallen | None, predicted: Tensor, distance: Tensor, labels: Tensor) -> Fallen:
-    """Predictions and distances at a size, where what fell at a smaller one keeps those at which it fell."""
+    """Predictions and distances at a size; an image that fell at a smaller size keeps its values from there."""
     if before is None:
         return predicted, distance
     fell = before[0] != labels
@@ -249,16 +252,16 @@ def _rows(
 
 
 def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: LipschitzBound) -> tuple[Tensor, torch.dtype]:
-    """Certified radii and the dtype of the forward pass they are about, float64 where rounding in float32 costs much.
+    """Certified radii and the dtype of the certified forward pass: float64 where rounding in float32 costs much.
 
     Args:
-        logits: Of the images, (n, classes), computed in float32.
-        exact: The same, computed in float64.
+        logits: The logits of the images in float32, (n, classes).
+        exact: The logits in float64, (n, classes).
         labels: (n,).
-        bound: The network's.
+        bound: The Lipschitz bound of the network.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "certified_radius: rounding")  # float64 is what is done about it
+        warnings.filterwarnings("ignore", "certified_radius: rounding")  # float64 is then certified
         single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
     kept = double > 0
     if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
@@ -267,12 +270,12 @@ def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: Lipsch
 
 
 def _in_float64(bound: LipschitzBound) -> LipschitzBound:
-    """The bound, with nothing known of how a pass in float32 rounds."""
+    """The bound without its error bound for passes in float32."""
     return replace(bound, errors={**bound.errors, torch.float32: math.inf})
 
 
 def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) -> dict[str, Any]:
-    """What is proved and sampled of the whole network, and the dtype of the passes that are certified."""
+    """The Lipschitz bound and estimate of the network, and the dtype of the certified forward pass."""
     return {
         "certified_dtype": str(dtype).removeprefix("torch."),
         "errors": {str(kind).removeprefix("torch."): error for kind, error in bound.errors.items()},
@@ -285,7 +288,7 @@ def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) 
 
 
 def _keep_examples(subject: Subject, work: Work) -> None:
-    """A few images that fell, at the smallest sizes at which any did, beside what they were."""
+    """Store a few images that fell, at the smallest sizes at which any did, with their unperturbed versions."""
     folder = subject.run.folder
     found = list(islice(_fallen_images(folder, work), _EXAMPLES))
     if found:
@@ -296,7 +299,7 @@ def _keep_examples(subject: Subject, work: Work) -> None:
 
 
 def _fallen_images(folder: Path, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Adversarial images and what is told of each, from the smallest size on; of one sample the first."""
+    """Adversarial images and the description of each, in order of size; for each sample only the first."""
     seen: set[int] = set()
     for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
         for unit in units:

@@ -1,9 +1,10 @@
-"""Checks that a robust accuracy must pass before it is worth reading.
+"""Checks (called gates in report.json) that a model must pass before its attacked accuracies mean anything.
 
 Most broken defences are not robust but hard to attack: their gradients vanish, their answers are random or depend on the
-batch, they give probabilities, or they optimise while they answer. Each gate looks for one such sign on a few images, and a
-gate that fails makes every attacked accuracy of the model invalid. What is judged in images takes at least two of them, be
-it a smaller part of all; and a gate that sees too few images to be worth a pass is skipped: it was not tested.
+batch, they return probabilities, or they optimise in the forward pass. Each check looks for one such sign on a few images. If
+a check fails, every attacked accuracy of the model is invalid. A check that counts broken images or vanishing gradients fails
+only if there are at least two, even where one exceeds its threshold. A check with too few images to pass is skipped: it was not
+tested.
 
 Sources: Carlini et al., On Evaluating Adversarial Robustness (2019); the flags of AutoAttack (Croce and Hein 2020) and their
 thresholds; Pintor et al., Indicators of Attack Failure (2022).
@@ -27,21 +28,21 @@ from ..attacks import Attack, make_attack, run_attack
 from ..wording import percent
 
 Status = Literal["pass", "flag", "fail", "skip"]
-VERSION = 4  # of the gates, raised whenever they may find something else
+VERSION = 4  # version of the checks, raised when their results may change
 _REPEATS = 5
-_ROUNDING = 1e-4  # by which logits may differ between batches, or passes on a GPU, as a part of the largest
-_MORE_THAN_PGD = 0.005  # of the images, which a control or a doubled budget may break in addition
-_BLACK_BOX = 0.002  # of the images, which a search without gradients may
-_FEWEST = 2  # images that must show a sign
-_CHANCE = 0.05  # with which a random start may do as well
-_ENOUGH = 8  # images, classified correctly, without which a sign that is not seen says nothing
-_MUCH_MORE = 0.1  # of the images, which AutoAttack's gradients may break in addition to PGD
-_GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # as many as gates can afford
+_ROUNDING = 1e-4  # allowed difference of logits between batches, or passes on a GPU, relative to the largest
+_MORE_THAN_PGD = 0.005  # share of the images that a control or a doubled budget may break in addition
+_BLACK_BOX = 0.002  # share of the images that a search without gradients may break in addition
+_FEWEST = 2  # least number of images that must show a sign
+_CHANCE = 0.05  # significance level of twice the steps against another random start
+_ENOUGH = 8  # least number of correctly classified images for a check to pass
+_MUCH_MORE = 0.1  # share of the images that AutoAttack's gradients, or twice the steps, may break unflagged
+_GRADIENT_STEPS, _TARGETS, _QUERIES = 50, 3, 500  # reduced budgets, so that checks stay cheap
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One check: its name, what came of it, and what was seen."""
+    """The result of one check: its name, its status, and a detail in words."""
 
     name: str
     status: Status
@@ -49,13 +50,13 @@ class Gate:
 
 
 def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
-    """Gates on the model itself, by a few passes of images (n, channels, height, width) with labels (n,)."""
+    """Check the model itself, with a few passes of images (n, channels, height, width) with labels (n,)."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with evaluating(model), torch.no_grad():
         logits = model(images)
         training = [name or "the model" for name, part in model.named_modules() if part.training]
         if not bool(torch.isfinite(logits).all()):
-            return [Gate("finite logits", "fail", "some are NaN or infinite")]
+            return [Gate("finite logits", "fail", "some logits are NaN or infinite")]
         gates = [
             _logits_gate(logits),
             _deterministic(model, images, logits),
@@ -68,9 +69,9 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
 
 
 def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Iterator[Gate]:
-    """Gates on the attacks at one size of perturbation, on images that the model classifies correctly."""
+    """Check the attacks at one size of perturbation, on images that the model classifies correctly."""
     if not len(labels):
-        yield Gate(f"attacks at {norm} {eps:g}", "skip", "no image is classified correctly, none is attacked")
+        yield Gate(f"attacks at {norm} {eps:g}", "skip", "no image is classified correctly, so none is attacked")
         return
     pgd: Any = make_attack("pgd", norm, eps)
     square: Any = make_attack("square", norm, eps)
@@ -108,7 +109,7 @@ def check_attacks(model: nn.Module, images: Tensor, labels: Tensor, norm: str, e
 def _logits_gate(logits: Tensor) -> Gate:
     sums = logits.double().sum(1)
     probabilities = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-5).all())
-    seen = "none negative, each row sums to 1: leave out the softmax" if probabilities else "logits"
+    seen = "none is negative and each row sums to 1: remove the softmax" if probabilities else "logits"
     return Gate("logits, not probabilities", "fail" if probabilities else "pass", seen)
 
 
@@ -125,23 +126,23 @@ def _batch_independent(model: nn.Module, images: Tensor, logits: Tensor) -> Gate
     pairs = ((alone, logits[:16]), (backwards, logits))
     apart = max(float((a - b).abs().max()) for a, b in pairs) / _size(logits)
     turned = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in pairs)
-    detail = f"alone and in another order, logits differ by {apart:.1e} of the largest, {turned} classes change"
+    detail = f"alone and in reverse order, logits differ by {apart:.1e} of the largest, {turned} predicted classes change"
     return _gate("answers do not depend on the batch", apart > _ROUNDING or turned > 0, detail, tested=len(images) > 1)
 
 
 def _no_optimisation(model: nn.Module, images: Tensor) -> Gate:
-    """Where autograd cannot work, a pass that relies on it fails."""
+    """Check that the forward pass runs without autograd; a pass that optimises its input fails."""
     name = "no optimisation in the forward pass"
     try:
         with torch.inference_mode():
             model(images[:1].clone())
     except RuntimeError as error:
-        return Gate(name, "fail", f"the pass fails where gradients are off: {str(error).splitlines()[0]}")
-    return Gate(name, "pass", "runs where gradients are off")
+        return Gate(name, "fail", f"the pass fails with gradients disabled: {str(error).splitlines()[0]}")
+    return Gate(name, "pass", "runs with gradients disabled")
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Gate:
-    """Of the cross-entropy, at images that are classified correctly: as float32 gives them to any attack."""
+    """Check the gradients of the cross-entropy at correctly classified images, in float32 as attacks compute them."""
     name, right = "gradients are there", logits.argmax(1) == labels
     if not bool(right.any()):
         return Gate(name, "skip", "no image is classified correctly")
@@ -162,27 +163,28 @@ def _keeps_eval_mode(training: list[str], moved: list[str]) -> Gate:
     if training or moved:
         seen = f"'{training[0]}' is in training mode" if training else f"a pass changes '{moved[0]}'"
         return Gate(name, "fail", seen)
-    return Gate(name, "pass", "no part is in training mode, and a pass changes no buffer")
+    return Gate(name, "pass", "no module is in training mode, and a pass changes no parameter or buffer")
 
 
 def _beaten(name: str, where: str, broken: Tensor, total: int, most: float, by: str = "PGD", status: Status = "fail") -> Gate:
     count = int(broken.sum())
     failed = count >= _FEWEST and count > most * total
-    detail = f"{count} of {total} images stand against {by} and fall to it"
+    detail = f"{count} of {total} images survive {by} but fall to this attack"
     return _gate(f"{name} {where}", failed, detail, tested=total >= _ENOUGH, status=status)
 
 
 def _converged(where: str, longer: Tensor, again: Tensor, total: int) -> Gate:
-    """Whether twice the steps break more than as many from another random start do, beyond chance (an exact sign test).
+    """Check that twice the steps break no more images than PGD from another random start, beyond chance (an exact sign test).
 
-    Five images more are the fewest that it can tell. Where both break many more than the first attack did, that is flagged.
+    The smallest difference that is significant is five images. If twice the steps break many more images than the first attack
+    without failing this test, the check is flagged.
     """
     gained, lost = int((longer & ~again).sum()), int((again & ~longer).sum())
     chance = float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained else 1.0
     failed = gained - lost > _MORE_THAN_PGD * total and chance < _CHANCE
     many = int(longer.sum()) > _MUCH_MORE * total
-    detail = f"{int(longer.sum())} of {total} images stand against PGD and fall to twice its steps"
-    detail += f", {int(again.sum())} to as many from another start" if int(longer.sum()) >= _FEWEST else ""
+    detail = f"{int(longer.sum())} of {total} images survive PGD but fall to twice its steps"
+    detail += f", {int(again.sum())} fall to PGD from another random start" if int(longer.sum()) >= _FEWEST else ""
     status: Status = "fail" if failed else "flag"
     return _gate(f"twice the steps break no more {where}", failed or many, detail, tested=total >= _ENOUGH, status=status)
 
@@ -192,19 +194,19 @@ def _sweep(model: nn.Module, images: Tensor, norm: str, robust: Tensor) -> Gate:
         chance = 1 / model(images[:1]).shape[1]
     share, total = float(robust.double().mean()), len(robust)
     most = chance + 3 * math.sqrt(chance * (1 - chance) / total)
-    detail = f"{percent(share)} % of {total} images stand where any image can become plain grey; chance is {percent(chance)} %"
+    detail = f"{percent(share)} % of {total} images survive a size that can turn any image grey; chance is {percent(chance)} %"
     return _gate(f"without limit in {norm}, attacks succeed", share > most, detail, tested=total >= _ENOUGH and most < 1)
 
 
 def _gate(name: str, failed: bool, detail: str, *, tested: bool, status: Status = "fail") -> Gate:
-    """What came of a gate; one that saw too little to pass was not tested, but fails where it saw enough for that."""
+    """The result of a check: with too few images it is skipped instead of passed, but it can still fail."""
     if failed:
         return Gate(name, status, detail)
     return Gate(name, "pass", detail) if tested else Gate(name, "skip", f"too few images to tell: {detail}")
 
 
 def _whole_box(norm: str, images: Tensor) -> float:
-    """A size at which every image can be made plain grey."""
+    """A size at which every image can be turned plain grey."""
     return 0.5 if norm == "linf" else 0.5 * math.sqrt(math.prod(images.shape[1:]))
 
 

@@ -1,7 +1,7 @@
-"""What each kind of unit does: clean logits, the Lipschitz bound, the gates, an attack on a block of images.
+"""The computation of each kind of unit: clean logits, the Lipschitz bound, the checks, an attack on a block of images.
 
-A unit is done from the run folder and its own description alone, by any process on any machine that has the folder, and gives
-a record; who writes it is for the engine to say.
+A unit of work depends only on the run folder and its own description, so any process on any machine with the folder can do it.
+The result is a record, which `run_units` writes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ..records import Record, Unit
 from ..run_folder import Run, environment, open_run
 from .gates import VERSION, check_attacks, check_model
 
-CHECKS = {"gates": VERSION, "harness": HARNESS}  # what a report was checked by
-_FOR_ESTIMATE = 64  # images at which Jacobian norms are taken
+CHECKS = {"gates": VERSION, "harness": HARNESS}  # versions that a report records
+_FOR_ESTIMATE = 64  # number of images at which Jacobian norms are sampled
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run opened on a device: the model in eval mode, the data, what its record says."""
+    """A run loaded onto a device: the model in eval mode, the data, and the opened run."""
 
     model: nn.Module
     data: ImageData
@@ -46,7 +46,7 @@ def open_subject(run: Run, device: str) -> Subject:
     """Load the model and data of a run; once in a process, as long as its run.json stays the same.
 
     Raises:
-        ValueError: the run's model or test images are not those that it was written for.
+        ValueError: the model's weights or the test images are not the recorded ones.
     """
     return _subject(run.folder, device, (run.folder / "run.json").stat().st_mtime_ns)
 
@@ -56,7 +56,7 @@ def _subject(folder: Path, device: str, written: int) -> Subject:
     run = open_run(folder)
     model, data = restore(run)
     if data_hash(data) != run.record["test_data_sha256"]:
-        raise ValueError(f"{folder}: the test images of {data.name!r} here are not those the run was made with")
+        raise ValueError(f"{folder}: the test images of {data.name!r} here differ from those of the run")
     return Subject(model.to(device).eval(), data, run)
 
 
@@ -78,10 +78,10 @@ class AttackPlan:
 
 
 def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
-    """Sizes of perturbations from numbers and fractions of them, as in 8/255.
+    """Parse sizes of perturbations: numbers, or fractions such as 8/255.
 
     Raises:
-        ValueError: one is neither.
+        ValueError: a size is neither a number nor a fraction.
     """
     try:
         return tuple(float(Fraction(size)) for size in given)
@@ -92,7 +92,7 @@ def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Work:
-    """All units of an evaluation, by what they are for.
+    """All units of an evaluation, by kind.
 
     Attributes:
         lipschitz: The bound and estimate of the network.
@@ -108,13 +108,13 @@ class Work:
 
     @property
     def units(self) -> list[Unit]:
-        """All of them, the longest attacks first, so that no process is left alone with one at the end."""
+        """All units, with AutoAttack before other attacks: a long unit at the end would leave other processes idle."""
         longest_first = sorted(self.attacks.items(), key=lambda item: "autoattack" not in item[0][0])
         return [self.lipschitz, *self.clean, *self.gates, *(unit for _, blocks in longest_first for unit in blocks)]
 
 
 def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int) -> Work:
-    """The units that plans come to on a run with so many test images."""
+    """Plan the units for attacks on a run with ``images`` test images."""
 
     def unit(task: str, config: dict[str, Any], start: int, stop: int) -> Unit:
         return Unit(run["model_sha256"], run["test_data_sha256"], task, config, start, stop, seed)
@@ -141,10 +141,10 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
 
 
 def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[str, Any]]:
-    """Do a unit: its record, the seconds it took, and the hardware.
+    """Do a unit; return its record, the seconds it took, and the hardware.
 
     Raises:
-        ValueError: as `open_subject`; the model's logits are not finite; or an attack here is of another version.
+        ValueError: as `open_subject`; the model's logits are not finite; or an attack here differs from the planned one.
     """
     subject = open_subject(open_run(folder), device)
     images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
@@ -156,7 +156,7 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
 
 
 def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
-    """Logits in float32 and float64; NaN for the latter, of which nothing is certified, where the model does not run in it."""
+    """Logits in float32 and float64; the latter are NaN, and nothing is certified, if the model does not run in float64."""
     predict(model, images)
     with torch.no_grad():
         logits = model(images)
@@ -171,11 +171,11 @@ def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> 
     try:
         bound = lipschitz_bound(model, images[:1])
     except RuntimeError as error:
-        bound = LipschitzBound(math.inf, reason=f"the network could not be followed: {error}")
+        bound = LipschitzBound(math.inf, reason=f"the network could not be bounded: {error}")
     try:
         estimate = lipschitz_estimate(model, images)
     except RuntimeError:
-        estimate = math.nan  # no gradient reaches the pixels; a gate says so
+        estimate = math.nan  # no gradient reaches the pixels, which a check reports
     errors = {str(dtype).removeprefix("torch."): repr(error) for dtype, error in bound.errors.items()}
     told = {"value": repr(bound.value), "local": repr(bound.local), "failure_probability": bound.failure_probability,
             "reason": bound.reason, "errors": errors, "errors_reason": bound.errors_reason,
@@ -185,7 +185,7 @@ def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> 
 
 
 def bound_of(record: Record) -> LipschitzBound:
-    """The proved bound that a record holds."""
+    """The proved bound in a record."""
     told = record.told
     errors = {getattr(torch, name): float(error) for name, error in told["errors"].items()}
     return LipschitzBound(
@@ -203,10 +203,10 @@ def _gates(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Reco
 
 
 def _attack(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
-    """Verdicts on a block; the images that fell are kept with it."""
+    """The verdicts of an attack on a block, with the adversarial images that fooled the model."""
     attack = make_attack(unit.task, unit.config["norm"], unit.config["eps"])
     if describe(attack) != unit.config:
-        raise ValueError(f"{unit.task}: is {describe(attack)} here, and {unit.config} where the work was planned")
+        raise ValueError(f"{unit.task}: this process has {describe(attack)}, but the work was planned with {unit.config}")
     predicted, distance = predict(model, images), torch.zeros(len(labels), dtype=torch.float64, device=images.device)
     right = (predicted == labels).nonzero()[:, 0]
     error, adversarial = None, images[:0]

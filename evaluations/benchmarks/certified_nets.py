@@ -1,12 +1,12 @@
-"""Five small networks of the usual kinds, certified, and everything tried to break what was promised.
+"""Certificates of five small networks of common architectures, and attempts to break them.
 
     python evaluations/benchmarks/certified_nets.py --out evaluations/benchmarks/results/certified_nets.json
 
-Each is trained on MNIST-5k at 32 x 32, then fine-tuned for certificates with its composites held and its residual blocks
-averaged, and certified on its 1,000 test images. Every certified image is attacked at a hair below its own radius: by PGD, and
-by a search for roundings, many float32 neighbours of points on the way to where PGD ends. AutoAttack has no radius for each
-image, so it gets the images in bins, each at the least radius of its bin. All verdicts are those of the forward pass that is
-certified.
+Each network is trained on MNIST-5k at 32 x 32, then fine-tuned for certificates with its composites (layers together with the
+batch normalisation after them) clipped and its residual blocks averaged, and certified on its 1,000 test images. Every
+certified image is attacked just inside its own radius: by PGD, and by a search for roundings, that is many float32 neighbours
+of points on the line to the result of PGD. AutoAttack takes one radius for a batch, so images are grouped in bins and attacked
+at the smallest radius of their bin. All verdicts are those of the certified forward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from robust_spectral.evaluations.finetuning import finetune
 from robust_spectral.evaluations.models import load_run
 from robust_spectral.evaluations.run_folder import environment, write_json
 
-_INSIDE = 1 - 1e-6  # of a radius
+_INSIDE = 1 - 1e-6  # size of an attack as a share of the radius
 
 
 @register_model
@@ -73,14 +73,14 @@ def small_mobilenet(pretrained: bool = False, num_classes: int = 10, in_chans: i
 
 
 class DenselyConnected(nn.Module):
-    """Its input, and beside it what a convolution, a batch normalisation and a ReLU make of it."""
+    """A layer that appends the output of a convolution, a batch normalisation and a ReLU to its input."""
 
     def __init__(self, before: int, growth: int) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(before, growth, 3, padding=1, bias=False), nn.BatchNorm2d(growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``growth`` channels more."""
+        """Return the input with ``growth`` more channels."""
         return torch.cat([x, torch.relu(self.norm(self.conv(x)))], 1)
 
 
@@ -95,11 +95,11 @@ def small_densenet(pretrained: bool = False, num_classes: int = 10, in_chans: in
 
 
 KINDS = ("small_resnet", "small_dla", "small_vgg", "small_mobilenet", "small_densenet")
-RESIDUAL = ("small_resnet", "small_dla", "small_mobilenet")  # whose blocks are averaged
+RESIDUAL = ("small_resnet", "small_dla", "small_mobilenet")  # kinds whose residual blocks are averaged
 
 
 def trained(name: str, epochs: int, folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, trained plainly and then with every composite held, and 1,000 test images."""
+    """The network, trained without clipping and then fine-tuned with every composite clipped, and 1,000 test images."""
     start = FinetuneConfig(model=name, data="mnist5k", image_size=32, epochs=epochs, lr=2e-3, max_norm=None)
     finetune(start, folder / "start")
     held = replace(start, initial_checkpoint=str(folder / "start" / "model.safetensors"), epochs=2 * epochs, freeze_bn=True,
@@ -111,7 +111,7 @@ def trained(name: str, epochs: int, folder: Path) -> tuple[nn.Module, Tensor, Te
 
 
 def pgd(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, steps: int = 40) -> Tensor:
-    """L2 steps up the margin loss, each image in its own ball."""
+    """PGD with L2 steps on the margin loss, each image in its own ball."""
     size = radii.reshape(-1, 1, 1, 1)
     delta = torch.zeros_like(x)
     for step in range(steps):
@@ -128,7 +128,7 @@ def pgd(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, steps: int =
 
 
 def broken(model: nn.Module, x: Tensor, adversarial: Tensor, labels: Tensor, radii: Tensor) -> Tensor:
-    """Which images have a point of another class no further away than their radii."""
+    """The mask of images whose adversarial image has another class and is no further away than their radius."""
     with torch.no_grad():
         inside = (adversarial - x).flatten(1).norm(dim=1) <= radii
         return inside & (model(adversarial).argmax(1) != labels)
@@ -137,7 +137,7 @@ def broken(model: nn.Module, x: Tensor, adversarial: Tensor, labels: Tensor, rad
 def rounding_search(
     model: nn.Module, x: Tensor, ends: Tensor, labels: Tensor, radii: Tensor, tries: int = 40
 ) -> tuple[Tensor, int]:
-    """Images broken by some float32 neighbour of the points on the way to ``ends``; how many points were tried for each."""
+    """The mask of images broken by a float32 neighbour of points between ``x`` and ``ends``, and the tries for each."""
     generator = torch.Generator().manual_seed(0)
     found = torch.zeros(len(x), dtype=torch.bool)
     for index in range(tries):
@@ -150,7 +150,7 @@ def rounding_search(
 
 
 def verdict(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one kind, certify it, attack it."""
+    """Train one kind of network, certify it and attack it."""
     folder = Path(tempfile.mkdtemp())
     try:
         model, images, labels = trained(name, options.epochs, folder)
@@ -180,7 +180,7 @@ def verdict(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def binned(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, count: int, bins: int = 4) -> dict[str, Any]:
-    """AutoAttack on bins of images, each at its smallest radius."""
+    """AutoAttack on bins of images, each bin at its smallest radius."""
     order = radii.argsort(descending=True)[: count // bins * bins]
     single = copy.deepcopy(model).float()
     fallen, sizes = 0, []
@@ -194,18 +194,18 @@ def binned(model: nn.Module, x: Tensor, labels: Tensor, radii: Tensor, count: in
 
 
 def main() -> int:
-    """Judge every kind, print a line for each, write JSON; status 1 if anything was broken."""
+    """Test every kind, print a line for each, write JSON; status 1 if a certificate was broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--autoattack", type=int, default=100, help="images")
+    parser.add_argument("--autoattack", type=int, default=100, help="number of images for AutoAttack")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
     for name in options.kinds:
         rows.append(verdict(name, options))
         print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
-        if options.out:  # as far as it has come
+        if options.out:  # after every row, so that a stop loses none
             write_json(options.out, {"rows": rows, **environment()})
     return int(any(value for row in rows for key, value in row.items() if key.startswith("broken")))
 

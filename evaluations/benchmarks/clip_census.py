@@ -1,11 +1,11 @@
-"""Every layer of timm models clipped, and its true norm taken by other means: is the target met, and nothing else moved?
+"""Clips of every layer of timm models, checked by independent computations of the norm: targets met, other layers unchanged.
 
     python evaluations/benchmarks/clip_census.py --out evaluations/benchmarks/results/clip_census.json
 
-For each model the target is the median of its layers' norms, so that about half of them are above. `FastClip.finish` clips
-them; then the norm of each layer is taken anew in float64, as the largest singular value of the matrix of each of its groups up
-to 4,096 inputs, above that by SciPy's Lanczos bidiagonalisation on an operator that calls torch's own layers, run to a
-residual of 1e-8 of the value. A second `finish` must move nothing, and layers that were below must have kept their bits.
+For each model the target is the median of its layers' norms, so that about half of them are above it. After `FastClip.finish`,
+the norm of each layer is computed anew in float64: up to 4,096 inputs in a group as the largest singular value of the matrix
+of each group, otherwise by SciPy's Lanczos bidiagonalisation on an operator that calls torch's own layers, run to a residual
+of 1e-8 of the value. A second `finish` must change nothing, and layers below the target must keep their weights bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODELS = {
 
 
 def alone(layer: rs.LinearLayer) -> nn.Module:
-    """The layer, with its batch normalisation, in float64 and without its offsets, as torch runs it."""
+    """The layer with its batch normalisation, in float64 and without offsets, as torch computes it."""
     parts = [copy.deepcopy(layer.module), *([] if layer.batchnorm is None else [copy.deepcopy(layer.batchnorm)])]
     if layer.batchnorm is not None:
         plain: Any = nn.BatchNorm2d(len(parts[1].running_var), eps=parts[1].eps)
@@ -70,7 +70,7 @@ def true_norm(layer: rs.LinearLayer) -> float:
 
 @torch.no_grad()
 def matrices(net: nn.Module, shape: tuple[int, ...], groups: int) -> Tensor:
-    """The matrix of every group, (groups, inputs, outputs): groups keep apart, so that one pass tells a column of each."""
+    """The matrix of every group, (groups, inputs, outputs). Groups do not interact, so a pass gives a row of each matrix."""
     rows = []
     for chunk in torch.eye(int(np.prod(shape)) // groups, dtype=torch.float64).split(64 if groups > 1 else 512):
         every_group = chunk[:, None].expand(-1, groups, -1).reshape(-1, *shape)
@@ -79,13 +79,13 @@ def matrices(net: nn.Module, shape: tuple[int, ...], groups: int) -> Tensor:
 
 
 def largest_singular_value(matrix: Tensor) -> float:
-    """Of a dense matrix, through the smaller Gram matrix: good to about 1e-12 here, and several times faster."""
+    """The largest singular value of a dense matrix, from its smaller Gram matrix: accurate to about 1e-12 here, and fast."""
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
     return float(torch.linalg.eigvalsh(gram)[-1].sqrt())
 
 
 def census(name: str, size: int) -> dict[str, Any]:
-    """Clip one model and check every layer of it."""
+    """Clip one model and check all its layers."""
     torch.manual_seed(0)
     model, example = timm.create_model(name, num_classes=10).eval(), torch.zeros(1, 3, size, size)
     calibrate(model, size)
@@ -116,7 +116,7 @@ def census(name: str, size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, size: int) -> None:
-    """Give batch normalisations the running statistics of a random batch, as training would."""
+    """Give batch normalisations random weights and the running statistics of a random batch, in place of training."""
     normalisations = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in normalisations:
         module.momentum = 1.0
@@ -136,7 +136,7 @@ def main() -> None:
     for name in options.models:
         rows.append(census(name, MODELS[name]))
         print({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
-        if options.out:  # as far as it has come
+        if options.out:  # after every row, so that a stop loses none
             write_json(options.out, {"rows": rows, **environment()})
 
 

@@ -1,11 +1,11 @@
-"""How near clips come: norm reached, ‖ΔW‖/‖W‖ against the nearest weight there is, seconds and operator applications.
+"""Quality of clips: norm reached, ‖ΔW‖/‖W‖, seconds and operator applications.
 
     python evaluations/benchmarks/clip_quality.py --out evaluations/benchmarks/results/clip_quality.json
     python evaluations/benchmarks/clip_quality.py --reference PATH      # with a checkout of the authors' code (Ali-E/FastClip)
 
-Layers: 3 x 3 convolutions of 16 to 128 channels on 16 x 16, circular and zero padding, clipped to 1 from about twice that.
-The true norm comes from a proved interval in float64. For zero padding the projection is conservative: its change is an upper
-bound of the smallest there is.
+Layers: 3 x 3 convolutions of 16 to 128 channels on 16 x 16, circular and zero padding, clipped from a norm of about 2 to 1.
+The true norm comes from a proved interval in float64. With circular padding, the projection is the nearest weight; with zero
+padding it is conservative, so its change is an upper bound of the smallest possible one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPE, TARGET = (16, 16), 1.0
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Rows that pass through any operator or its adjoint while the block runs."""
+    """Count the rows that pass through any operator or its adjoint inside the block."""
     applications = [0]
     forward, adjoint = LinearOperator.matmat, LinearOperator.rmatmat
 
@@ -51,16 +51,16 @@ def counted() -> Iterator[list[int]]:
 
 
 def rescale(module: nn.Conv2d, in_shape: tuple[int, ...]) -> None:
-    """The whole weight divided by its norm."""
+    """Divide the whole weight by its norm."""
     with torch.no_grad():
         module.weight.div_(rs.spectral_norm(rs.linear_operator(module, in_shape), rtol=1e-4, max_steps=400).upper / TARGET)
 
 
 def authors(path: Path, module: nn.Conv2d, in_shape: tuple[int, ...], limit: float = 60.0) -> float:
-    """The authors' deflation, ten rounds at a time with their step size, until 1.01 of the target or the time limit.
+    """Run the authors' deflation, ten rounds at a time with their step size, until 1.01 of the target or the time limit.
 
-    It stops, too, where it changes nothing any more, because its own estimate, which falls short, is content. Returns the
-    seconds it took, without those of looking at the norm.
+    The loop also stops when the weight no longer changes, because the deflation's own estimate, which is too small, meets the
+    target. Returns the seconds of the deflation, without the time of the checks of the norm.
     """
     sys.path.insert(0, str(path / "models"))
     from clip_toolbox import deflate_model_multi  # type: ignore[import-not-found]
@@ -75,7 +75,7 @@ def authors(path: Path, module: nn.Conv2d, in_shape: tuple[int, ...], limit: flo
 
 
 def norm(module: nn.Module, in_shape: tuple[int, ...], rtol: float = 1e-4) -> float:
-    """The true norm, from below and within ``rtol``."""
+    """The lower end of a proved interval of relative width ``rtol`` around the true norm."""
     return rs.spectral_norm(rs.linear_operator(module, in_shape), rtol=rtol, max_steps=400).lower
 
 
@@ -88,7 +88,7 @@ METHODS: dict[str, Callable[[nn.Conv2d, tuple[int, ...]], Any]] = {
 
 
 def layer(channels: int, mode: str) -> nn.Conv2d:
-    """A convolution with the usual initial weights, of norm 2."""
+    """A convolution with the usual initial weights, scaled to a norm of about 2."""
     torch.manual_seed(channels)
     module = nn.Conv2d(channels, channels, 3, padding=1, padding_mode=mode, bias=False)
     with torch.no_grad():
@@ -101,7 +101,8 @@ def measure(
 ) -> dict[str, Any]:
     """Norm over target, ‖ΔW‖/‖W‖, seconds and applications of one method on a copy of a layer.
 
-    A method with a clock of its own does not apply our operators; what passes through them then is our looks at the norm.
+    A method that returns its own seconds does not use this package's operators. Its applications are not reported, because only
+    the checks of its norm are counted.
     """
     clipped = copy.deepcopy(module)
     started = time.perf_counter()
@@ -132,7 +133,7 @@ def main() -> None:
                 applied = "–" if row["applications"] is None else row["applications"]
                 print(f"{mode:9s} {channels:4d} {name:14s} norm {row['norm']:.5f}  |dW|/|W| {row['distortion']:.4f}  "
                       f"{row['seconds']:8.2f} s  {applied:>6} applications", flush=True)  # fmt: skip
-                if options.out:  # as far as it has come
+                if options.out:  # after every row, so that a stop loses none
                     write_json(options.out, {"target": TARGET, "input": SHAPE, "rows": rows, **environment("cpu")})
 
 

@@ -1,9 +1,10 @@
-"""How long functions and files are: the median and the 90th percentile of function bodies, and the files that are long.
+"""Length of functions and files: the median and the 90th percentile of function bodies, and the files that are too long.
 
     python evaluations/benchmarks/code_size.py           # prints
-    python evaluations/benchmarks/code_size.py --check   # and fails where bodies are longer than is aimed at
+    python evaluations/benchmarks/code_size.py --check   # also fails if bodies or files exceed their limits
 
-A body counts its lines of code: no docstring, blank line or comment. A function inside another counts with it, and by itself.
+The length of a body is its number of lines of code, without docstring, blank lines and comments. A function inside another
+counts as part of it and by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 @dataclass(frozen=True)
 class Function:
-    """A function: where it is, its name, and the lines of code in its body."""
+    """A function: its file, its name, and the number of lines of code in its body."""
 
     path: str
     name: str
@@ -33,7 +34,7 @@ class Function:
 
 
 def code_lines(source: str) -> set[int]:
-    """Numbers of the lines that hold code."""
+    """The numbers of the lines that contain code."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {line for t in tokens if t.type not in _NO_CODE for line in range(t.start[0], t.end[0] + 1)}
 

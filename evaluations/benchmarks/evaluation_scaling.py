@@ -1,9 +1,10 @@
-"""What an evaluation gains from a second process, and what a block of it costs: the figures for planning a large one.
+"""Speed-up of an evaluation by a second process, and the cost of a block: figures for planning large evaluations.
 
     python evaluations/benchmarks/evaluation_scaling.py runs/demo/clipped --out scaling.json
 
-The same units are done by one process with one thread, then by two processes with one thread each; start-up counts. Efficiency
-is the time of one over twice the time of two. Needs two idle cores, and says what the records weigh on disk.
+The same units of work are done by one process with one thread, then by two processes with one thread each, start-up included.
+Efficiency is the time of one process over twice the time of two. Needs two idle cores. The size of the records on disk is
+reported as well.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def done(folder: Path, plans: list[AttackPlan], workers: int, block: int) -> tup
 
 
 def main() -> None:
-    """Time one process and two, print a line each, write JSON."""
+    """Time one process and two, print a line for each, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=int, default=1000)

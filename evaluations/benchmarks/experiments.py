@@ -1,10 +1,10 @@
-"""The tables and pictures of the experiments' page, from the figures that grids have left.
+"""The tables and pictures of the page on experiments, from the figures of grids.
 
     python evaluations/benchmarks/experiments.py --grid runs/fashion-grid --finalists runs/fashion-finalists
 
-Takes over the figures of the grids that are given. Then reads ``evaluations/results/fashion-mnist/grid.json`` (all methods,
-held-out images) and ``finalists.json`` (those chosen there, test images, several seeds), and writes what stands between the
-marks of ``docs/experiments.md`` and of ``README.md``, and the pictures beside the former.
+Copies the figures of the grids that are given. Then reads ``evaluations/results/fashion-mnist/grid.json`` (all methods,
+held-out images) and ``finalists.json`` (the runs chosen there, test images, several seeds), and writes the tables between the
+marks of ``docs/experiments.md`` and of ``README.md``, and the pictures into ``docs``.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ FAMILIES = {
     "adversarial training with FastClip": ("nobn-adversarial-fastclip", "tuned-adversarial-fastclip"),
 }  # fmt: skip
 MAIN = {
-    "bn-none": "plain",
-    "bn-convs-alone-1.0": "its convolutions clipped, without their normalisations",
+    "bn-none": "no defence",
+    "bn-convs-alone-1.0": "convolutions clipped without their batch normalisations",
     "bn-gouk-1.0": "Gouk's projection",
-    "tuned-frozen-2.0": "FastClip on composites, at 2",
-    "bn-adversarial-e0.1": "adversarial training at 0.1",
-    "tuned-adversarial-fastclip-3.0-e0.1": "the same, with FastClip on composites, at 3",
-    "nobn-none-adamw": "no normalisation, plain",
+    "tuned-frozen-2.0": "FastClip on composites, target 2",
+    "bn-adversarial-e0.1": "adversarial training, eps 0.1",
+    "tuned-adversarial-fastclip-3.0-e0.1": "the same with FastClip on composites, target 3",
+    "nobn-none-adamw": "no normalisation, no defence",
     "nobn-gouk-1.0": "no normalisation, Gouk's projection",
-    "nobn-fastclip-1.2": "no normalisation, FastClip at 1.2",
-    "nobn-fastclip-1.0": "no normalisation, FastClip at 1",
-    "shift-none": "a network made for certificates, plain",
-    "shift-certified-0.25": "the same, trained for them at 0.25",
+    "nobn-fastclip-1.2": "no normalisation, FastClip, target 1.2",
+    "nobn-fastclip-1.0": "no normalisation, FastClip, target 1",
+    "shift-none": "network designed for certificates, no defence",
+    "shift-certified-0.25": "the same, trained for certificates at 0.25",
 }
 
 
@@ -59,30 +59,30 @@ def group(name: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """As on all pages; a dash for nothing valid."""
+    """A share as on all pages; a dash if it is not valid."""
     return "–" if share is None else wording.percent(share)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
+    """A Markdown table, with numbers aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None) -> str:
-    """Three digits; a dash for what is not known."""
+    """A number with three digits; a dash if it is not known."""
     return "–" if value is None else f"{value:.3g}"
 
 
 def heading(attack: str) -> str:
-    """What a row calls an attack, for people: PGD L∞ 8/255."""
+    """The column heading of an attack, such as PGD L∞ 8/255."""
     name, norm, eps = attack.split()
     written = {"pgd": "PGD", "autoattack": "AutoAttack"}[name]
     return f"{written} {wording.NORM_NAMES[norm]} {wording.size(float(eps), norm)}"
 
 
 def grid_table(rows: list[Row]) -> str:
-    """A line for each run."""
+    """The table of the grid, with a line for each run."""
     attacks = list(dict.fromkeys(key for row in rows for key in row["robust"]))
     plain, start = (next(row["seconds"] for row in rows if row["name"] == name) for name in ("bn-none", "start"))
     lines = []
@@ -95,7 +95,7 @@ def grid_table(rows: list[Row]) -> str:
 
 
 def frontier_table(rows: list[Row], choice: Frontier) -> str:
-    """The best run of each family of methods within each drop from the plain network."""
+    """The best run of each family of methods within each drop of clean accuracy below the run trained without the defence."""
     plain = next(row for row in rows if row["name"] == choice.plain)
     lines = []
     for family, groups in FAMILIES.items():
@@ -107,12 +107,12 @@ def frontier_table(rows: list[Row], choice: Frontier) -> str:
 
 
 def without_batchnorm(rows: list[Row]) -> list[Row]:
-    """Those that have none left when they are used."""
+    """The runs whose networks have no batch normalisation left when they are used."""
     return [row for row in rows if group(row["name"]).startswith(("nobn", "tuned-folded", "shift"))]
 
 
 def finalists_rows() -> list[Row]:
-    """The finalists of those seeds that most of them are done with, so that no run is compared with another seed's."""
+    """The finalists with the seeds that most of them have finished, so that all runs are compared on the same seeds."""
     rows = read_json(RESULTS / "finalists.json")["rows"]
     counts = Counter(row["seed"] for row in rows)
     most = max(counts.values())
@@ -120,7 +120,7 @@ def finalists_rows() -> list[Row]:
 
 
 def by_run(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of all seeds of each run."""
+    """The rows of all seeds, by run."""
     together: dict[str, list[Row]] = {}
     for row in rows:
         together.setdefault(re.sub(r"-seed\d+$", "", row["name"]), []).append(row)
@@ -128,7 +128,7 @@ def by_run(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
-    """One row for all seeds of a run: mean accuracies, None where one of them is not valid, and the largest bound."""
+    """One row for all seeds of a run: mean accuracies, None if one of them is not valid, and the largest bound."""
     return [
         {"name": name, "clean": mean(row["clean"] for row in seeds), "lipschitz": max(row["lipschitz"] for row in seeds),
          "certified": middle([row["certified"].get(PROVED) for row in seeds]),
@@ -138,13 +138,13 @@ def over_seeds(rows: list[Row]) -> list[Row]:
 
 
 def middle(shares: list[float | None]) -> float | None:
-    """The mean, if all are known."""
+    """The mean, if all values are known."""
     known = [share for share in shares if share is not None]
     return mean(known) if len(known) == len(shares) else None
 
 
 def finalists_table(rows: list[Row]) -> str:
-    """Means over seeds, with the smallest and the largest; bounds and norms are the largest of any seed."""
+    """Means over seeds, with the smallest and the largest value; bounds and norms are the largest over the seeds."""
     attacks = list(dict.fromkeys(key for row in rows for key in row["robust"]))
     lines = []
     for name, seeds in by_run(rows).items():
@@ -157,7 +157,7 @@ def finalists_table(rows: list[Row]) -> str:
 
 
 def main_table(rows: list[Row]) -> str:
-    """What the README shows of them."""
+    """The finalists in the README."""
     together = {row["name"]: row for row in over_seeds(rows)}
     columns = {"PGD-40": CHOSEN, "AutoAttack": "autoattack l2 0.5"}
     lines = []
@@ -168,14 +168,14 @@ def main_table(rows: list[Row]) -> str:
 
 
 def spread(shares: list[float | None]) -> str:
-    """Mean, and between which values."""
+    """The mean, with the smallest and the largest value."""
     known = [share for share in shares if share is not None]
     between = f" ({percent(min(known))}–{percent(max(known))})" if len(known) > 1 else ""
     return percent(middle(shares)) + (between if len(known) == len(shares) else "")
 
 
 def pictures(rows: list[Row]) -> dict[str, str]:
-    """Attacked accuracy against clean accuracy, and against the proved bound, a point a run."""
+    """Attacked accuracy against clean accuracy, and against the proved bound, with a point for each run."""
     kept = [row for row in rows if row["robust"].get(CHOSEN) is not None and row["name"] != "start"]
     groups = list(dict.fromkeys(group(row["name"]) for row in kept))
     points = {name: [row for row in kept if group(row["name"]) == name] for name in groups}
@@ -190,7 +190,7 @@ def pictures(rows: list[Row]) -> dict[str, str]:
 
 
 def page(text: str) -> tuple[str, dict[str, str]]:
-    """The page with its tables made anew, and the pictures by file name."""
+    """The page with its tables made again, and the pictures by file name."""
     rows = read_json(RESULTS / "grid.json")["rows"]
     once, twice = ([row for row in rows if row["name"].endswith("-12ep") == long] for long in (False, True))
     found = {
@@ -207,7 +207,7 @@ def page(text: str) -> tuple[str, dict[str, str]]:
 
 
 def readme(text: str) -> str:
-    """The README with its table made anew."""
+    """The README with its table made again."""
     return filled(text, {"main table": main_table(finalists_rows())})
 
 
@@ -215,7 +215,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     """The text with each table between its marks.
 
     Raises:
-        ValueError: the marks are not there, or twice.
+        ValueError: the marks are missing or repeated.
     """
     for name, found in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -228,8 +228,8 @@ def filled(text: str, tables: dict[str, str]) -> str:
 def main() -> None:
     """Write the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", type=Path, help="the folder of a grid whose figures are to be taken over")
-    parser.add_argument("--finalists", type=Path, help="the same for the grid of those chosen")
+    parser.add_argument("--grid", type=Path, help="folder of a grid, whose figures are copied")
+    parser.add_argument("--finalists", type=Path, help="folder of the grid of the chosen runs, whose figures are copied")
     options = parser.parse_args()
     for name in ("grid", "finalists"):
         if folder := getattr(options, name):

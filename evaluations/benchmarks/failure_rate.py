@@ -1,10 +1,10 @@
-"""How often the probabilistic Lanczos bound fails, counted: 10,000 runs at failure probability 0.01 for each spectrum.
+"""Failure rate of the probabilistic Lanczos bound: 10,000 runs at failure probability 0.01 for each spectrum.
 
     python evaluations/benchmarks/failure_rate.py --out evaluations/benchmarks/results/failure_rate.json
 
-Diagonal operators serve, as a uniformly random start makes the singular vectors irrelevant. One dominant value and a single
-step is the worst case, where the bound fails almost as often as it may; a spectrum of a convolution is the everyday one. Ends
-with status 1 if a rate exceeds the probability by more than three standard errors.
+Diagonal operators suffice, because a uniformly random start makes the singular vectors irrelevant. One dominant value and a
+single step are the worst case, where the bound fails almost as often as the probability allows; the spectrum of a convolution
+is the usual case. Ends with status 1 if a rate exceeds the probability by more than three standard errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from robust_spectral.norms import lanczos_interval
 
 
 def spectra() -> dict[str, Tensor]:
-    """Singular values with largest one 1, by name."""
+    """Singular values by name, scaled so that the largest is 1."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False)
     values = rs.circular_singular_values(layer, (4, 6, 6))
@@ -36,7 +36,7 @@ def spectra() -> dict[str, Tensor]:
 
 
 def diagonal(values: Tensor) -> rs.LinearOperator:
-    """The diagonal operator with the values given."""
+    """The diagonal operator with the given values."""
     n = len(values)
     return rs.LinearOperator((n,), (n,), values.dtype, values.device, lambda X: X * values, lambda Y: Y * values)
 

@@ -1,10 +1,10 @@
-"""Check `lipschitz_bound` on many random networks against gains that are sampled: Jacobians and differences, near and far.
+"""Check `lipschitz_bound` on many random networks against sampled gains: Jacobians and differences, near and far.
 
     python evaluations/benchmarks/fuzz_graphs.py --networks 10000 --out evaluations/benchmarks/results/fuzz_graphs.json
 
-The networks are those of tests/generated_graphs.py, one a seed; every second one has gates and attention, for which there is a
-bound on inputs in [0, 1] only. tests/lipschitz/test_generated_graphs.py judges them. Runs from a checkout, one process a core.
-Ends with status 1 if any bound fails.
+The networks come from tests/generated_graphs.py, one for each seed; every second one has multiplicative gates and attention,
+which have a bound on inputs in [0, 1] only. tests/lipschitz/test_generated_graphs.py checks them. Runs from a checkout, with
+one process for each core. Ends with status 1 if any bound fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from robust_spectral.evaluations.run_folder import environment, write_json
 
 
 def judge(seed: int) -> tuple[list[str], str | None]:
-    """What a network is made of, and what is wrong with its bound."""
+    """The kinds of steps of a network, and the error of its bound, None if the bound is correct."""
     local = seed % 2 == 1
     try:
         check(random.Random(seed), local)
@@ -40,10 +40,10 @@ def judge(seed: int) -> tuple[list[str], str | None]:
 
 
 def main() -> int:
-    """Judge the networks, write the result."""
+    """Check the networks, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", type=int, default=10000)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first one; the others follow it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first network; the others follow")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     seeds, start = range(options.seed, options.seed + options.networks), time.perf_counter()

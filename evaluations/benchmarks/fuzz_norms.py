@@ -2,9 +2,9 @@
 
     python evaluations/benchmarks/fuzz_norms.py --layers 20000 --seed 0 --out evaluations/benchmarks/results/fuzz_norms.json
 
-The layers are those of tests/generated.py, one a seed; tests/enclosure.py judges them. Runs from a checkout, with one process
-a core. Ends with status 1 if any bound fails, or if upper / true of `spectral_norm` has a median above 1.02 or a 99th
-percentile above 1.2.
+The layers come from tests/generated.py, one for each seed; tests/enclosure.py checks them. Runs from a checkout, with one
+process for each core. Ends with status 1 if any bound fails, or if upper / true of `spectral_norm` has a median above 1.02 or
+a 99th percentile above 1.2.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS = ("layers", "refused", "failures", "median", "p99", "max", "lanczos med
 
 
 def judge(seed: int) -> Verdict:
-    """The verdict on the layer of a seed; an error of any other kind than a refusal is a failure."""
+    """The verdict on the layer of a seed; any error except a refusal is a failure."""
     layer = generate_layer(seed)
     try:
         return verdict(layer)
@@ -42,7 +42,7 @@ def judge(seed: int) -> Verdict:
 
 
 def prepare() -> None:
-    """One thread a process, and no word on the copies that padding='same' makes."""
+    """Use one thread in this process, and ignore the warning about the copies that padding='same' makes."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Using padding='same'")
 
@@ -58,15 +58,15 @@ def summary(verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 def show(name: str, row: dict[str, Any]) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(f"{name:26s}" + "".join(f"{row[c]:>{len(c) + 2}d}" if c in COLUMNS[:3] else f"{row[c]:>16.9g}" for c in COLUMNS))
 
 
 def main() -> int:
-    """Judge the layers, print a row a kind, write the result."""
+    """Check the layers, print a row for each kind, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=20000, help="how many layers")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first one; the others follow it")
+    parser.add_argument("--layers", type=int, default=20000, help="number of layers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first layer; the others follow")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     seeds, start = range(options.seed, options.seed + options.layers), time.perf_counter()

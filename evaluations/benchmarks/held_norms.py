@@ -1,12 +1,13 @@
-"""How well the hook alone holds the norms: the true norm of every clipped layer at each epoch's end, without `finish`.
+"""Accuracy of clipping by the optimizer hook alone: the true norm of every clipped layer at each epoch's end, without `finish`.
 
     python evaluations/benchmarks/held_norms.py --out evaluations/benchmarks/results/held_norms.json
     python evaluations/benchmarks/held_norms.py --models test_resnet --checks 6 --seeds 0 1 2 3
     python evaluations/benchmarks/held_norms.py --device cuda
 
-A ResNet-18 with a 3 x 3 stem and timm's test_resnet train on MNIST-5k, with SGD and with AdamW, convolutions alone (batch
-normalisations train) and composites (their statistics frozen), everything else at the clipper's defaults. The norms come from
-proved intervals in float64, within 1e-3, of which the lower ends are given.
+A ResNet-18 with a 3 x 3 stem and timm's test_resnet train on MNIST-5k, with SGD and with AdamW. The clipper controls either
+the layers alone (batch normalisations train) or composites, layers together with the batch normalisation after them (running
+statistics frozen); its other options have their defaults. The norms are the lower ends of proved intervals in float64, within
+1e-3.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ WHAT = {"layers": False, "composites": True}
 
 
 def small_stem(model: Any) -> nn.Module:
-    """A ResNet for small images: a 3 x 3 first convolution, no pooling behind it."""
+    """A ResNet for small images: a 3 x 3 first convolution, not followed by pooling."""
     model.conv1, model.maxpool = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity()
     return model
 
 
 def set_mode(model: nn.Module, frozen: bool) -> None:
-    """Training mode, with the batch normalisations' statistics frozen or not."""
+    """Set training mode, with or without frozen statistics of the batch normalisations."""
     model.train()
     for module in model.modules():
         if frozen and is_batchnorm(module):
@@ -62,14 +63,14 @@ def epochs(images: Tensor, labels: Tensor, count: int, batch: int) -> Iterator[l
 
 
 def held(name: str, optimizer_name: str, composites: bool, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One training run; the largest true norm over target at so many moments of each epoch, the last of them its end."""
+    """Train once; the largest true norm over target at ``options.checks`` moments of each epoch, the last one its end."""
     torch.manual_seed(seed)
     data = load_data("mnist5k", options.size)
     pairs = [data.train[i] for i in range(len(data.train))]  # type: ignore[arg-type]
     images = torch.stack([x for x, _ in pairs]).to(options.device)
     labels = torch.tensor([int(y) for _, y in pairs], device=options.device)
     model = MODELS[name]().to(options.device)
-    if composites:  # statistics worth freezing come from an epoch without a clipper
+    if composites:  # an epoch without a clipper gives realistic statistics to freeze
         set_mode(model, False)
         first = OPTIMIZERS["adamw"](model.parameters())
         for x, y in next(epochs(images, labels, 1, options.batch)):
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--checks", type=int, default=1, help="moments of an epoch at which norms are found")
+    parser.add_argument("--checks", type=int, default=1, help="number of moments of an epoch at which norms are measured")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

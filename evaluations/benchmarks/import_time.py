@@ -1,9 +1,9 @@
-"""What `import robust_spectral` takes, over `import torch` alone: fresh processes in turn, so that a slow moment hits both.
+"""Time of `import robust_spectral` over `import torch`, in alternating fresh processes, so that slow moments affect both.
 
     python evaluations/benchmarks/import_time.py --out evaluations/benchmarks/results/import_time.json
 
-Each process tells how long its own import took, without the start of Python. The ratio is the median over the pairs. The core
-brings numpy and scipy along; the hosts are not imported.
+Each process measures its own import, without the start of Python. The ratio is the median over the pairs. The core imports
+numpy and scipy as well, but no host library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMED = "import time; clock = time.perf_counter(); import {}; print(time.perf_co
 
 
 def seconds(module: str) -> float:
-    """Seconds that an import takes in a process of its own."""
+    """Seconds of an import in a process of its own."""
     command = [sys.executable, "-c", TIMED.format(module)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return float(run.stdout)
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     modules = ("torch", "robust_spectral")
-    for module in modules:  # files into the cache
+    for module in modules:  # fills the file cache
         seconds(module)
     pairs = []
     for index in range(options.pairs):

@@ -1,11 +1,12 @@
-"""Jobs killed at random moments and started again, until they end: do they end with the very files of one left alone?
+"""Jobs killed at random moments and restarted until they end: do they leave exactly the files of an uninterrupted job?
 
     python evaluations/benchmarks/kill_resume.py --kills 50 --out kill_resume.json
     python evaluations/benchmarks/kill_resume.py --job evaluate --kills 20 --out kill_evaluate.json
 
-Every job is a process of its own, ended by SIGKILL after a random time and started again, until it is complete; then the next
-begins, until so many kills are done. Moments range over all that a job does: of a fine-tuning starting, training, writing its
-state, the final clip, and writing the files that make it complete; of an evaluation every unit of work, and the merge.
+Every job is a process of its own, ended by SIGKILL after a random time and restarted, until it is complete; then the next one
+begins, until the given number of kills is reached. The moments range over everything that a job does: for a fine-tuning the
+start, training, writing its state, the final clip, and writing the files that complete it; for an evaluation every unit of
+work, and the merge.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PLANS = [AttackPlan("pgd", "l2", (0.5, 1.0), 160), AttackPlan("autoattack", "lin
 
 
 def attack(folder: Path, base: Path) -> None:
-    """Evaluate a copy of a finished run; the copy is made by the first process, whole or not at all."""
+    """Evaluate a copy of a finished run; the first process makes the copy, whole or not at all."""
     if not folder.exists():
         half = folder.with_suffix(".half")
         shutil.rmtree(half, ignore_errors=True)
@@ -43,13 +44,13 @@ def attack(folder: Path, base: Path) -> None:
 
 
 def verdicts(folder: Path) -> str:
-    """One hash for all records of verdicts and the table made of them."""
+    """One hash of all records of verdicts and the table made of them."""
     paths = sorted([*(folder / "records").glob("*.safetensors"), folder / "samples.parquet"])
     return hashlib.sha256("".join(path.name + file_hash(path) for path in paths).encode()).hexdigest()
 
 
 def started(job: Callable[[Path], object], out: Path) -> int:
-    """A process that does a job into a folder, or goes on where one was killed; its id."""
+    """Start a process that does a job into a folder, or continues it after a kill; return the id of the process."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -64,7 +65,7 @@ def started(job: Callable[[Path], object], out: Path) -> int:
 
 
 def ended(process: int, seconds: float) -> int | None:
-    """The exit status of a process that ends by itself within some seconds; None of one that had to be killed."""
+    """The exit status of a process that ends by itself within the given seconds; None if it had to be killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -78,10 +79,10 @@ def ended(process: int, seconds: float) -> int | None:
 
 
 def jobs(scratch: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Path], str]]]:
-    """What each job does into a folder, and a hash of what it leaves there."""
+    """Each job by name: a function that does it into a folder, and a function that hashes its result."""
     base = scratch / "base"
     if ended(started(lambda out: finetune(CONFIG, out, resume=True), base), 600) != 0:
-        raise SystemExit("the run that is to be evaluated failed")
+        raise SystemExit("the run to evaluate failed")
     return {
         "finetune": (lambda out: finetune(CONFIG, out, resume=True), lambda out: file_hash(out / "model.safetensors")),
         "evaluate": (lambda out: attack(out, base), verdicts),
@@ -89,7 +90,7 @@ def jobs(scratch: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[P
 
 
 def main() -> None:
-    """Kill and resume, print a line for each complete run, write JSON. Exit status 1 where one fails or differs."""
+    """Kill and resume, print a line for each complete run, write JSON. Exit status 1 if a run fails or differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--job", choices=("finetune", "evaluate"), default="finetune")
     parser.add_argument("--kills", type=int, default=50)
@@ -102,9 +103,9 @@ def main() -> None:
         job, result = jobs(Path(scratch))[options.job]
         whole, clock = Path(scratch) / "whole", time.monotonic()
         if ended(started(job, whole), 600) != 0:
-            raise SystemExit("the job that is left alone failed")
+            raise SystemExit("the uninterrupted job failed")
         duration, expected = time.monotonic() - clock, result(whole)
-        print(f"left alone: {duration:.1f} s, sha256 {expected[:12]}", flush=True)
+        print(f"uninterrupted: {duration:.1f} s, sha256 {expected[:12]}", flush=True)
         same = 0
         while kills < options.kills:
             folder, before = Path(scratch) / str(runs), kills

@@ -1,9 +1,10 @@
-"""Lipschitz bounds of timm models: how far below the product of the layers apart, how long they take, and in what memory.
+"""Lipschitz bounds of timm models against the product of their layers' norms, with time and memory.
 
     python evaluations/benchmarks/network_bounds.py --out evaluations/benchmarks/results/network_bounds.json
 
-The naive sound bound multiplies the norm of every layer and every batch normalisation by itself, adds at sums, and takes √2 for
-the difference of two logits. Random weights, batch normalisations with the statistics of a random batch; one process a model.
+The naive sound bound multiplies the norms of all layers and batch normalisations, each taken separately, adds at sums, and
+takes √2 for the difference of two logits. Weights are random, batch normalisations have the statistics of a random batch, and
+each model has a process of its own.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ MODELS = {
 
 
 class Apart(LipschitzWalk):
-    """A walk in which every layer counts by itself."""
+    """A walk in which every layer and batch normalisation counts separately."""
 
     def bound_of(self, last: float | Affine) -> float:
-        """The norm of the last step times the bound of what it is given."""
+        """The norm of the last step times the bound of its input."""
         return last if isinstance(last, float) else product_up(self.bound(last.source), self._norm(last))
 
 
 def naive_bound(model: nn.Module, example: torch.Tensor) -> float:
-    """The product of the layers apart."""
+    """The product of the norms of separate layers."""
     pair = pair_of(example)
     with evaluating(model), torch.no_grad():
         walk = Apart(traced_at(model, pair), 1e-9)
@@ -54,7 +55,7 @@ def naive_bound(model: nn.Module, example: torch.Tensor) -> float:
 
 
 def entry(name: str) -> dict[str, Any]:
-    """One row."""
+    """The row of one model."""
     torch.manual_seed(0)
     size = MODELS[name]
     model, example = timm.create_model(name.partition("@")[0], num_classes=10).eval(), torch.zeros(1, 3, size, size)
@@ -72,7 +73,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every model, a line for each, JSON."""
+    """Measure every model, print a line for each, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--out", type=Path)

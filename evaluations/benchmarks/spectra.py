@@ -1,12 +1,12 @@
-"""How fast solvers reach the top singular value of convolutions: error against operator applications and seconds.
+"""Speed of solvers for the largest singular value of convolutions: error against operator applications and seconds.
 
     python evaluations/benchmarks/spectra.py --out evaluations/benchmarks/results/spectra.json
     python evaluations/benchmarks/spectra.py --reference PATH      # with a checkout of the authors' code (Ali-E/FastClip)
 
 Layers: all convolutions of timm's resnet18 at 224 x 224, and depthwise and strided ones of other families. An application is
-one column through the operator or its adjoint; the forward of an offset counts. The reference value is the lower end of
-a proved interval in float64, which is five times narrower than the error asked for. A peer that does not get to the error
-asked for is shown as such.
+one column through the operator or its adjoint; a forward pass for the offset counts as well. The reference value is the lower
+end of a proved interval in float64, five times narrower than the target error. Methods that do not reach the target error are
+marked.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from robust_spectral.norms import norm_intervals
 from robust_spectral.singular_values import golub_kahan, orthonormal_rows, power_step, random_block
 
 TARGET = 1e-4
-OTHERS: dict[str, int] = {"convnext_atto": 4, "tf_efficientnet_lite0": 6, "mobilenetv3_small_100": 4}  # layers at most
+OTHERS: dict[str, int] = {"convnext_atto": 4, "tf_efficientnet_lite0": 6, "mobilenetv3_small_100": 4}  # most layers of each
 
 
 @dataclass
 class Counted:
-    """A layer whose columns through forward and adjoint are counted."""
+    """A layer that counts the columns through its forward and adjoint."""
 
     module: nn.Module
     in_shape: tuple[int, ...]
-    limit: float = math.inf  # seconds, for a method that does not say how it is getting on
+    limit: float = math.inf  # seconds, for a method without intermediate values
     applications: int = 0
 
     def operator(self) -> rs.LinearOperator:
-        """Our operator of the layer, counting."""
+        """This package's operator of the layer, with counting."""
         A = rs.linear_operator(self.module, self.in_shape)
         forward, adjoint = A.forward, A.adjoint
         return replace(A, forward=lambda X: self.count(forward, X), adjoint=lambda Y: self.count(adjoint, Y))
@@ -59,11 +59,11 @@ class Counted:
         return function(X)
 
 
-Trace = Iterator[float]  # the value after each look at it
+Trace = Iterator[float]  # the estimate after each step
 
 
 def lanczos(layer: Counted) -> Trace:
-    """Ours: Golub-Kahan-Lanczos, one vector."""
+    """Golub-Kahan-Lanczos of this package, with one vector."""
     A = layer.operator()
     B = A.H if math.prod(A.out_shape) < math.prod(A.in_shape) else A
     for state in golub_kahan(B, random_block(B, 1, 0), basis=256):
@@ -73,7 +73,7 @@ def lanczos(layer: Counted) -> Trace:
 
 
 def powerqr(layer: Counted, block: int = 4) -> Trace:
-    """Ours: block power steps with Rayleigh-Ritz."""
+    """Block power steps with Rayleigh-Ritz, of this package."""
     A = layer.operator()
     X = orthonormal_rows(random_block(A, min(block, math.prod(A.in_shape) // A.groups), 0))
     while True:
@@ -99,7 +99,7 @@ def published(layer: Counted) -> Trace:
 
 
 def arpack(layer: Counted) -> Trace:
-    """scipy's svds on our operator, to its own tolerance of 1e-5."""
+    """scipy's svds on this package's operator, to its own tolerance of 1e-5."""
     A = layer.operator()
     n, m = math.prod(A.in_shape), math.prod(A.out_shape)
     deadline = time.perf_counter() + 2 * layer.limit
@@ -138,7 +138,7 @@ def torchlip(layer: Counted) -> Trace:
 def orthogonium(layer: Counted) -> Trace:
     """orthogonium's get_conv_sv: Gram iteration of the kernel, an upper bound for its own layers.
 
-    Each iteration nearly doubles the window, so of its default of four only those are run that take seconds, not minutes.
+    Each iteration nearly doubles the window. Of the default four, only the iterations that take seconds are run.
     """
     from orthogonium.layers.conv.singular_values import get_conv_sv
 
@@ -176,7 +176,7 @@ def _column(v: np.ndarray, shape: tuple[int, ...], A: rs.LinearOperator) -> Tens
 
 
 class PeakMemory:
-    """Largest resident memory while the block runs, above that at its start, in MiB: sampled, or CUDA's own count."""
+    """Peak memory inside the block, above the memory at its start, in MiB: sampled resident memory, or CUDA's own count."""
 
     def __enter__(self) -> PeakMemory:
         self.cuda = torch.cuda.is_available()
@@ -224,7 +224,7 @@ def follow(make: Callable[[Counted], Trace], layer: Counted, truth: float, limit
 
 
 def convolutions(name: str, size: int, most: int | None) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
-    """Convolutions of a timm model with random weights; of other families the depthwise and strided ones."""
+    """Convolutions of a timm model with random weights: all, or at most ``most`` depthwise and strided ones."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     layers = [layer for layer in rs.linear_layers(model, torch.zeros(1, 3, size, size)) if layer.kind.startswith("conv")]
@@ -235,7 +235,7 @@ def convolutions(name: str, size: int, most: int | None) -> list[tuple[str, nn.M
 
 
 def enclose(device: str) -> dict[str, Any]:
-    """All layers of resnet18 at 224 x 224 enclosed to 2 %, each on its own and those of equal shape in shared runs."""
+    """Enclose the norms of all layers of resnet18 at 224 x 224 to 2 %, separately and in shared runs for equal shapes."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18").to(device)
     layers = rs.linear_layers(model, torch.zeros(1, 3, 224, 224, device=device))
@@ -254,7 +254,7 @@ def measure(
     device: str, limit: float, budget: float, models: dict[str, int | None], methods: dict[str, Callable[[Counted], Trace]],
     only: str = "*",
 ) -> list[Any]:  # fmt: skip
-    """A row for each layer, as far as the budget of seconds goes: the truth, the top five in float32, what methods needed."""
+    """A row for each layer within the budget of seconds: reference norm, top five in float32, result of each method."""
     rows, started = [], time.perf_counter()
     for name, most in models.items():
         for label, module, in_shape in convolutions(name, 224, most):
@@ -289,9 +289,9 @@ def _short(result: dict[str, Any]) -> str:
 
 
 def summary(rows: list[Any]) -> dict[str, Any]:
-    """Per method: on how many layers it got there; against lanczos, least and median ratio of applications and of seconds.
+    """For each method, the number of layers that reached the target, and least and median ratios of applications and seconds.
 
-    Of a run that was cut off the ratio counts as it stood, so that the true one is larger.
+    Ratios are relative to lanczos. For a run that was stopped, the ratio at that moment counts, so that the true one is larger.
     """
     table = {}
     for method in rows[0]["methods"]:
@@ -309,7 +309,7 @@ def summary(rows: list[Any]) -> dict[str, Any]:
 
 
 def plot(rows: list[Any], path: Path) -> None:
-    """Error against applications and against seconds, one thin line a layer."""
+    """Plot the error against applications and against seconds, with one thin line for each layer."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -332,7 +332,7 @@ def plot(rows: list[Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print the summary, write JSON and the plot beside it."""
+    """Measure, print the summary, write JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("evaluations/benchmarks/results/spectra.json"))
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' code")
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="*", help="some of the methods; default all")
     parser.add_argument("--models", nargs="*", default=["resnet18", *OTHERS])
-    parser.add_argument("--only", help="name pattern of layers to measure anew, whose rows then replace those in --out")
+    parser.add_argument("--only", help="name pattern of layers to measure again; their rows replace those in --out")
     chosen = parser.parse_args()
     methods = METHODS | ({"authors' code": authors(chosen.reference)} if chosen.reference else {})
     methods = {name: methods[name] for name in chosen.methods or methods}

@@ -1,9 +1,9 @@
-"""What becomes of the smallest model of every timm family: layers found, a clip, and the Lipschitz bound or why there is none.
+"""The smallest model of every timm family: layers found, a clip, and the Lipschitz bound or the reason why there is none.
 
     python evaluations/benchmarks/timm_census.py --out evaluations/benchmarks/results/timm_census.json
 
-Random weights; the input is 64 x 64 where the model takes it, else its own size. One process a model, with a time limit. A
-census that was cut goes on with the families that its file does not hold.
+Weights are random; the input is 64 x 64 if the model takes it, else of the model's own size. Each model has a process of its
+own, with a time limit. A census that was stopped continues with the families that its file lacks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def smallest_models() -> dict[str, str]:
 
 
 def shape_of(model: Any) -> tuple[int, ...]:
-    """64 x 64 where the model takes it, else its own input size."""
+    """64 x 64 if the model takes it, else its own input size."""
     try:
         with torch.no_grad():
             model(torch.zeros(1, 3, 64, 64))
@@ -54,13 +54,13 @@ def shape_of(model: Any) -> tuple[int, ...]:
 
 
 def entry(name: str) -> dict[str, Any]:
-    """One row: each part with what it found or the error it ended with."""
+    """The row of one model: for each part its result, or the error it ended with."""
     import robust_spectral.plugins.timm  # noqa: F401 - rules of timm's layers
 
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    for key, parameter in model.named_parameters():  # zeros that training starts from would make many a bound trivial
+    for key, parameter in model.named_parameters():  # weights that start at zero would make many bounds trivial
         if not parameter.any() and not key.endswith("bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     shape = shape_of(model)
@@ -71,7 +71,7 @@ def entry(name: str) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             row.update(part())
-        except Exception as error:  # noqa: BLE001 - the table says what it was
+        except Exception as error:  # noqa: BLE001 - the table gives the error
             row[key] = f"{type(error).__name__}: {str(error)[:200]}"
         row[f"{key}_seconds"] = round(time.perf_counter() - started, 1)
 
@@ -100,7 +100,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def measured(name: str, limit: int) -> dict[str, Any]:
-    """The row of a model, from a process of its own, as far as that came within so many seconds."""
+    """The row of a model from a process of its own, with the parts that were finished within ``limit`` seconds."""
     command = [sys.executable, "-W", "ignore", __file__, "--model", name]
     try:
         output, stopped = subprocess.run(command, capture_output=True, text=True, timeout=limit).stdout, None
@@ -111,7 +111,7 @@ def measured(name: str, limit: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every family that the file does not hold yet; prints a line for each, writes JSON."""
+    """Measure every family that the file lacks, print a line for each, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--families", nargs="*", help="default all")
@@ -130,7 +130,7 @@ def main() -> None:
         rows[family] = row = {"family": family, **measured(models[family], options.limit)}
         shown = [f"{key} {row.get(key, '-')}" for key in ("layers", "clip", "bound", "local")]
         print(f"{family:24s} {row['model']:34s}", *shown, str(row.get("reason") or row["stopped"] or "")[:160], flush=True)
-        if options.out:  # as far as it has come
+        if options.out:  # after every row, so that a stop loses none
             write_json(options.out, {"rows": [rows[name] for name in sorted(rows)], **environment()})
     kinds = {
         "discovered": lambda row: "layers" in row,

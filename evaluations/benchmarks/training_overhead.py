@@ -1,12 +1,12 @@
-"""What holding norms costs: the time of a clipped training step over that of a plain one, paired in one run, and peak memory.
+"""Cost of clipping in training: the time of a clipped step over that of an unclipped one, paired in one run, and peak memory.
 
     python evaluations/benchmarks/training_overhead.py --out evaluations/benchmarks/results/training_overhead.json
     python evaluations/benchmarks/training_overhead.py --reference PATH   # with a checkout of the authors' code
     python evaluations/benchmarks/training_overhead.py --device cuda   # in bfloat16, with larger batches
 
-Every method trains a model of its own from the same weights on the same random batches; the methods take turns step by step,
-so that a slow moment of the machine hits all of them alike, and the ratio is the median over the rounds. Peak memory comes
-from a process of its own for each method.
+Every method trains a model of its own from the same weights on the same random batch. The methods alternate step by step, so
+that a slow moment of the machine affects all of them, and the ratio is the median over the rounds. Peak memory comes from a
+process of its own for each method.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Setting:
     rounds: int
 
     def build(self, device: str) -> nn.Module:
-        """The model with random weights; a 3 x 3 stem without pooling for small images."""
+        """The model with random weights; a ResNet for small images has a 3 x 3 stem without pooling."""
         torch.manual_seed(0)
         model: Any = timm.create_model(self.model, num_classes=10)
         if self.image <= 32 and self.model.startswith("resnet"):
@@ -60,12 +60,12 @@ CUDA = [Setting("test_resnet", 28, 64, 200), Setting("resnet18", 32, 64, 200), S
 
 
 def plain(model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
-    """SGD with momentum, nothing else."""
+    """SGD with momentum, without clipping."""
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
 def fastclip(model: nn.Module, images: Tensor, **options: Any) -> torch.optim.Optimizer:
-    """The hook of this package, at its defaults unless told otherwise."""
+    """FastClip as an optimizer hook, with its defaults except the given options."""
     optimizer = plain(model, images)
     model.train()
     rs.FastClip(model, images[:1].float(), **options).attach(optimizer)
@@ -90,7 +90,7 @@ def torchlip(model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
 
 
 def authors(path: Path, model: nn.Module, images: Tensor) -> torch.optim.Optimizer:
-    """The authors' wrapper on every layer: a look at the norm at every step, a clip every hundred, as in their scripts."""
+    """The authors' wrapper on every layer: an estimate of the norm at every step, a clip every hundred, as in their scripts."""
     sys.path[:0] = [str(path), str(path / "models")]
     from spectral_normalization_deflate_complex_both_bn import SpectralNorm  # type: ignore[import-not-found]
 
@@ -128,7 +128,7 @@ def batch(setting: Setting, device: str) -> tuple[Tensor, Tensor]:
 
 
 def ratios(setting: Setting, methods: dict[str, Method], device: str) -> dict[str, Any]:
-    """Seconds of a plain step, and of every method's as a multiple of it: median and quartiles over the rounds, and in all."""
+    """Seconds of an unclipped step, and each method's time relative to it: median and quartiles over rounds, and in all."""
     images, labels = batch(setting, device)
     ready, refused = {}, {}
     for name, prepare in methods.items():
@@ -156,7 +156,7 @@ def ratios(setting: Setting, methods: dict[str, Method], device: str) -> dict[st
 
 
 def peak_memory(setting: Setting, name: str, options: argparse.Namespace) -> float:
-    """Largest memory of a process that does nothing but four training steps, in MiB."""
+    """Peak memory of a process that does nothing but four training steps, in MiB."""
     command = [
         sys.executable,
         "-W",
@@ -175,7 +175,7 @@ def peak_memory(setting: Setting, name: str, options: argparse.Namespace) -> flo
 
 
 def report_memory(setting: Setting, prepare: Method, device: str) -> None:
-    """What `peak_memory` runs."""
+    """Print the peak memory of four training steps; `peak_memory` runs this in a process of its own."""
     images, labels = batch(setting, device)
     model = setting.build(device).train()
     optimizer = prepare(model, images)
@@ -186,7 +186,7 @@ def report_memory(setting: Setting, prepare: Method, device: str) -> None:
 
 
 def resident_peak() -> float:
-    """Largest resident memory of this process so far, in MiB; getrusage would count what its parent had, too."""
+    """Peak resident memory of this process so far, in MiB; getrusage would include that of its parent."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**10
 
@@ -223,7 +223,9 @@ def main() -> None:
         if not options.no_memory:
             row["memory_mib"] = {name: peak_memory(setting, name, options) for name in methods if name in row}
         rows.append(row)
-        print(f"{setting.model} {setting.image}², batch {setting.batch}: plain step {row['seconds'] * 1e3:.1f} ms", flush=True)
+        print(
+            f"{setting.model} {setting.image}², batch {setting.batch}: unclipped step {row['seconds'] * 1e3:.1f} ms", flush=True
+        )
         for name in methods:
             got = row.get(name)
             shown = f"{got['ratio']:.3f} x ({got['of_all_seconds']:.3f} in all)" if got else row["refused"][name]

@@ -1,4 +1,4 @@
-"""Check every clipped layer of a finished run against a reference that shares no code with the package's spectra.
+"""Check every clipped layer of a finished run against a reference that shares no code with the package's solvers.
 
     python evaluations/benchmarks/verify_norms.py runs/demo/clipped
 
@@ -22,7 +22,7 @@ from robust_spectral.evaluations.models import load_run
 
 
 def reference_norm(module: nn.Module, in_shape: tuple[int, ...]) -> tuple[float, str]:
-    """Spectral norm of x -> module(x) - module(0) in float64, and how it was found."""
+    """The spectral norm of x -> module(x) - module(0) in float64, and the method that computed it."""
     module = module.double().eval()
     n = int(np.prod(in_shape))
     zero = torch.zeros(1, *in_shape, dtype=torch.float64)
@@ -52,7 +52,7 @@ def reference_norm(module: nn.Module, in_shape: tuple[int, ...]) -> tuple[float,
 
 
 class Affine(nn.Module):
-    """The affine part of a batch normalisation in eval mode, written out."""
+    """The affine map of a batch normalisation in eval mode, written out."""
 
     def __init__(self, batchnorm: nn.Module, axes: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Affine(nn.Module):
 
 
 def main(folder: Path) -> int:
-    """Print a row for each clipped layer; the largest ratio of true norm to target decides."""
+    """Print a row for each clipped layer; the exit status depends on the largest ratio of true norm to target."""
     model, data, run = load_run(folder)
     targets = {row["name"]: row["target"] for row in run["layers"]}
     worst = 0.0

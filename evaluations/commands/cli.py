@@ -1,7 +1,7 @@
-"""Spectral norms held, measured and proved: spectrum, finetune, grid, evaluate, report, leaderboard, export.
+"""Measure, bound and constrain spectral norms: spectrum, finetune, grid, evaluate, report, leaderboard, export.
 
-Exit status: 0 done; 1 an attack broke what was certified, a fault of this package; 2 a mistake that you can mend, told in one
-line; 130 interrupted: the same command goes on, finetune with --resume.
+Exit status: 0 success; 1 an attack broke a certificate, which is a fault of this package; 2 user error, explained in one line;
+130 interrupted: run the same command again to continue, finetune with --resume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .spectrum_command import spectrum
 
 
 class _Interruptible(TyperGroup):
-    """Commands that say so when they are interrupted."""
+    """Commands that report when they are interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -67,7 +67,7 @@ def leaderboard(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Build a static site that ranks the models of many runs: open its index.html."""
+    """Build a static site that ranks the models of many runs; open its index.html in a browser."""
     from ..leaderboard import build
 
     rows = build(runs, out, say=lambda text: errors.print(text, markup=False, highlight=False))
@@ -81,15 +81,15 @@ def leaderboard(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not hold anything yet.")],
-    to: Annotated[str, typer.Option(help="hub: a folder timm and its hub load; robustbench: entry and images.")] = "hub",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be new or empty.")],
+    to: Annotated[str, typer.Option(help="hub: a folder for timm and its hub; robustbench: entry and images.")] = "hub",
     about: Annotated[
         Path | None, typer.Option(help="For robustbench: JSON with link, name, authors, venue, architecture, …")
     ] = None,
     board: Annotated[str, typer.Option(help="For robustbench: its dataset and threat model.")] = "cifar10/L2",
-    entry: Annotated[str, typer.Option(help="For robustbench: the entry's name, as in Lee2026Norms_R18.")] = "",
+    entry: Annotated[str, typer.Option(help="For robustbench: the entry's name, such as Lee2026Norms_R18.")] = "",
 ) -> None:
-    """Write a run so that others can use it: for timm and the Hugging Face hub, or for RobustBench."""
+    """Export a run for timm and the Hugging Face hub, or for RobustBench."""
     from ..publishing import to_hub, to_robustbench
 
     if to not in ("hub", "robustbench"):
@@ -104,12 +104,12 @@ def export(
 
 
 def _print_interrupted() -> None:
-    errors.print(Text("interrupted; what was done is kept: the same command goes on, finetune with --resume"), soft_wrap=True)
+    errors.print(Text("interrupted; finished work is kept: the same command continues, finetune with --resume"), soft_wrap=True)
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on standard error and exit status 2."""
-    warnings.filterwarnings("ignore", "Detected pickle protocol")  # of torch, on a file that is refused in a line of its own
+    """Run the command line; a user error is one line on standard error and exit status 2."""
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, about a file that is then refused with an error
     try:
         app()
     except KeyboardInterrupt:

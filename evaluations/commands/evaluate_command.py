@@ -20,37 +20,39 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model trained elsewhere: timm/NAME (with timm's mean and std, or yours), module:function, file.py:function."
+            help="A model trained elsewhere: timm/NAME (--mean and --std default to timm's), module:function, file.py:function."
         ),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="For --model: its weights; default those it comes with.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="For --model: a file of its weights; default: its own.")] = None,
     mean: Annotated[
-        str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
+        str | None, typer.Option(help="Mean of the pixels a timm model was trained on, 0.49,0.48,0.45; 0 for raw pixels.")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
-    data: Annotated[str | None, typer.Option(help="The data it is evaluated on, as for finetune.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, in the form of --mean; 1 for raw pixels.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data to evaluate the model on, as for finetune.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width, as for finetune.")] = None,
-    out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make of it.")] = None,
-    defence: Annotated[str, typer.Option(help="What to call the way it was trained.")] = "unknown",
-    attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; may be given again.")] = ["pgd"],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make.")] = None,
+    defence: Annotated[str, typer.Option(help="For --model: name of its defence, for reports.")] = "unknown",
+    attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; repeatable.")] = ["pgd"],  # noqa: B006
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
-    eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; may be given again.")] = ["0.5"],  # noqa: B006
-    samples: Annotated[int, typer.Option(help="Test images, from the first one.")] = 200,
-    autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default those of --eps.")] = None,
-    autoattack_samples: Annotated[int | None, typer.Option(help="Images for AutoAttack; default --samples.")] = None,
-    gate_samples: Annotated[int, typer.Option(help="Images that the sanity gates look at.")] = 64,
-    block: Annotated[int, typer.Option(help="Images in a unit of work; a stop loses the units in progress.")] = 128,
+    eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; repeatable.")] = ["0.5"],  # noqa: B006
+    samples: Annotated[int, typer.Option(help="Number of test images, from the first one.")] = 200,
+    autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default: those of --eps.")] = None,
+    autoattack_samples: Annotated[int | None, typer.Option(help="Number of images for AutoAttack; default: --samples.")] = None,
+    gate_samples: Annotated[int, typer.Option(help="Number of images for the checks (gates in report.json).")] = 64,
+    block: Annotated[
+        int, typer.Option(help="Images in a unit of work (an attack at one size); a stop loses the units in progress.")
+    ] = 128,
     engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
-    workers: Annotated[int, typer.Option(help="Processes of the local engine.")] = 1,
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; auto: the one at hand, default: a new one.")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n shares; the last one to end writes the report.")] = "1/1",
-    seed: Annotated[int, typer.Option(help="Of the attacks' random draws.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes of the local engine.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; auto: the running one, default: a new one.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: do the i-th of n shares; the last to finish writes the report.")] = "1/1",
+    seed: Annotated[int, typer.Option(help="Seed of the attacks' random draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Attack a run and its twin, or any model, and record a verdict for every image.
+    """Attack a run with its twins, or any model, and record a verdict for every image.
 
-    Goes on where it was stopped: what is done lies in the run's folder, one file a block of images.
+    An evaluation that was stopped continues: the run's folder contains one file for each finished unit of work.
     """
     from ..attacking import AttackPlan, check_options, make_engine, sizes
     from ..attacking import evaluate as attack_run
@@ -83,7 +85,7 @@ def evaluate(
 
 
 def _folder_to_evaluate(run: Path | None, model: str | None, adopted: dict[str, Any], defence: str) -> Path:
-    """The run's folder, or one made of a model with the options that go with it, by name and None where not given."""
+    """The run's folder, or a new one for a model; ``adopted`` contains the options that need --model, None where not given."""
     from ..models import adopt
     from ..run_folder import open_run
 
@@ -96,13 +98,13 @@ def _folder_to_evaluate(run: Path | None, model: str | None, adopted: dict[str, 
         return run
     if adopted["data"] is None or adopted["out"] is None or model is None:
         raise ValueError(
-            f"evaluate(model={model!r}): needs --data, what to evaluate it on, and --out, a folder for the records"
+            f"evaluate(model={model!r}): needs --data, the data to evaluate it on, and --out, a folder for the records"
         )
     return adopt(model, defence=defence, **adopted)
 
 
 def _share(text: str) -> tuple[int, int]:
-    """ "2/4" as numbers."""
+    """Parse a shard such as 2/4."""
     first, _, last = text.partition("/")
     if not (first.isdigit() and last.isdigit()):
         raise ValueError(f"shard {text!r}: expected i/n, as in 2/4")

@@ -1,4 +1,4 @@
-"""The command that looks at a network as it is: spectrum."""
+"""The command that measures and bounds a network without changing it: spectrum."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ def spectrum(
     pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A local checkpoint of the model.")] = None,
     mean: Annotated[
-        str | None, typer.Option(help="What a timm model was trained with, as 0.49,0.48,0.45, or 0 for plain pixels.")
+        str | None, typer.Option(help="Mean of the pixels a timm model was trained on, 0.49,0.48,0.45; 0 for raw pixels.")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="As --mean, or 1 for plain pixels.")] = None,
-    failure_probability: Annotated[float, typer.Option(help="Of each upper bound; 0 for deterministic ones only.")] = 1e-9,
-    composites: Annotated[bool, typer.Option(help="Take a layer with the batch normalisation behind it.")] = True,
-    top: Annotated[int, typer.Option(help="Also estimate so many of each layer's largest singular values.")] = 0,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, in the form of --mean; 1 for raw pixels.")] = None,
+    failure_probability: Annotated[
+        float, typer.Option(help="Failure probability of each upper bound; 0 for deterministic bounds only.")
+    ] = 1e-9,
+    composites: Annotated[bool, typer.Option(help="Measure a layer together with the batch normalisation after it.")] = True,
+    top: Annotated[int, typer.Option(help="Also estimate this many of each layer's largest singular values.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write the intervals, and the values of --top, as an SVG picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Spectral norm of every linear layer of a model, as proved intervals, and the network's Lipschitz bound."""
+    """Print a proved interval for the spectral norm of every linear layer of a model, and the network's Lipschitz bound."""
     given = {"image_size": image_size, "in_chans": in_chans, "num_classes": num_classes, "checkpoint": checkpoint,
              "pretrained": pretrained or None, "mean": numbers("mean", mean), "std": numbers("std", std)}  # fmt: skip
     if wrong := [f"{name}={value}" for name, value in given.items() if isinstance(value, int) and value < 1]:
@@ -48,10 +50,10 @@ def spectrum(
     if top < 0:
         raise ValueError(f"spectrum(top={top}): must not be negative")
     if plot is not None:
-        make_folder(plot.parent)  # before what takes long
+        make_folder(plot.parent)  # fails before slow work
     net, example = _network(model, given)
     layers: list[Row] = []
-    with errors.status("") as status:  # which a file or a pipe does not get
+    with errors.status("") as status:  # not shown in a file or a pipe
         for layer in linear_layers(net, example):
             status.update(Text(layer.name))
             layers.append(_row(layer, failure_probability, composites, top))
@@ -67,7 +69,7 @@ def spectrum(
 
 
 def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """The model, and an image of the size that it takes; ``given`` are the options for a timm model, None where left out."""
+    """The model, and an input of its shape; ``given`` contains the options for a timm model, None where not given."""
     from robust_spectral.plugins.timm import load, load_weights
 
     from ..models import load_model, logits_of, sized
@@ -82,7 +84,7 @@ def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     net = load(name, bool(given["pretrained"]), num_classes=given["num_classes"], in_chans=channels, mean=given["mean"],
                std=given["std"], **sized(name, size))  # fmt: skip
     if given["checkpoint"] is not None:
-        load_weights(net.model, given["checkpoint"], "give the --num-classes and --in-chans that it has")
+        load_weights(net.model, given["checkpoint"], "give the --num-classes and --in-chans of the checkpoint")
     example = torch.zeros(1, channels, size, size)
     logits_of(net, example, model)
     return net, example

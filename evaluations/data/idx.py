@@ -1,7 +1,7 @@
-"""MNIST and its like from their IDX files, in a folder or an archive as packages carry them.
+"""MNIST and similar data sets from their IDX files, in a folder or an archive.
 
-The four files are told by their names (``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte`` and so on, with ``.gz`` or
-without), wherever they lie in the folder or the tar archive.
+The four files are recognised by their names (``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte`` and so on, with or
+without ``.gz``), at any depth of the folder or the tar archive.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _BYTES = 8  # the code of unsigned bytes
 
 
 def read_idx(path: Path) -> list[np.ndarray]:
-    """Images and labels of the training split, then of the test split: (n, height, width) and (n,), unsigned bytes.
+    """Read images and labels of the training split, then of the test split: (n, height, width) and (n,), unsigned bytes.
 
     Raises:
-        ValueError: nothing is there, a file is missing, or one is not an IDX file of bytes.
+        ValueError: the path does not exist, a file is missing, or a file is not an IDX file of bytes.
     """
     found: dict[str, np.ndarray] = {}
     for name, content in _files(path):
@@ -34,7 +34,7 @@ def read_idx(path: Path) -> list[np.ndarray]:
         raise ValueError(f"{path}: no IDX file there is called {', '.join(missing)}")
     for split in ("train", "t10k"):
         if len(found[f"{split}-images"]) != len(found[f"{split}-labels"]):
-            raise ValueError(f"{path}: the {split} split does not hold as many images as labels")
+            raise ValueError(f"{path}: the {split} split does not have as many images as labels")
     return [found[kind] for kind in _FILES]
 
 
@@ -55,12 +55,12 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _array(where: str, content: bytes) -> np.ndarray:
-    """Two zero bytes, the type, the number of axes, their lengths as big-endian numbers, then the values."""
+    """Parse two zero bytes, the type, the number of axes, their lengths as big-endian numbers, then the values."""
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _BYTES:
         raise ValueError(f"{where}: is not an IDX file of bytes")
     axes = content[3]
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes))
     values = np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * axes)  # writable
     if values.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{where}: holds {values.size} values where its head says {shape}")
+        raise ValueError(f"{where}: contains {values.size} values, but its header says {shape}")
     return values.reshape(shape)

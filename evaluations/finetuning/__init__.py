@@ -1,4 +1,4 @@
-"""Fine-tuning of timm models into run folders: one run, twins that differ in one setting, recipes."""
+"""Fine-tuning of timm models into run folders: single runs, twins that differ in one setting, and recipes."""
 
 from .process_group import ranks as ranks
 from .recipes import config_of as config_of

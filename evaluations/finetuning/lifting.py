@@ -1,8 +1,8 @@
-"""Small singular values raised while a network trains, so that a norm of at most 1 does not become a gain of much less.
+"""Lifting: small singular values are raised during training, so that a layer of norm 1 does not shrink most of its inputs.
 
-Clipping takes the largest singular values down; where every layer must have a norm of 1 and margins count, the others have to
-come up. A Newton-Schulz step W <- W (3 I - Wᵀ W) / 2 takes every singular value σ in (0, 1] to (3 σ - σ³) / 2, which is larger
-and not above 1 (Björck and Bowie 1971, An iterative algorithm for computing the best estimate of an orthogonal matrix).
+Clipping lowers the largest singular values. Where every layer needs a norm of 1 and margins count, the other singular values
+have to rise. A Newton-Schulz step W <- W (3 I - Wᵀ W) / 2 takes every singular value σ in (0, 1] to (3 σ - σ³) / 2, which is
+larger and not above 1 (Björck and Bowie 1971, An iterative algorithm for computing the best estimate of an orthogonal matrix).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Lift:
-    """Takes the singular values of a model's matrices towards the norm that is allowed, one step behind every optimizer step.
+    """Raise the singular values of a model's matrices towards the allowed norm, by one Newton-Schulz step per optimizer step.
 
-    Matrices are dense layers and convolutions whose windows do not overlap; other layers are left alone. Attach it behind the
-    clipper: singular values above sqrt(3) times the norm would leave.
+    Matrices are dense layers and convolutions whose windows do not overlap; other layers are not changed. Attach it after the
+    clipper, because the Newton-Schulz step needs singular values below sqrt(3) times the norm.
 
     Args:
         model: Any model.
@@ -35,7 +35,7 @@ class Lift:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One Newton-Schulz step on every matrix."""
+        """Apply one Newton-Schulz step to every matrix."""
         for module in self.matrices:
             W = module.weight.flatten(1) / self.max_norm
             cubed = (W @ W.T) @ W if len(W) <= W.shape[1] else W @ (W.T @ W)

@@ -1,9 +1,9 @@
-"""What fine-tuning minimises: cross-entropy for accuracy, or for accuracy that is certified.
+"""The losses of fine-tuning: cross-entropy for accuracy, and cross-entropy with margins for certified accuracy.
 
-For certificates the loss asks for margins. With K_yj the bound of the Lipschitz constant of z_y - z_j, every other class j gets
-a head start of eps K_yj before the cross-entropy is taken, so that a small loss means that most images are certified at eps
-(Leino, Wang and Fredrikson 2021, Globally-Robust Neural Networks, whose extra class is a maximum over these scores; a
-temperature as in Prach and Lampert 2022). The constants count as numbers, without a gradient, and are renewed as training goes.
+With K_yj the bound of the Lipschitz constant of z_y - z_j, the certified loss adds eps K_yj to the logit of every other class j
+before the cross-entropy is taken, so that a small loss means that most images are certified at eps (Leino, Wang and Fredrikson
+2021, Globally-Robust Neural Networks, whose extra class is a maximum over these scores; a temperature as in Prach and Lampert
+2022). The constants enter without a gradient and are recomputed during training.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from robust_spectral import lipschitz_bound
 
 
 class CrossEntropy:
-    """Cross-entropy of a multiple of the logits.
+    """Cross-entropy of the scaled logits.
 
     Args:
-        logit_scale: The multiple, an inverse temperature.
+        logit_scale: The scale, an inverse temperature.
     """
 
     def __init__(self, logit_scale: float) -> None:
         self.logit_scale = logit_scale
 
     def renew(self, model: nn.Module, example: Tensor, progress: float) -> None:
-        """Nothing depends on the model."""
+        """Do nothing, because this loss does not depend on the model."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return F.cross_entropy(self.logit_scale * logits, labels)
 
 
 class CertifiedCrossEntropy(CrossEntropy):
-    """The same after every other class has had a head start, which grows over the first half of training.
+    """Cross-entropy with a head start for every other class, which grows over the first half of training.
 
     Args:
-        logit_scale: Multiple of the logits.
+        logit_scale: Scale of the logits.
         eps: The L2 radius at which images are to be certified.
     """
 
     def __init__(self, logit_scale: float, eps: float) -> None:
         super().__init__(logit_scale)
         self.eps = eps
-        self.head_start: Tensor | float = 0.0  # of each pair of classes, or of all
+        self.head_start: Tensor | float = 0.0  # for each pair of classes, or one for all
 
     def renew(self, model: nn.Module, example: Tensor, progress: float) -> None:
-        """Take the model's constants as they are now; ``progress`` is the share of training that is done.
+        """Recompute the model's Lipschitz constants; ``progress`` is the share of training that is done.
 
         Raises:
             ValueError: no Lipschitz bound of the model is known.
@@ -60,6 +60,6 @@ class CertifiedCrossEntropy(CrossEntropy):
         self.head_start = min(1.0, 2 * progress) * self.eps * constants
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         start = self.head_start[labels] if isinstance(self.head_start, Tensor) else self.head_start
         return super().__call__(logits + start * (1 - F.one_hot(labels, logits.shape[1])), labels)

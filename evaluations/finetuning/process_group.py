@@ -1,7 +1,7 @@
-"""Fine-tuning in several processes, as torchrun starts them: which one this is, and what the first does for all.
+"""Fine-tuning in several processes, as torchrun starts them: the rank of this process, and communication between all.
 
-Every process holds the whole model and the same state; each takes its share of every batch, and gradients are averaged. So what
-they do is what one process would do with whole batches, up to rounding and to batch statistics, which stay each process's own.
+Every process has the whole model and the same state, and takes its share of every batch; gradients are averaged. The result is
+that of one process with whole batches, up to rounding and to batch statistics, which each process computes on its own share.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from torch.utils.data import BatchSampler, Dataset, RandomSampler
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all."""
+    """The rank of this process and the number of processes."""
 
     rank: int
     count: int
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def place(self, device: str) -> str:
-        """The device of this process: of several GPUs its own."""
+        """The device of this process: a GPU of its own where there are several processes."""
         local = os.environ.get("LOCAL_RANK", "0")
         return f"cuda:{local}" if device == "cuda" and self.count > 1 else device
 
     def replica(self, model: nn.Module) -> nn.Module:
-        """The model to call in training, so that gradients are averaged; the model itself where there is one process."""
+        """The model to call in training, so that gradients are averaged; the model itself for a single process."""
         if self.count == 1:
             return model
         device = next(model.parameters()).device
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     def mean(self, *values: float) -> list[float]:
-        """Averages over all processes."""
+        """The averages of values over all processes."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -53,7 +53,7 @@ class Ranks:
         return (total / self.count).tolist()
 
     def told_by_first(self, find: Callable[[], Any]) -> Any:
-        """What a function gives in the first process, in all of them."""
+        """Call a function in the first process, and return its result in all processes."""
         told = [find() if self.first else None]
         if self.count > 1:
             dist.broadcast_object_list(told, device=torch.device("cpu"))
@@ -62,7 +62,7 @@ class Ranks:
 
 @lru_cache(maxsize=1)
 def ranks() -> Ranks:
-    """Join the others, once; alone where torchrun has not started this process."""
+    """Join the process group, once; without torchrun the group is this process alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Ranks(0, 1)
@@ -72,13 +72,13 @@ def ranks() -> Ranks:
 
 
 class Shares(BatchSampler):
-    """The batches of a shuffled data set, of each the share of one process."""
+    """The share of one process in each batch of a shuffled data set."""
 
     def __init__(self, data: Dataset[Any], batch_size: int, generator: torch.Generator, drop_last: bool, among: Ranks) -> None:
         super().__init__(RandomSampler(data, generator=generator), batch_size, drop_last)  # type: ignore[arg-type]
         self.among = among
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Indices of this process's share, batch by batch."""
+        """Yield the indices of this process's share, batch by batch."""
         for batch in super().__iter__():
             yield batch[self.among.rank :: self.among.count]

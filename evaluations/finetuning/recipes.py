@@ -1,6 +1,6 @@
-"""Recipes: options of a fine-tuning as a TOML file, so that a run that was worth making is one command to make again.
+"""Recipes: the options of a fine-tuning as a TOML file, so that one command repeats a run.
 
-The keys are those of `FinetuneConfig`. Recipes of this package are known by their names, others by their paths.
+The keys are those of `FinetuneConfig`. A recipe of this package is given by its name, any other by its path.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}  # all others are texts
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}  # all other fields are texts
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with this package."""
+    """The names of the recipes in this package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The options in a recipe, by name or path.
+    """Read the options of a recipe, given by name or path.
 
     Raises:
-        ValueError: there is none, or it is not TOML, or holds what fine-tuning has no option for.
+        ValueError: there is no such recipe, it is not TOML, or it contains an unknown option.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
@@ -42,7 +42,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
+    """Read a TOML file.
 
     Raises:
         ValueError: it is not TOML.
@@ -54,10 +54,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
-    """The options, if fine-tuning has all of them.
+    """Return the options if all of them are options of fine-tuning.
 
     Raises:
-        ValueError: it has not; the near ones are offered.
+        ValueError: an option is unknown; similar names are listed.
     """
     known = [field.name for field in fields(FinetuneConfig)]
     for key in options:
@@ -68,7 +68,7 @@ def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def config_of(options: dict[str, Any], where: str) -> FinetuneConfig:
-    """The configuration that options come to; ``max_norm = inf`` is no clipping.
+    """The configuration with the given options; ``max_norm = inf`` means no clipping.
 
     Raises:
         ValueError: an option is unknown, missing or out of range.

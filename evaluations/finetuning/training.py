@@ -1,7 +1,7 @@
-"""Fine-tuning of a timm model with its spectral norms held, into a run folder; every epoch can be resumed from exactly.
+"""Fine-tuning of a timm model into a run folder, with its spectral norms constrained; every epoch is a point to resume from.
 
 The optimizer, the schedule and the moving average are timm's. The seed of every epoch is fixed, so that a run which was
-stopped and resumed ends, on a CPU, with the very weights of one that was not. Under torchrun several processes
+stopped and resumed ends, on a CPU, with exactly the weights of an uninterrupted run. Under torchrun several processes
 share the batches.
 """
 
@@ -53,23 +53,23 @@ from .lifting import Lift
 from .objectives import CertifiedCrossEntropy, CrossEntropy
 from .process_group import Ranks, Shares, ranks
 
-_MOST_SKIPPED = 10  # batches in a row with a loss that is not finite
-_SHOWN = 200  # test images of the accuracy that is shown at the end
-_STOPPED = "stopped, complete epochs are kept; start anew with a lower --lr or, under --amp, without it"
+_MOST_SKIPPED = 10  # number of batches in a row with a loss that is not finite, at which training stops
+_SHOWN = 200  # number of test images for the accuracy shown at the end
+_STOPPED = "stopped, complete epochs are kept; start again with a lower --lr, or without --amp"
 
 
 def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path:
     """Fine-tune a model into the run folder ``out``.
 
     Args:
-        config: What to do.
-        out: The folder; it must not hold another run.
-        resume: Go on from the last complete epoch of an interrupted run with this very configuration; one that is finished
-            stays as it is.
+        config: The configuration of the run.
+        out: The folder; it must not contain another run.
+        resume: Continue an interrupted run of exactly this configuration after its last complete epoch; a finished run is not
+            changed.
 
     Raises:
-        ValueError: bad input, a folder that holds a run already, a loss or weights that were not finite for ten steps in a
-            row, or weights that are not at an epoch's end (complete epochs are kept).
+        ValueError: invalid input, a folder that contains a run already, a loss or weights that are not finite for ten steps in
+            a row, or weights that are not finite at an epoch's end (complete epochs are kept).
     """
     among = ranks()
     device = among.place(config.device)
@@ -83,7 +83,7 @@ def finetune(config: FinetuneConfig, out: Path, *, resume: bool = False) -> Path
     data = load_data(config.data, config.image_size)
     model = create_model(config, data).to(device)
     if not all_finite(model.state_dict()):
-        raise ValueError(f"{config.model}: the weights to start from hold NaN or infinite values")
+        raise ValueError(f"{config.model}: the weights to start from contain NaN or infinite values")
     if among.first:
         errors.print(input_in_words(model, data), highlight=False, markup=False, soft_wrap=True)
     training = _Training(config, data, model, out, among)
@@ -134,7 +134,7 @@ class _Training:
             Lift(model, config.max_norm).attach(self.optimizer)
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
-        """One pass over the training split, every random draw of which follows from the seed and the epoch."""
+        """Train for one pass over the training split; every random draw follows from the seed and the epoch."""
         seed = self.config.seed * 100_003 + epoch
         torch.manual_seed(seed)
         random.seed(seed)  # timm's augmentation draws from here
@@ -160,9 +160,9 @@ class _Training:
             raise ValueError(f"{self.out}: optimizer {self.config.opt!r} never called the clipper's hook; use another --opt")
 
     def _update(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """One step; its loss and accuracy, of all processes."""
+        """Take one step; return its loss and accuracy over all processes."""
         config = self.config
-        if self.adversary is not None:  # on every image, in eval mode, as ART's Madry trainer has it
+        if self.adversary is not None:  # every image is attacked, in eval mode, as in ART's Madry trainer
             images = self.adversary(self.model.eval(), images, labels)
             self._set_mode(training=True)
         device, dtype = config.device.split(":")[0], getattr(torch, config.amp_dtype)
@@ -185,7 +185,7 @@ class _Training:
         return value, accuracy
 
     def _skip(self, loss: float) -> None:
-        """Count a batch whose loss is not finite, and leave the weights as they are."""
+        """Count a batch whose loss is not finite; the weights do not change."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= _MOST_SKIPPED:
             raise ValueError(f"{self.out}: the loss was {loss} for {_MOST_SKIPPED} steps in a row; {_STOPPED}")
@@ -204,11 +204,11 @@ class _Training:
             write_atomically(self.out / "state.pt", lambda scratch: torch.save(state, scratch))
 
     def restore(self) -> None:
-        """Go on from the saved state."""
+        """Restore the saved state."""
         try:
             state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{self.out / 'state.pt'}: not readable, remove the folder and start anew: {error}") from error
+            raise ValueError(f"{self.out / 'state.pt'}: not readable, remove the folder and start again: {error}") from error
         self.epoch, self.rows, self.before = state["epoch"], state["rows"], state["before"]
         self.started, self.skipped = time.time() - state["seconds"], state["skipped"]
         self.model.load_state_dict(state["model"])
@@ -222,25 +222,25 @@ class _Training:
             self.scheduler.step_update(self.epoch * self.batches)
 
     def close(self) -> None:
-        """Final clip with proof, then the files that make the run complete; run.json last."""
+        """Clip a last time, with proof, and write the files that complete the run; run.json comes last."""
         trained, config, clipper = self.model if self.ema is None else self.ema.module, self.config, self.clipper
         if self.ema is not None:
             clipper = self._clipper(trained)
-            clipper.load_state_dict(self.clipper.state_dict())  # the same composites, the same vectors
+            clipper.load_state_dict(self.clipper.state_dict())  # with the same composites and vectors
         self._set_mode(training=False)
         self.rival.finish(trained)
-        if not config.fastclip:  # the other defence's finish has put plain weights in the place of those first seen
+        if not config.fastclip:  # the defence's finish may replace the weights that the clipper was made for
             clipper = self._clipper(trained)
         clipper.finish()
         after = clipper.report()
         if self.among.first:
             self._write(trained, after)
-        self.among.told_by_first(lambda: None)  # it is all there before any process goes on
+        self.among.told_by_first(lambda: None)  # the files exist before any process continues
         if self.among.first:
             self._show_accuracy(trained)
 
     def _write(self, trained: PixelModel, layers: list[dict[str, Any]]) -> None:
-        """The files of the complete run."""
+        """Write the files of the complete run."""
         config = self.config
         write_text(self.out / "training.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         weights = save_weights(trained.model, self.out / "model.safetensors")
@@ -262,7 +262,7 @@ class _Training:
 
     @property
     def defence(self) -> str:
-        """What the run does to its layers, in a word."""
+        """The name of the defence for the record, with "adversarial" added after adversarial training."""
         named = self.config.defence if self.config.clips or not self.config.fastclip else "none"
         return "+".join([*([named] if named != "none" else []), "adversarial"]) if self.adversary is not None else named
 
@@ -314,17 +314,17 @@ class _Training:
 
 
 def _claim(out: Path, config: FinetuneConfig, resume: bool) -> bool:
-    """See that the folder is free, or holds the run that is to be resumed; whether there is anything left to do."""
+    """Check that the folder is free or contains the run to resume; return whether anything is left to do."""
     marker = out / "config.json"
     remove_scratch(out, older_than=0.0)
     if (out / "run.json").exists():
         if resume and marker.exists() and config.is_that_of(read_json(marker)):
             (out / "state.pt").unlink(missing_ok=True)
             return False
-        raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
+        raise ValueError(f"{out}: contains a finished run already; give another --out, nothing was overwritten")
     interrupted = marker.exists() and (out / "state.pt").exists()
     if interrupted and not resume:
-        raise ValueError(f"{out}: holds an interrupted run; go on with --resume, or give another --out")
+        raise ValueError(f"{out}: contains an interrupted run; continue with --resume, or give another --out")
     if interrupted and not config.is_that_of(read_json(marker)):
         raise ValueError(f"{out}: the interrupted run there has another configuration; nothing was overwritten")
     if out.exists() and not marker.exists() and any(out.iterdir()):

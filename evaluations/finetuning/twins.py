@@ -1,4 +1,7 @@
-"""Runs that differ in one thing, under one folder: the same start, data and budget, so that they can be compared."""
+"""Twins: runs under one folder that differ in one setting, with the same start, data and budget, for comparison.
+
+The command line makes two twins: ``clipped``, and ``plain``, the run trained without the defence.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from .training import finetune
 
 
 def finetune_twins(configs: dict[str, FinetuneConfig], out: Path, *, resume: bool = False) -> None:
-    """Fine-tune one run for each configuration, into folders under ``out`` that bear their names.
+    """Fine-tune one run for each configuration, each into the subfolder of ``out`` with its name.
 
     Raises:
-        ValueError: as `finetune`; ``out`` holds a finished run already.
+        ValueError: as `finetune`; or ``out`` contains a finished run already.
     """
     if (out / "run.json").exists() and not resume:
-        raise ValueError(f"{out}: holds a finished run already; give another --out, nothing was overwritten")
+        raise ValueError(f"{out}: contains a finished run already; give another --out, nothing was overwritten")
     finished = {name for name in configs if (out / name / "run.json").exists()}
     if finished and not resume:
-        raise ValueError(f"{out}: holds the finished twin {min(finished)!r}; go on with --resume, or give another --out")
+        raise ValueError(f"{out}: contains the finished twin {min(finished)!r}; continue with --resume, or give another --out")
     for name in finished:
         if not configs[name].is_that_of(read_json(out / name / "config.json")):
             raise ValueError(f"{out / name}: was finished with another configuration; nothing was overwritten")

@@ -1,4 +1,4 @@
-"""Grids of fine-tunings, and which of them reach the best attacked accuracy at a given clean accuracy."""
+"""Grids of fine-tunings, and the runs with the best attacked accuracy at a given clean accuracy."""
 
 from .frontier import Frontier as Frontier
 from .frontier import frontier_of as frontier_of

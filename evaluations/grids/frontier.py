@@ -1,4 +1,4 @@
-"""The figures of many runs side by side, and which to choose: the best attacked where clean accuracy is near plain."""
+"""The figures of many runs, and the choice among them: the best attacked accuracy at a clean accuracy near the plain run's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..run_folder import open_run
 
 @dataclass(frozen=True)
 class Frontier:
-    """What to choose by: the best attacked accuracy among runs whose clean accuracy is near the plain run's.
+    """The criterion of the choice: the best attacked accuracy among runs whose clean accuracy is near that of the plain run.
 
     Attributes:
-        plain: Name of the run that clean accuracies are compared with.
+        plain: Name of the run trained without the defence, with which clean accuracies are compared.
         attack, norm, eps: The attacked accuracy that counts.
-        drops: How far below the plain run's clean accuracy a run may be, in points.
+        drops: How far below the plain run's clean accuracy a run may be, in percentage points.
     """
 
     plain: str
@@ -27,7 +27,7 @@ class Frontier:
 
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:
-    """The figures of one evaluated run; None for an attacked accuracy that is not valid, or whose gates were not tested."""
+    """The figures of one evaluated run; an attacked accuracy is None if it is not valid or its checks were not tested."""
     opened = open_run(folder)
     run, report = opened.record, opened.report()
     attacked = {
@@ -52,7 +52,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
 
 
 def frontier_of(rows: list[dict[str, Any]], frontier: Frontier) -> list[dict[str, Any]]:
-    """For each drop the run that stands best: {"drop", "name", "clean", "robust"}; None where no run is near enough."""
+    """The best run for each drop: {"drop", "name", "clean", "robust"}; all but the drop are None if no run is near enough."""
     key = f"{frontier.attack} {frontier.norm} {frontier.eps:g}"
     plain = next((row["clean"] for row in rows if row["name"] == frontier.plain), None)
     if plain is None:

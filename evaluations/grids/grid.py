@@ -1,15 +1,15 @@
-"""Many fine-tunings and their evaluations from one file, in one folder, where what is done stays done.
+"""Many fine-tunings and their evaluations from one file, in one folder; finished runs are not repeated.
 
-A grid is a TOML file. ``[finetune]`` has the options of every run, each ``[[runs]]`` those of its own and a name; where it
-gives a list, every combination is a run. Braces in a text stand for an option of that run, or for the grid's folder ({out}).
-``[[evaluate]]`` tables are the attacks on every run, ``[frontier]`` says among which figures to choose:
+A grid is a TOML file. ``[finetune]`` contains the options of every run, each ``[[runs]]`` further options and a name; a list of
+values gives one run per combination. A name in braces in a text is replaced by that option of the run, or by the grid's
+folder ({out}). ``[[evaluate]]`` tables are the attacks on every run, and ``[frontier]`` is the criterion of the choice:
 
     [[runs]]
     name = "clipped-{max_norm}-{logit_scale}"
     max_norm = [1.0, 1.5]
     logit_scale = [10, 30]
 
-Any number of processes may work on one folder at once: each takes the next run that no other is at.
+Any number of processes may work on one folder at the same time: each takes the next run that no other is working on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples"}
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs by name, the attacks on each, and what to choose by."""
+    """All runs by name, the attacks on each, and the criterion of the choice."""
 
     runs: dict[str, FinetuneConfig]
     plans: list[AttackPlan]
@@ -45,10 +45,10 @@ class Grid:
 
 
 def read_grid(path: Path, out: Path) -> Grid:
-    """The grid of a file, to be run in the folder ``out``.
+    """Read a grid from a file, to be run in the folder ``out``.
 
     Raises:
-        ValueError: it is not TOML, holds something unknown, or two of its runs have one name.
+        ValueError: the file is not TOML, contains an unknown entry, or gives two runs the same name.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -64,7 +64,7 @@ def read_grid(path: Path, out: Path) -> Grid:
     for options in (single for table in text["runs"] for single in _combinations(shared | table)):
         name, config = _named(options, path, out)
         if name in runs:
-            raise ValueError(f"{path}: two runs are named {name!r}; put what differs into the name, as in {{max_norm}}")
+            raise ValueError(f"{path}: two runs are named {name!r}; put the differing option into the name, as in {{max_norm}}")
         runs[name] = config
     try:
         plans = [AttackPlan(**{"norm": "l2", "samples": 200} | plan | {"eps": sizes(plan["eps"])}) for plan in text["evaluate"]]
@@ -79,12 +79,12 @@ def read_grid(path: Path, out: Path) -> Grid:
     attacked = {(plan.attack, plan.norm, eps) for plan in plans for eps in plan.eps}
     if frontier and (frontier.attack, frontier.norm, frontier.eps) not in attacked:
         raise ValueError(f"{path}: the frontier's {frontier.attack} {frontier.norm} {frontier.eps:g} is under no [[evaluate]]")
-    runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # one seed of all before the next
+    runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # all runs of one seed before the next seed
     return Grid(runs, plans, frontier, text.get("gate_samples", 64))
 
 
 def _combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The options with every choice of one element from each list."""
+    """Every combination of the listed values, one dictionary of options each."""
     lists = [[(key, choice) for choice in (value if isinstance(value, list) else [value])] for key, value in options.items()]
     return (dict(choice) for choice in itertools.product(*lists))
 
@@ -94,35 +94,35 @@ def _named(options: dict[str, Any], path: Path, out: Path) -> tuple[str, Finetun
         told = {key: value.format(out=out, **options) if isinstance(value, str) else value for key, value in options.items()}
         name = told.pop("name")
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: a run needs a name, and options for what stands in braces: {error} is missing") from error
+        raise ValueError(f"{path}: a run needs a name, and each option named in braces: {error} is missing") from error
     if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"{path}: the name {name!r} is not one of a folder")
+        raise ValueError(f"{path}: the name {name!r} is not a valid folder name")
     return name, config_of(told, f"{path}, run {name!r}")
 
 
 def run_grid(grid: Grid, out: Path, *, device: str = "cpu", say: Say = print) -> dict[str, str]:
-    """Do all runs that are not done and that no other process is at.
+    """Do all runs that are not finished and that no other process is working on.
 
     Args:
         grid: The runs.
         out: Their folder.
-        device: Where they run.
-        say: Told what is begun and found.
+        device: Device of the runs.
+        say: Called with each message on progress and results.
 
     Returns:
-        dict: What failed, and why, by the name of the run.
+        dict: The errors of failed runs, by the name of the run.
     """
     left = dict(grid.runs)
     while left:
         failed = _one_pass(grid, left, out, device, say)
         if len(failed) == len(left):
             return failed
-        left = {name: grid.runs[name] for name in failed}  # what they start from may be there by now
+        left = {name: grid.runs[name] for name in failed}  # the runs that they start from may be finished by now
     return {}
 
 
 def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: str, say: Say) -> dict[str, str]:
-    """Do those runs that are left and free; what failed, and why."""
+    """Do the runs that are left and free; return the errors of those that failed."""
     failed = {}
     places = {name: f"[{place}/{len(grid.runs)}]" for place, name in enumerate(grid.runs, 1)}
     for name, config in left.items():
@@ -145,7 +145,7 @@ def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: st
 
 
 def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
-    """Whether there is a report of this very run with all attacks of the grid, checked as it would be checked now."""
+    """Whether a run has a report for this configuration, with all attacks of the grid and the present checks."""
     if not (folder / "report.json").is_file() or not config.is_that_of(read_json(folder / "config.json")):
         return False
     report = read_json(folder / "report.json")
@@ -157,7 +157,7 @@ def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process is at a run; the lock ends with the process, however that ends."""
+    """Lock a run, and yield whether no other process is working on it; the lock ends with the process, however that ends."""
     make_folder(folder.parent)
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
         try:
@@ -169,7 +169,7 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 
 def write_rows(grid: Grid, out: Path) -> dict[str, Any]:
-    """Write grid.json, the figures of all runs that are done and the frontier among them."""
+    """Write grid.json, with the figures of all finished runs and the frontier among them, and return its content."""
     rows = [row_of(name, out / name) for name in grid.runs if _done(out / name, grid, grid.runs[name])]
     told = {"runs": len(grid.runs), "done": len(rows), "rows": rows,
             "frontier": frontier_of(rows, grid.frontier) if grid.frontier else []}  # fmt: skip

@@ -1,8 +1,8 @@
-"""The models under a folder of runs, each with its figures, however old the program was that wrote them.
+"""The models under a folder of runs, each with its figures, from reports of this version or of an older one.
 
-A folder counts as a run by its report.json; of a run with twins the twins count and the parent does not. Keys that a report
-does not have become None, and so does a number that is not finite, except a missing bound: that is infinite. What cannot be
-read is told about and left out. A run that failed a check has no valid figure of an attack, whoever wrote it.
+A folder counts as a run if it has a report.json. For a run with twins, the twins count and the parent does not. Keys that a
+report lacks become None, and so do numbers that are not finite, except a bound, which becomes infinite. Folders that cannot be
+read are reported and left out. A run that failed a check has no valid figure of an attack, whichever version wrote it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OSError)
 
 @dataclass(frozen=True)
 class Entry:
-    """A model: the name of its page, where its run lies under the root, that folder, and its figures with every key."""
+    """A model: the name of its page, the path of its run under the root, the run folder, and its figures with every key."""
 
     id: str
     run: str
@@ -35,11 +35,11 @@ class Entry:
 
 
 def read_entries(root: Path, say: Callable[[str], None]) -> list[Entry]:
-    """Every evaluated model under a folder, in the order of their paths.
+    """Read every evaluated model under a folder, in the order of their paths.
 
     Args:
-        root: Folder searched, with all that is under it.
-        say: Told, one line each, which runs were left out and why.
+        root: Folder to search, with all folders under it.
+        say: Called with one line for each run that is left out, with the reason.
     """
     found = []
     marks = ("run.json", "report.json", "config.json")
@@ -54,10 +54,10 @@ def read_entries(root: Path, say: Callable[[str], None]) -> list[Entry]:
 
 
 def completed(report: Figures) -> Figures:
-    """The figures of one model with every key there.
+    """The figures of one model, with every key present.
 
     Raises:
-        ValueError: there is no figure of an attack, or one that is no share.
+        ValueError: there is no figure of an attack, or a figure is not a share.
         KeyError, TypeError, AttributeError: it is not a report.
     """
     if not report.get("accuracy") or not report.get("robust"):
@@ -84,7 +84,7 @@ def completed(report: Figures) -> Figures:
 
 
 def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
-    """The report of a folder; those nested in it for twins that have no folder with a report of their own."""
+    """The report of a folder; for twins without a report of their own, the reports nested in it."""
     try:
         if not (folder / "report.json").is_file():
             if not (folder / "run.json").is_file() and not begun(folder):
@@ -101,7 +101,7 @@ def _reports(folder: Path, run: str, say: Callable[[str], None]) -> Iterator[tup
 
 
 def _accuracy(entry: Figures) -> Figures:
-    """Accuracy, images, interval and validity (None: not recorded, or not tested); without a figure it is not valid."""
+    """Accuracy, images, interval and validity (None: not recorded, or not tested). Without a figure, valid is False."""
     share, ci, n = _finite(entry["accuracy"]), entry.get("ci"), _finite(entry.get("n"))
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"accuracy {share}: not a share between 0 and 1")
@@ -123,7 +123,7 @@ def _attack(entry: Figures) -> Figures:
 
 
 def _judged(cell: Figures, failed: list[Figures]) -> Figures:
-    """A figure, not valid where a check that it rests on has failed."""
+    """A figure, not valid if a check that it depends on has failed."""
     if not failed or cell["valid"] is False:
         return cell
     seen = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in failed)
@@ -161,7 +161,7 @@ def _told(error: Exception) -> str:
 
 
 def _page_names(runs: list[str]) -> list[str]:
-    """Names for files from the paths of the runs: readable, and different even where a file system ignores case."""
+    """File names from the paths of the runs: readable, and different even where a file system ignores case."""
     plain = [re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:60] or "model" for run in runs]
     seen = Counter(plain)
     digests = [hashlib.sha256(run.encode()).hexdigest()[:8] for run in runs]

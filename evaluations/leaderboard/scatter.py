@@ -1,7 +1,7 @@
-"""Where the points of a board's picture lie: worst-case accuracy upwards, the Lipschitz bound to the right, logarithmic.
+"""The positions of points in a board's picture: worst-case accuracy upwards, the Lipschitz bound to the right, logarithmic.
 
-A model without a finite bound stands in a column of its own at the right end. Defences differ in shape first and in colour
-second, so that the picture can be read, and printed, without colour. The drawing itself is a template.
+Models without a finite bound are in a column of their own at the right end. Defences differ in shape first and in colour
+second, so that the picture can be read, and printed, without colour. A template draws the picture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .standings import Board, Row, displayable
 
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 406.0, 12.0, 252.0
-ENDLESS = 434.0  # where the models without a finite bound stand
+ENDLESS = 434.0  # the column of the models without a finite bound
 SHAPES = (
     "M-6,0A6,6 0 1 0 6,0A6,6 0 1 0 -6,0Z", "M-5.5,-5.5H5.5V5.5H-5.5Z", "M0,-7L6.5,5H-6.5Z", "M0,-7.5L6.5,0L0,7.5L-6.5,0Z",
     "M0,7L6.5,-5H-6.5Z", "M-2,-6.5H2V-2H6.5V2H2V6.5H-2V2H-6.5V-2H-2Z",
@@ -25,7 +25,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Point:
-    """A model: where it is drawn, and the ends of its 95 % interval."""
+    """A model in the picture: its position, and the ends of its 95 % interval."""
 
     row: Row
     x: float
@@ -35,7 +35,7 @@ class Point:
 
 
 def picture(board: Board) -> dict[str, Any] | None:
-    """What the template draws: points, marks of both axes and those left out; None where no point can be drawn."""
+    """The values for the template: points, marks of both axes, number of models left out; None if no point can be drawn."""
     drawn = [row for row in board.rows if displayable(row["worst_case"]) and row["bound"] is not None]
     if not drawn:
         return None
@@ -52,7 +52,7 @@ def picture(board: Board) -> dict[str, Any] | None:
 
 
 def markers(defences: list[str]) -> dict[str, tuple[str, str]]:
-    """Path and class of each defence's marker; hollow ones where there are more defences than shapes."""
+    """Path and class of each defence's marker; markers become hollow once all shapes are used."""
     ordered = enumerate(sorted(set(defences)))
     return {name: (SHAPES[i % len(SHAPES)], f"hue{i % 4}{' hollow' if i // len(SHAPES) % 2 else ''}") for i, name in ordered}
 
@@ -73,7 +73,7 @@ def _up(share: float) -> float:
 
 
 def _decades(bounds: list[float]) -> tuple[int, int]:
-    """Whole powers of ten around all bounds, at least one apart."""
+    """Exponents of the powers of ten around all bounds, at least one apart."""
     if not bounds:
         return 0, 1
     first, last = math.floor(math.log10(min(bounds))), math.ceil(math.log10(max(bounds)))
@@ -81,7 +81,7 @@ def _decades(bounds: list[float]) -> tuple[int, int]:
 
 
 def _exponents(first: int, last: int) -> list[int]:
-    """At most five marks, evenly apart."""
+    """At most five marks, evenly spaced."""
     step = math.ceil((last - first) / 4)
     return list(range(first, last + 1, step))
 

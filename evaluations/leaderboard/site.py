@@ -1,11 +1,11 @@
-"""The leaderboard: a static site made from the report.json files under a folder, and from nothing else.
+"""The leaderboard: a static site made from nothing but the reports and example images of the runs under a folder.
 
-    index.html           a board for every level (data, norm, size of the perturbation), which sorts and filters itself
+    index.html           a board for every level (data, norm, size of the perturbation), with sorting and filters
     models/<id>.html     a page for each model
     leaderboard.json     every row of every board
 
-The same runs give the same bytes: nothing depends on the clock, on the order of a directory or on where the runs lie. Pages
-carry their style, script and pictures with them, so that they open from a disk.
+The same runs give the same bytes, independently of the clock, of the order of a directory and of the place of the runs. Pages
+contain their style, script and pictures, so that they can be opened from a disk.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAKER = '<meta name="generator" content="robust-spectral leaderboard">'
 
 
 def build(root: Path, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """Write the site; returns the rows of all boards, as in its leaderboard.json.
+    """Write the site, and return the rows of all boards, as in its leaderboard.json.
 
     Args:
         root: Folder with runs, at any depth.
-        out: Folder of the site; pages of models that are no longer there are removed from it.
-        say: Told, one line each, what was left out and why.
+        out: Folder of the site; pages of models that no longer exist are removed from it.
+        say: Called with one line for each thing that is left out, with the reason.
 
     Raises:
-        ValueError: there is no such folder, or no evaluated run in it.
+        ValueError: there is no such folder, no evaluated run in it, or the index.html in ``out`` is no leaderboard.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; give the one that the runs are in")
@@ -71,7 +71,7 @@ def _page(entry: Entry, levels: list[Board], say: Callable[[str], None]) -> str:
 
 
 def _plots(figures: Figures) -> dict[str, list[str]]:
-    """The pictures of a model, as data URIs: their inner names would clash in one page."""
+    """The pictures of a model as data URIs, because their internal names would clash in one page."""
     drawn = _for_charts(figures)
     norms = sorted({e["norm"] for e in drawn["robust"]})
     curves = [robustness({_label(figures["defence"]): drawn}, norm) for norm in norms]
@@ -82,7 +82,7 @@ def _plots(figures: Figures) -> dict[str, list[str]]:
 
 
 def _for_charts(figures: Figures) -> dict[str, Any]:
-    """Figures as the pictures take them: valid ones only, and gaps as numbers that are not drawn."""
+    """The figures for the pictures: only valid ones, with NaN, which is not drawn, for missing numbers."""
 
     def cells(key: str) -> list[Figures]:
         known = [e for e in figures[key] if e["valid"] is not False]
@@ -97,12 +97,12 @@ def _for_charts(figures: Figures) -> dict[str, Any]:
 
 
 def _label(text: str) -> str:
-    """A text that a picture shows as it is: no formula, no sign that its font lacks."""
+    """A text that a picture can show: no formula, no character that its font lacks."""
     return text.encode("ascii", "replace").decode().replace("$", r"\$")[:60]
 
 
 def _forget(folder: Path, kept: set[str]) -> None:
-    """Remove the pages, of this make only, of models that are no longer there."""
+    """Remove the pages of models that no longer exist, if this program made them."""
     for page in folder.glob("*.html"):
         if page.stem not in kept and MAKER in page.read_text(encoding="utf-8", errors="replace"):
             page.unlink()

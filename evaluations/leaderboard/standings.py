@@ -1,8 +1,8 @@
-"""Who stands where: for every level (data, norm and size of the perturbation) the models attacked there, best first.
+"""The ranking: for every level (data, norm and size of the perturbation), the models attacked at that level, best first.
 
-A model is ranked by its worst case, the share of images that stand every attack run on them, but never above one that was
-attacked by AutoAttack if it was not itself. A figure that is not valid ranks last and has no rank. Models level with each other
-share a rank.
+A model is ranked by its worst case, the share of images that survive every attack run on it. Models attacked by AutoAttack
+rank above models attacked by other attacks only, and those above models attacked by controls only (random noise, a single
+step) or with untested checks. A model whose figure is not valid comes last and has no rank. Equal models share a rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Board:
-    """The models of one level, with footnotes; ``marks`` has, by row and column, the number of its footnote."""
+    """The models of one level, with footnotes; ``marks`` maps a row and a column to the number of its footnote."""
 
     id: str
     data: str
@@ -41,7 +41,7 @@ class Board:
 
 
 def boards(entries: list[Entry]) -> list[Board]:
-    """All boards, by data, norm and size."""
+    """All boards, ordered by data, norm and size."""
     levels: dict[tuple[str, str, str], float] = {}
     for entry in entries:
         for seen in entry.figures["robust"]:
@@ -54,7 +54,7 @@ def boards(entries: list[Entry]) -> list[Board]:
 
 
 def displayable(cell: Cell | None) -> bool:
-    """Whether a figure may be shown as a number: it is there, and it was not found invalid."""
+    """Whether a figure may be shown as a number: it exists, and it is not invalid."""
     return cell is not None and cell["valid"] is not False
 
 
@@ -72,12 +72,14 @@ def _board(name: str, data: str, norm: str, label: str, *, eps: float, entries: 
     if len({row["worst_case"]["n"] for row in ranked if displayable(row["worst_case"])}) > 1:
         notes.append("The worst cases of this board are over different numbers of images: see their intervals")
     if len({_standing(row)[0] for row in ranked if displayable(row["worst_case"])}) > 1:
-        notes.append("Not all models of this board were attacked by AutoAttack, or by more than controls; those stand first")
+        notes.append(
+            "Not all models of this board were attacked by AutoAttack, or by more than controls; stronger attacks rank first"
+        )
     return Board(name, data, norm, eps, ranked, notes, marks)
 
 
 def _row(entry: Entry, norm: str, label: str) -> Row | None:
-    """One model at one level; None where it was not attacked there."""
+    """The row of a model at one level; None if it was not attacked there."""
     figures = entry.figures
     here = [e for e in figures["robust"] if (e["norm"], size(e["eps"], norm)) == (norm, label)]
     if not here:
@@ -95,17 +97,17 @@ def _row(entry: Entry, norm: str, label: str) -> Row | None:
 
 
 def _standing(row: Row) -> tuple[float, float]:
-    """What a row is ordered by: how strongly it was attacked, then its worst case; below all others where that is not valid."""
+    """The order of a row: the strength of its attacks, then its worst case; rows whose worst case is not valid come last."""
     worst = row["worst_case"]
     if not displayable(worst):
         return -1.0, -1.0
     strongest = max((2 if name == "autoattack" else 0 if name in CONTROLS else 1) for name in row["attacks"])
-    untested = worst["valid"] is None and worst["reason"]  # as good as attacked by controls alone
+    untested = worst["valid"] is None and worst["reason"]  # ranked like a model attacked by controls only
     return 0.0 if untested else float(strongest), float(worst["accuracy"])
 
 
 def _worst_case(here: list[Cell], attacks: dict[str, Cell]) -> Cell:
-    """The worst case recorded; as invalid as the attacks it is taken over, where nothing was recorded about itself."""
+    """The recorded worst case; if its validity was not recorded, it is invalid where one of its attacks is."""
     worst = next((e for e in here if e["attack"] == "worst case"), None)
     if worst is None:
         return {**here[0], "attack": "worst case", "accuracy": None, "ci": None, "n": None, "valid": False,
@@ -115,7 +117,7 @@ def _worst_case(here: list[Cell], attacks: dict[str, Cell]) -> Cell:
 
 
 def _notes(rows: list[Row]) -> Iterator[tuple[str, list[str], str]]:
-    """What has to be said about figures of a board, in the order of its rows: of which row, which columns, and the text."""
+    """The footnotes on the figures of a board, in the order of its rows: the row, the columns and the text."""
     for row in rows:
         cells = {"worst case": row["worst_case"], "clean": row["clean"], **row["attacks"], "certified": row["certified"]}
         said: dict[str, list[str]] = {}
@@ -136,6 +138,6 @@ def _anchors(levels: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _bound(lipschitz: dict[str, Any]) -> float | None:
-    """The bound between any two images, else that between images with pixels in [0, 1]; infinite, or None if unknown."""
+    """The global bound; if it is infinite or unknown, the bound between images with pixels in [0, 1], if that is known."""
     bound, local = lipschitz["bound"], lipschitz["bound_in_pixel_box"]
     return local if local is not None and (bound is None or math.isinf(bound)) else bound

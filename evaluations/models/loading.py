@@ -1,4 +1,4 @@
-"""From a configuration, a run folder or a specification to the model that it means, which takes pixels in [0, 1]."""
+"""Models from a configuration, a run folder or a specification; all take pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .specs import TRUSTED, check_trust, from_spec, told
 
 
 def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
-    """The model of a configuration, before fine-tuning.
+    """Make the model of a configuration, before fine-tuning.
 
     Raises:
-        ValueError: no such model or weights, or it does not take the images of the data.
+        ValueError: there is no such model or weights, or the model does not take the images of the data.
     """
     overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": config.pretrained_path}} if config.pretrained_path else {}
     if config.pretrained_path and not Path(config.pretrained_path).is_file():
@@ -52,13 +52,13 @@ def create_model(config: FinetuneConfig, data: ImageData) -> PixelModel:
 
 
 def sized(name: str, size: int) -> dict[str, Any]:
-    """What timm is to be told of the images' size, of a model that is made for one and says so."""
+    """The argument that passes the size of the images to timm, for models that accept one."""
     made = timm.models.model_entrypoint(name) if timm.is_model(name) else None
     return {"img_size": size} if made and "img_size" in inspect.signature(made).parameters else {}
 
 
 def input_in_words(model: PixelModel, data: ImageData) -> str:
-    """Size of the images that a model is given, and what they are standardised with."""
+    """The size of a model's input images and their standardisation, in words."""
     size = f"{data.image_size}x{data.image_size}"
     resized = f" ({data.came} -> {size})" if data.came not in (None, size) else ""
     mean, std = (_each_or_one(given) for given in (model.normalize.mean, model.normalize.std))
@@ -71,10 +71,10 @@ def _each_or_one(given: Tensor) -> str:
 
 
 def logits_of(model: nn.Module, images: Tensor, name: str) -> Any:
-    """What a model gives for a batch of images.
+    """The output of a model for a batch of images.
 
     Raises:
-        ValueError: it does not take images of their shape.
+        ValueError: the model does not take images of this shape.
     """
     try:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def logits_of(model: nn.Module, images: Tensor, name: str) -> Any:
 
 
 def _rebuilt(model: PixelModel, config: FinetuneConfig, example: Tensor) -> PixelModel:
-    """The model with the changes of its architecture that the configuration asks for."""
+    """The model with the changes of its architecture that the configuration requests."""
     if config.small_stem:
         small_stem_(model.model)
     if config.fold_bn:
@@ -98,7 +98,7 @@ def _rebuilt(model: PixelModel, config: FinetuneConfig, example: Tensor) -> Pixe
 
 
 def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
-    """The model and the data of a finished run.
+    """Load the model and the data of a finished run, and its record.
 
     Raises:
         ValueError: the folder is no run, or its weights are not the ones run.json was written for.
@@ -109,7 +109,7 @@ def load_run(folder: Path) -> tuple[nn.Module, ImageData, dict[str, Any]]:
 
 
 def restore(run: Run) -> tuple[nn.Module, ImageData]:
-    """The model and the data of an opened run.
+    """Load the model and the data of an opened run.
 
     Raises:
         ValueError: as `load_run`.
@@ -121,7 +121,7 @@ def restore(run: Run) -> tuple[nn.Module, ImageData]:
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a finished run, without its data.
+    """Load the model of a finished run, without its data, and the run's record.
 
     Raises:
         ValueError: as `load_run`.
@@ -136,16 +136,16 @@ def _check(run: Run) -> None:
     """Raise ValueError unless a run's weights are the recorded ones and its model may be built."""
     folder, record = run.folder, run.record
     if run.has_twins:
-        raise ValueError(f"{folder}: holds twins; give one of {', '.join(str(folder / name) for name in record['twins'])}")
+        raise ValueError(f"{folder}: contains twins; give one of {', '.join(str(folder / name) for name in record['twins'])}")
     weights = folder / "model.safetensors"
     if not weights.is_file() or file_hash(weights) != record["model_sha256"]:
-        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes; train or copy it anew")
+        raise ValueError(f"{folder}: model.safetensors is not the model that run.json describes; train or copy it again")
     if "spec" in record["config"]:
         check_trust(record["config"]["spec"], folder)
 
 
 def _restored(run: Run, example: Tensor) -> nn.Module:
-    """The model of a run with its weights; ``example`` is an image of its shape."""
+    """The model of a run with its weights; ``example`` is an input of the run's image shape."""
     record, given = run.record, run.record["config"]
     model: nn.Module
     if "spec" in given:
@@ -160,7 +160,7 @@ def _restored(run: Run, example: Tensor) -> nn.Module:
 
 
 def weighted(model: nn.Module) -> nn.Module:
-    """The part of a model whose state dict is saved: timm's own where it stands behind a normalisation."""
+    """The part of a model whose state dict is saved: for a model with an input normalisation, timm's model without it."""
     return model.model if isinstance(model, PixelModel) else model
 
 
@@ -168,24 +168,24 @@ def adopt(
     spec: str, data: str, out: Path, *, checkpoint: Path | None = None, image_size: int | None = None,
     defence: str = "unknown", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
 ) -> Path:  # fmt: skip
-    """Make a run folder of a model that was trained elsewhere, so that it can be evaluated.
+    """Make a run folder for a model that was trained elsewhere, so that it can be evaluated.
 
     Args:
         spec: ``timm/NAME``, or ``module:function`` or ``file.py:function``, a function without arguments that returns a
             module from pixels in [0, 1] to logits.
         data: The data set's name.
-        out: The folder; one that holds this very model already stays as it is.
-        checkpoint: Weights, .safetensors or read with ``weights_only``; without them timm's published ones, or those that
-            the function gives.
+        out: The folder; if it contains a run of exactly this model already, it is not changed.
+        checkpoint: File of weights, .safetensors or read with ``weights_only``; default: timm's published weights, or the
+            weights of the model that the function returns.
         image_size: Height and width of the images.
-        defence: What the leaderboard calls the way it was trained.
-        mean: What a timm model was trained with, of every channel or one for all; default timm's own for the model.
-        std: As mean; 0 and 1 for one that was trained on pixels as they are.
+        defence: Name of the model's defence, for the leaderboard.
+        mean: Mean of the pixels that a timm model was trained on, one for each channel or one for all; default: timm's own.
+        std: Standard deviation, in the same form; mean 0 and std 1 stand for raw pixels.
 
     Raises:
-        ValueError: no such model or data, weights or images that do not fit, or a folder that holds something else.
+        ValueError: no such model or data, weights or images that do not fit, or a folder with other content.
     """
-    os.environ[TRUSTED] = spec  # for the processes that this one starts, too
+    os.environ[TRUSTED] = spec  # also for the processes that this one starts
     images = load_data(data, image_size)
     model = from_spec(spec, images.classes if checkpoint else None, images.channels, pretrained=checkpoint is None,
                       mean=mean, std=std)  # fmt: skip
@@ -214,10 +214,10 @@ def adopt(
 
 
 def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
-    """How many logits a model gives for an image, tried on two.
+    """The number of logits of a model, found with two images.
 
     Raises:
-        ValueError: it does not take the images, or gives no logits of their classes.
+        ValueError: the model does not take the images, or gives no logits for their classes.
     """
     batch, _ = images.test_images(2)
     logits = logits_of(model, batch, spec)
@@ -231,16 +231,16 @@ def _classes(model: nn.Module, images: ImageData, spec: str) -> int:
 
 
 def _refuse_another(out: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """See that a run folder is of this very model, as configured."""
+    """Check that a run folder contains exactly this model and configuration."""
     there = open_run(out).record
     with tempfile.TemporaryDirectory() as scratch:
         same = there["model_sha256"] == save_weights(weighted(model), Path(scratch) / "model.safetensors")
     if not same or there["config"] != config:
-        raise ValueError(f"{out}: holds a run of another model or data already; give another --out")
+        raise ValueError(f"{out}: contains a run of another model or data already; give another --out")
 
 
 def _layers(model: nn.Module, example: Tensor) -> list[dict[str, Any]]:
-    """Norms of its layers as a report has them; none where a layer has no norm that could be clipped."""
+    """The norms of the model's layers, as a report has them; empty if a layer has no norm that could be clipped."""
     try:
         return [row | {"before": row["upper"]} for row in FastClip(model, example, math.inf).report(rtol=0.02)]
     except (ValueError, NotImplementedError):

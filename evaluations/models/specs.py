@@ -1,6 +1,6 @@
-"""A model named on the command line: timm/NAME, or a function of the user's own that makes one.
+"""Models named on the command line: timm/NAME, or a function of the user's own that makes one.
 
-Whatever goes wrong in code that is not ours is told in one line, with the place in that code.
+Any error in the user's code is reported in one line, with its place in that code.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ def from_spec(
     spec: str, classes: int | None, channels: int, *, pretrained: bool = False, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The model of a specification, from pixels in [0, 1] to logits.
+    """Make the model of a specification, from pixels in [0, 1] to logits.
 
     Args:
         spec: ``timm/NAME``, ``module:function`` or ``file.py:function``, a function without arguments.
-        classes: Of a timm model; default its own.
-        channels: Of a timm model.
+        classes: Number of classes of a timm model; default: its own.
+        channels: Number of input channels of a timm model.
         pretrained: Whether a timm model comes with its published weights.
-        mean: Of a timm model, in place of timm's own.
-        std: As mean.
+        mean: Mean for the input of a timm model, in place of timm's own.
+        std: Standard deviation, in the same form.
 
     Raises:
-        ValueError: there is no such model, the function failed, or what it gave is no module.
+        ValueError: there is no such model, the function failed, or its result is no module.
     """
     if spec.startswith("timm/"):
         return load(
             spec.removeprefix("timm/"), pretrained=pretrained, num_classes=classes, in_chans=channels, mean=mean, std=std
         )
     if mean is not None or std is not None:
-        raise ValueError(f"model {spec!r}: takes pixels in [0, 1] as it is; a mean and std go with timm/NAME")
+        raise ValueError(f"model {spec!r}: takes pixels in [0, 1]; a mean and std go with timm/NAME")
     module, colon, function = spec.rpartition(":")
     if not colon:
         raise ValueError(f"model {spec!r}: expected timm/NAME, module:function or file.py:function")
@@ -59,7 +59,11 @@ def from_spec(
 
 
 def check_trust(spec: str, folder: Path) -> None:
-    """A run folder that someone else made must not run code of its choice: only a model named by the user is made."""
+    """Refuse to run code that a run folder names for its model, unless the user has named the same code.
+
+    Raises:
+        ValueError: the user has not named it.
+    """
     if not spec.startswith("timm/") and os.environ.get(TRUSTED) != spec:
         raise ValueError(
             f"{folder}: its model is made by the code {spec!r}, which is not run unless you ask for it: give "
@@ -68,7 +72,7 @@ def check_trust(spec: str, folder: Path) -> None:
 
 
 def told(error: BaseException) -> str:
-    """An error of someone's code in a line: its kind, its words, and the last line of that code that it passed through."""
+    """An error of the user's code in one line: its type, its message, and the last line of that code in its traceback."""
     others = (str(Path(__file__).parents[1]), *plugins.__path__, importlib.__file__, "<frozen", "site-packages")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in others)]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
@@ -84,7 +88,7 @@ def _function(module: str, function: str) -> Any:
 
 
 def _imported(module: str) -> ModuleType:
-    """A module, of the folder one is in as well, as `python -m` would find it."""
+    """Import a module, also from the current folder, as `python -m` does."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -92,7 +96,7 @@ def _imported(module: str) -> ModuleType:
 
 
 def _file_instead(module: str, function: str) -> str:
-    """The file to name in place of a module that could not be used, if there is one."""
+    """A hint at the file to name in place of a module that could not be used, if there is one."""
     files = [f"{name}.py" for name in dict.fromkeys((module, module.replace(".", "/"))) if not module.endswith(".py")]
     taken = getattr(sys.modules.get(module), "__file__", None)
     near = next((f for f in files if Path(f).is_file() and not (taken and Path(f).samefile(taken))), None)

@@ -1,7 +1,7 @@
-"""A run written so that others can use it without this package: timm and the Hugging Face hub, or RobustBench.
+"""Export of a run for use without this package: in timm and on the Hugging Face hub, or on RobustBench.
 
-Weights are timm's own, under its names. What was proved and measured of them goes into the configuration and the model card,
-or into RobustBench's entry, always with what it was measured on.
+Weights are timm's, under timm's names. Proved and measured figures go into the configuration and the model card, or into
+RobustBench's entry, always with the data that they were measured on.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ..records import read_record
 from ..reporting import render
 from ..run_folder import Run, open_run
 
-_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # what plain timm has
+_REBUILT: dict[str, Any] = {"fold_bn": False, "small_stem": False, "residuals": "summed"}  # the values in plain timm
 
 
 def to_hub(folder: Path, out: Path) -> Path:
-    """Write a folder that timm loads as ``local-dir:`` and that can be uploaded to the hub as it is.
+    """Write a folder for the hub, which plain timm (timm without this package) also loads as ``local-dir:``.
 
-    It holds the weights, timm's configuration with a section ``spectral``, and a model card with the report's table where the
-    run was evaluated. That plain timm gives the very same logits from it is tried before it appears.
+    The folder contains the weights, timm's configuration with a section ``spectral``, and a model card, with the report's table
+    if the run was evaluated. Before the folder is written, plain timm is checked to give exactly the same logits.
 
     Raises:
-        ValueError: the folder is no finished run, its network is not one that plain timm makes, or ``out`` holds something.
+        ValueError: the folder is no finished run, plain timm does not make its network, or ``out`` is not empty.
     """
     opened = _without_twins(folder)
     pixels, run = _plain(open_subject(opened, "cpu").model, opened.record, folder), opened.record
@@ -67,17 +67,17 @@ def to_hub(folder: Path, out: Path) -> Path:
 
 
 def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path) -> Path:
-    """Write the entry of a run on a RobustBench board, and the adversarial images it rests on.
+    """Write the entry of a run on a RobustBench board, and the adversarial images that support it.
 
     Args:
         folder: The run, evaluated with ``autoattack`` at the board's size on the whole test set.
         out: Folder for ``model_info`` and the images.
-        board: ``cifar10/L2`` and the like.
+        board: The board, such as ``cifar10/L2``.
         entry: The entry's name.
-        about: JSON with what a run does not know: link, name, authors, venue, architecture, additional_data, ….
+        about: JSON file with the fields that a run lacks: link, name, authors, venue, architecture, additional_data, ….
 
     Raises:
-        ValueError: the run was not evaluated so, its figures are not valid, or RobustBench would not take the entry.
+        ValueError: the run was not evaluated in this way, its figures are not valid, or RobustBench would not accept the entry.
     """
     if not BOARDS.get(board):
         raise ValueError(f"export(board={board!r}): expected one of {', '.join(b for b, sizes in BOARDS.items() if sizes)}")
@@ -88,7 +88,7 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
     ]
     if not found:
         raise ValueError(
-            f"{folder}: was not attacked by autoattack at {norm} {eps}, which the board {board} asks for; run `robust-spectral "
+            f"{folder}: was not attacked by autoattack at {norm} {eps}, which the board {board} requires; run `robust-spectral "
             f"evaluate {folder} --attack autoattack --norm {norm} --eps {eps} --samples {TEST_IMAGES[board.split('/')[0]]}`"
         )
     if not found[0]["valid"]:
@@ -106,10 +106,12 @@ def to_robustbench(folder: Path, out: Path, board: str, entry: str, about: Path)
 
 
 def _adversarial(run: Run, norm: str, found: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Test images, with those that fell to autoattack at a size or a smaller one replaced, and the test images.
+    """The test images, each fallen one replaced by its adversarial image, and the original test images.
+
+    An image has fallen if autoattack broke it at the size of ``found`` or a smaller one.
 
     Raises:
-        ValueError: the model's accuracy on them is not the one that was reported.
+        ValueError: the model's accuracy on the adversarial images is not the reported one.
     """
     subject = open_subject(run, "cpu")
     clean, labels = subject.data.test_images(subject.data.tests)
@@ -120,16 +122,16 @@ def _adversarial(run: Run, norm: str, found: dict[str, Any]) -> tuple[torch.Tens
     for unit in (unit for (_, _, eps), units in levels if eps <= found["eps"] for unit in units):
         record = read_record(run.folder, unit)
         if record is None:
-            raise ValueError(f"{unit.path(run.folder)}: is gone, evaluate anew")
+            raise ValueError(f"{unit.path(run.folder)}: is missing, evaluate again")
         images[unit.start + record.tensors["fallen"]] = record.tensors["adversarial"]
     right = predict(subject.model, images[: found["n"]]) == labels[: found["n"]]
     if float(right.double().mean()) != found["accuracy"]:
-        raise ValueError(f"{run.folder}: the adversarial images do not give the accuracy of the report; evaluate anew")
+        raise ValueError(f"{run.folder}: the adversarial images do not give the accuracy of the report; evaluate again")
     return images, clean
 
 
 def _plain(model: nn.Module, run: dict[str, Any], folder: Path) -> PixelModel:
-    """The network inside, if plain timm makes one like it."""
+    """The network without its input normalisation, if plain timm makes the same one."""
     config = run["config"]
     changed = [key for key, usual in _REBUILT.items() if config.get(key, usual) != usual]
     if isinstance(model, PixelModel) and not changed and _of_timm(config["model"]):
@@ -143,7 +145,7 @@ def _of_timm(name: str) -> bool:
 
 
 def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
-    """What is proved: the norm of each layer, and the network's bound where the run was evaluated."""
+    """The proved figures: the norm of each layer, and the network's bound if the run was evaluated."""
     layers = {row["name"]: {key: row[key] for key in ("lower", "upper", "target")} for row in run["layers"]}
     bound = {} if report is None else {"lipschitz_bound": report["lipschitz"]["bound"], "input": "pixels in [0, 1]"}
     return {"defence": run["defence"], "max_norm": run["config"]["max_norm"], "layers": layers, **bound}
@@ -152,7 +154,7 @@ def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, A
 def _without_twins(folder: Path) -> Run:
     run = open_run(folder)
     if run.has_twins:
-        raise ValueError(f"{folder}: holds twins; export one of {', '.join(str(folder / name) for name in run.models)}")
+        raise ValueError(f"{folder}: contains twins; export one of {', '.join(str(folder / name) for name in run.models)}")
     return run
 
 

@@ -1,4 +1,4 @@
-"""Records of an evaluation, one file for each unit of work, and the figures that are computed from verdicts."""
+"""Records of an evaluation, one file for each unit of work, and the figures computed from their verdicts."""
 
 from .accuracy_figures import certified_at as certified_at
 from .accuracy_figures import figures as figures

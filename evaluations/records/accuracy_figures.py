@@ -1,4 +1,4 @@
-"""From verdicts per sample to the figures of a report: a pure function, so that a report can always be made again."""
+"""The figures of a report from verdicts per sample: a pure function, so that a report can be recomputed at any time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def figures(
     run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int, gates: Sequence[Row] = (),
     errors: Mapping[tuple[str, str, float], str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report.json of one model.
+    """Compute the report.json of one model.
 
     Args:
-        run: Its run.json.
-        rows: Its rows of samples.parquet.
-        lipschitz: bound, bound_in_pixel_box, estimate, failure_probability, reason, and the dtype certified with its errors.
-        pixels: Values of one image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
-        gates: What the checks of the model and the attacks came to: name, status, detail.
+        run: The content of its run.json.
+        rows: The rows of its samples.parquet.
+        lipschitz: bound, bound_in_pixel_box, estimate, failure_probability, reason, and the certified dtype with its errors.
+        pixels: Number of values of an image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
+        gates: The results of the checks of the model and the attacks: name, status, detail.
         errors: Why an attack failed, by attack, norm and eps.
     """
     clean = [row for row in rows if row["attack"] == "none"]
@@ -56,14 +56,14 @@ def figures(
 
 
 def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int) -> list[Row]:
-    """Certified accuracy on the attacked sizes and on a 1-2-5 grid that reaches down to where it is not zero."""
+    """Certified accuracy at the attacked sizes and on a 1-2-5 grid that extends down to sizes with positive accuracy."""
     radii = sorted(row["certified_radius"] / _l2_radius(norm, pixels) for row in clean)
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
     return certified_at(clean, norm, sorted(attacked_eps | set(_one_two_five(radii))), pixels)
 
 
 def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) -> list[Row]:
-    """Certified accuracy at the sizes given."""
+    """Certified accuracy at the given sizes."""
     radii = [row["certified_radius"] / _l2_radius(norm, pixels) for row in clean]
     return [
         {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
@@ -71,7 +71,7 @@ def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) ->
 
 
 def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixels: int) -> Row:
-    """Certified, worst case, each attack and clean accuracy at one size, on the images that all its attacks saw."""
+    """Certified, worst-case, attacked and clean accuracy at one size, on the images that all its attacks were run on."""
     verdicts: dict[str, dict[int, bool]] = defaultdict(dict)
     for row in attacked:
         if (row["norm"], row["eps"]) == (norm, eps):
@@ -93,7 +93,7 @@ def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixel
 
 
 def _l2_radius(norm: str, pixels: int) -> float:
-    """Radius of the smallest L2 ball that holds the unit ball of a norm."""
+    """Radius of the smallest L2 ball that contains the unit ball of a norm."""
     return math.sqrt(pixels) if norm == "linf" else 1.0
 
 
@@ -117,7 +117,7 @@ def _worst(entry: Row) -> Row:
 
 
 def _judged(entry: Row, failed: str, skipped: str, errors: Mapping[tuple[str, str, float], str]) -> Row:
-    """The entry with whether it may be read as robustness, and if not, why; neither (None) where checks were skipped."""
+    """The entry with its validity and the reason: False after a failed check or attack, None if one was skipped, else True."""
     level = entry["norm"], entry["eps"]
     own = errors.get((entry["attack"], *level))
     if entry["attack"] == "worst case":
@@ -134,22 +134,26 @@ def _sandwich_gate(sandwiches: list[Row]) -> Row:
 
 
 def _certificate_gate(attacked: list[Row], pixels: int) -> Row:
-    """No adversarial image lies inside the certified radius of its original."""
+    """Check that no adversarial image lies inside the certified radius of its original."""
     broken = sum(
         row["predicted"] != row["label"] and row["certified_radius"] > 0
         and row["distance"] * _l2_radius(row["norm"], pixels) <= row["certified_radius"]
         for row in attacked
     )  # fmt: skip
     status = "fail" if broken else "pass"
-    return {"name": "no attack inside a certified radius", "status": status, "detail": f"{broken} of {len(attacked)} attacks"}
+    return {
+        "name": "no attack inside a certified radius",
+        "status": status,
+        "detail": f"{broken} of {len(attacked)} adversarial images",
+    }
 
 
 def _autoattack_gate(attacked: list[Row]) -> Row:
-    """Images that PGD breaks and AutoAttack does not: a sign that AutoAttack was hindered, not that the model is robust."""
+    """Count images that PGD breaks and AutoAttack does not: AutoAttack was then hindered, rather than the model robust."""
     verdicts = {(row["attack"], row["norm"], row["eps"], row["sample"]): row["robust"] for row in attacked}
     missed = sum(stands and not verdicts.get(("pgd", *key), True) for (attack, *key), stands in verdicts.items()
                  if attack == "autoattack")  # fmt: skip
-    detail = f"{missed} images broken by PGD alone"
+    detail = f"{missed} images broken by PGD but not by AutoAttack"
     return {"name": "AutoAttack breaks what PGD breaks", "status": "flag" if missed else "pass", "detail": detail}
 
 

@@ -1,8 +1,9 @@
-"""Units of an evaluation's work and what is known of each: one immutable file a unit, whole or not there at all.
+"""Units of work of an evaluation and their records: one immutable file for each unit, written atomically.
 
-A unit is an attack on a block of images of one model, with everything its outcome depends on. Its file's name holds a digest
-of all that, and the file the full text, which is checked when it is read. So units can be done in any order, on any machine,
-twice or after a kill, and what is merged in the end is the same.
+A unit of work is one task on one block of images of one model: an attack at one size, the clean logits, the Lipschitz bound or
+the checks, with everything that the result depends on. The name of its file contains a digest of this description, and the
+file the description itself, which is checked when it is read. Units can therefore be done in any order, on any machine, twice
+or again after a kill, and the merged result is the same.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ FOLDER = "records"
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work.
+    """One unit of work.
 
     Attributes:
-        model_sha256: Of the weights.
-        data_sha256: Of all test images and labels.
+        model_sha256: The sha256 of the weights.
+        data_sha256: The sha256 of all test images and labels.
         task: An attack's name, or "clean", "lipschitz" or "gates".
         config: The task's configuration in full: class, budget, norm, eps, version.
-        start: First image of the block.
-        stop: The image behind its last.
-        seed: Of the attack's random draws.
+        start: Index of the first image of the block.
+        stop: Index after the last image of the block.
+        seed: Seed of the attack's random draws.
     """
 
     model_sha256: str
@@ -46,11 +47,11 @@ class Unit:
 
     @property
     def text(self) -> str:
-        """The unit in full, always in the same words."""
+        """The full description of the unit, as JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
 
     def path(self, folder: Path) -> Path:
-        """Its file in a run folder."""
+        """The path of the unit's record in a run folder."""
         level = "".join(f"-{self.config[key]:g}" if key == "eps" else f"-{self.config[key]}" for key in ("norm", "eps")
                         if key in self.config)  # fmt: skip
         digest = hashlib.sha256(self.text.encode()).hexdigest()[:12]
@@ -59,14 +60,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Record:
-    """What came of a unit: tensors, and what else is told of it in JSON."""
+    """The result of a unit: tensors, and further values for JSON."""
 
     tensors: dict[str, Tensor]
     told: dict[str, Any]
 
 
 def write_record(folder: Path, unit: Unit, record: Record, seconds: float, hardware: Any) -> None:
-    """Write a unit's file; beside it, what may differ between two runs of the same: how long it took, and where."""
+    """Write a unit's record, and next to it a JSON file with its seconds and hardware, which differ between repetitions."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in record.tensors.items()}
     text = json.dumps({"unit": json.loads(unit.text), "told": record.told}, sort_keys=True, allow_nan=False)
     path = unit.path(folder)
@@ -75,7 +76,7 @@ def write_record(folder: Path, unit: Unit, record: Record, seconds: float, hardw
 
 
 def read_told(folder: Path, unit: Unit) -> dict[str, Any] | None:
-    """What is told of a unit, without its tensors; None where it was not done yet.
+    """The JSON values of a unit's record, without its tensors; None if there is no record.
 
     Raises:
         ValueError: the file is not readable, or is of another unit.
@@ -91,7 +92,7 @@ def read_told(folder: Path, unit: Unit) -> dict[str, Any] | None:
 
 
 def read_record(folder: Path, unit: Unit) -> Record | None:
-    """All that is known of a unit; None where it was not done yet.
+    """The record of a unit; None if there is none.
 
     Raises:
         ValueError: as `read_told`.
@@ -101,24 +102,24 @@ def read_record(folder: Path, unit: Unit) -> Record | None:
 
 
 def seconds_of(folder: Path, unit: Unit) -> float:
-    """How long a unit took; 0 where that is not known."""
+    """Seconds that a unit took; 0 if they are not recorded."""
     path = unit.path(folder).with_suffix(".json")
     return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0
 
 
 def refuse_foreign(folder: Path, model_sha256: str, data_sha256: str) -> None:
-    """See that a folder's records are of this model and these images.
+    """Check that the records in a folder are of this model and these images.
 
     Raises:
-        ValueError: one is not, or is not readable.
+        ValueError: a record is of another model or other images, or is not readable.
     """
     for path in sorted((folder / FOLDER).glob("*.safetensors")):
         unit = _metadata(path)["unit"]
         for what, wanted in (("model", model_sha256), ("data", data_sha256)):
             if unit[f"{what}_sha256"] != wanted:
                 raise ValueError(
-                    f"{path}: holds verdicts on another {what} ({unit[f'{what}_sha256'][:12]}… not {wanted[:12]}…); "
-                    "evaluate into a folder of its own, or remove the records"
+                    f"{path}: contains verdicts on another {what} ({unit[f'{what}_sha256'][:12]}… not {wanted[:12]}…); "
+                    "evaluate in another folder, or remove the records"
                 )
 
 
@@ -128,4 +129,4 @@ def _metadata(path: Path) -> dict[str, Any]:
             content: dict[str, Any] = json.loads(file.metadata()["record"])
             return content
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as a record ({error}); remove it, and it is made anew") from error
+        raise ValueError(f"{path}: not readable as a record ({error}); remove it, and it is made again") from error

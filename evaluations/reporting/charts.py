@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG text. Lines differ in dash and marker as well as in colour."""
+"""The charts of a report, as SVG text. Lines differ in dash and marker as well as in colour."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certif
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
-    """Accuracy against the size of the perturbation: clean, each attack, and certified, where they are valid, for every model.
+    """Accuracy against the size of the perturbation: clean, under each attack, and certified, for every model, if valid.
 
-    Sizes are drawn logarithmically, as what is proved lies orders of magnitude below what attacks reach.
+    The axis of sizes is logarithmic, because certified sizes are orders of magnitude smaller than attacked ones.
     """
     figure, axes = _canvas(7.6, 4.2)
     for colour, (name, figures) in zip(COLOURS, models.items(), strict=False):
@@ -44,7 +44,7 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
 
 
 def _name_near_sizes(axes: Axes) -> None:
-    """Where sizes are too near for powers of ten, name those that were attacked."""
+    """Label the attacked sizes, if they are too close together for powers of ten."""
     marked = [np.asarray(line.get_xdata(), dtype=float) for line in axes.lines if line.get_marker() not in ("None", "")]
     sizes = np.unique(np.concatenate(marked)) if marked else np.zeros(0)
     if len(sizes) and sizes[-1] < 30 * sizes[0]:
@@ -83,7 +83,7 @@ def layer_norms(models: dict[str, dict[str, Any]]) -> str:
 
 
 def layer_spectra(layers: list[dict[str, Any]]) -> str:
-    """The interval around every layer's spectral norm, and estimates of its largest singular values where there are any."""
+    """The proved interval of every layer's spectral norm, and estimates of its largest singular values if there are any."""
     figure, axes = _canvas(7.6, max(2.6, 0.19 * len(layers) + 1.2))
     rows = list(range(len(layers)))
     axes.hlines(rows, [row["lower"] for row in layers], [row["upper"] for row in layers], color=COLOURS[0], lw=3)
@@ -100,7 +100,7 @@ def layer_spectra(layers: list[dict[str, Any]]) -> str:
 
 
 def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
-    """Norm of every layer over the training steps, as the training saw it, and the largest one drawn heavier."""
+    """The norm of every layer over the training steps, as estimated in training, and the largest one drawn heavier."""
     figure, axes = _canvas(7.6, 3.2)
     for colour, (name, rows) in zip(COLOURS, training.items(), strict=False):
         if not rows:
@@ -115,7 +115,7 @@ def training_norms(training: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def accuracies(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, *, logarithmic: bool = False) -> str:
-    """A point for each model, (x, accuracy in %); forty groups differ in marker or filling, and in colour."""
+    """A point for each model, (x, accuracy in %); up to forty groups differ in marker or filling, and in colour."""
     figure, axes = _canvas(7.6, 4.6)
     for index, (name, points) in enumerate(groups.items()):
         if points:
@@ -128,7 +128,7 @@ def accuracies(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel
 
 
 def _name_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
-    """The layers down the vertical axis, the first one on top."""
+    """Label the vertical axis with the layers, the first one on top."""
     axes.set_yticks(range(len(layers)), [f"{row['name']} ({row['kind']})" for row in layers], fontsize=8)
     axes.invert_yaxis()
 

@@ -1,7 +1,7 @@
-"""Adversarial examples of a run as pictures that a page can carry: the image, what it became, and the difference, magnified.
+"""Adversarial examples of a run as pictures for a page: the image, its adversarial version, and the difference, magnified.
 
-A difference is drawn around middle grey and multiplied by a number of the series 1, 2, 5, 10 … that just keeps it in range;
-the number is given with it, as without it the picture would say nothing about how large the change is.
+The difference is drawn around middle grey, multiplied by the largest number of the series 1, 2, 5, 10 … that keeps it in range.
+The page states this factor, without which the picture would not show how large the change is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SHOWN = 8
 
 
 def examples(folder: Path) -> list[dict[str, Any]]:
-    """The first eight examples of a run, in words and as PNG pictures in data URIs; none where it kept none.
+    """The first eight examples of a run, with their descriptions and as PNG data URIs; empty if the run stored none.
 
     Raises:
-        ValueError: its examples.safetensors does not hold what it should.
+        ValueError: its examples.safetensors is damaged.
     """
     path = folder / "examples.safetensors"
     if not path.is_file():
@@ -60,7 +60,7 @@ def _factor(largest: float) -> int:
 
 
 def png(image: np.ndarray) -> str:
-    """A picture (channels, height, width) in [0, 1] as a data URI; other than three channels are averaged to grey."""
+    """A picture (channels, height, width) in [0, 1] as a data URI; any number of channels except three is averaged to grey."""
     shown = image.transpose(1, 2, 0) if image.shape[0] == 3 else image.mean(axis=0)
     buffer = io.BytesIO()
     Image.fromarray((np.nan_to_num(shown).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")

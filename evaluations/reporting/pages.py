@@ -1,6 +1,6 @@
-"""Pages made from templates.
+"""Pages rendered from templates.
 
-Templates escape whatever they are given and stop at a name they do not know, so that no page shows a gap as if it were a
+Templates escape all values and raise an error at an unknown name, so that no page shows a missing value as if it were a
 figure.
 """
 
@@ -17,12 +17,12 @@ from ..wording import NORM_NAMES, count, duration, interval, number, percent, si
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in."""
+    """Render a template of this package."""
     return _environment().get_template(template).render(norm_names=NORM_NAMES, **values)
 
 
 def breakable(text: str) -> Markup:
-    """A name that may be broken behind its separators, where a column is narrow."""
+    """A name that may be broken after its separators, where a column is narrow."""
     return Markup(re.sub(r"([_/.-])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: a table in the terminal and one self-contained page."""
+"""The report of a run: tables on the terminal and one self-contained page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figures = dict[str, Any]
 
 
 def write_report(folder: Path) -> dict[str, Figures]:
-    """Write report.html (and, for a run with twins, the report.json that nests theirs); returns the figures by name.
+    """Write report.html and return the figures by name; for a run with twins also a report.json that contains theirs.
 
     Raises:
         ValueError: the folder is no run, or was not evaluated.
@@ -39,7 +39,7 @@ def write_report(folder: Path) -> dict[str, Figures]:
 
 
 def print_report(models: dict[str, Figures], console: Console) -> None:
-    """The figures as tables on the terminal."""
+    """Print the figures as tables on the terminal."""
     table = Table(title="accuracy, % (95 % interval)", title_justify="left")
     for column in ("", *models):
         table.add_column(column, justify="left" if not column else "right")
@@ -67,7 +67,7 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
 
 
 def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
-    """Rows of the main table: clean, then each attack and size, then certified; one cell a model."""
+    """Rows of the main table: clean, then each attack and size, then certified; one cell for each model."""
     labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
     for name, figures in models.items():
         accuracy = figures["accuracy"]
@@ -86,14 +86,14 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
 
 
 def _cell(entry: Figures) -> str:
-    """A figure with its interval, unless it is not valid; one whose checks were not made says so."""
+    """A figure with its interval, unless it is not valid; marked if its checks were not tested."""
     if (valid := entry.get("valid", True)) is False:
         return "invalid"
     return f"{percent(entry['accuracy'])} ({interval(entry['ci'])}){', not tested' if valid is None else ''}"
 
 
 def _certify_alike(models: dict[str, Figures], runs: dict[str, Run]) -> None:
-    """Put certified accuracy on one grid for all models, from their verdicts per sample."""
+    """Recompute certified accuracy on a common grid of sizes for all models, from their verdicts per sample."""
     for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
         grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
         for name, figures in models.items():

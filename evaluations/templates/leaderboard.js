@@ -31,7 +31,7 @@
     announce();
   }
 
-  // Say so where the table shown is wider than the window.
+  // Shows a hint if the table is wider than the window.
   function hint() {
     const table = shown().querySelector(".scroll");
     shown().querySelector(".hint").hidden = table.scrollWidth <= table.clientWidth;
@@ -43,7 +43,7 @@
     hint();
   }
 
-  // What a row is sorted by; null, for nothing to sort by, stays last in either direction.
+  // The value that a row is sorted by; null, for no value, stays last in either direction.
   function valueOf(row, column, numeric) {
     const cell = row.children[column];
     if (!numeric) return cell.textContent.trim().toLowerCase();

@@ -1,4 +1,4 @@
-"""Defences that a fine-tuning can use by name: none, FastClip, and rivals as they were published."""
+"""Defences that fine-tuning selects by name: none, FastClip, and rivals as published."""
 
 from .base import Defence as Defence
 from .base import NoDefence as NoDefence

@@ -1,8 +1,8 @@
 """The interface of a defence to a training loop, and the defence that does nothing.
 
-A defence is made with the norm that it allows. The training loop calls `prepare` before training, then `attach` with the
-optimizer, adds `penalty` to the loss, and calls `finish` at the end; a defence leaves empty what it does not need. All of them
-change the model in place, and leave it with plain weights and the state dict that it had.
+A defence is constructed with the largest norm that it allows. The training loop calls `prepare` before training, then `attach`
+with the optimizer, adds `penalty` to the loss, and calls `finish` at the end; a method that a defence does not need does
+nothing. All defences change the model in place, and leave it without parametrisations and with its original state dict keys.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from torch import Tensor, nn
 
 
 class Defence(Protocol):
-    """The calls of a training loop; made with ``max_norm``, the norm allowed, and options of its own."""
+    """The methods that a training loop calls; constructed with ``max_norm``, the norm allowed, and its own options."""
 
     def prepare(self, model: nn.Module, example_input: Tensor) -> None:
-        """Get the model ready, in place; ``example_input`` is a batch that it takes."""
+        """Prepare the model in place; ``example_input`` is a batch for the model."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act after every step of the optimizer."""
+        """Hook the optimizer, to act after each of its steps."""
 
     def penalty(self) -> Tensor | float:
-        """What is added to the loss, a scalar."""
+        """A scalar that is added to the loss."""
 
     def finish(self, model: nn.Module) -> None:
-        """Leave plain weights behind, in the model prepared or a copy of it."""
+        """End the defence of the prepared model, or of a copy of it, which then has no parametrisations."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here, beside the model: plain values and tensors."""
+        """The defence's state for `restore`, without the model's: plain values and tensors."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
 
 
 class NoDefence:
-    """Nothing at all; what the others inherit where they do nothing.
+    """No defence, and the base class of the other defences: its methods do nothing.
 
     Args:
         max_norm: The norm allowed in every layer.
+
+    Raises:
+        ValueError: ``max_norm`` is not positive.
     """
 
     def __init__(self, max_norm: float = 1.0) -> None:
@@ -48,21 +51,21 @@ class NoDefence:
         self.max_norm = max_norm
 
     def prepare(self, model: nn.Module, example_input: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def penalty(self) -> Tensor | float:
-        """Nothing."""
+        """Zero."""
         return 0.0
 
     def finish(self, model: nn.Module) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """An empty state."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""Rival defences that bound or lower spectral norms, each as it was published."""
+"""Rival defences that bound or lower spectral norms, each as published."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .base import NoDefence
 
 
 class _Parametrised(NoDefence):
-    """One that parametrises weights."""
+    """A defence that parametrises weights."""
 
     def finish(self, model: nn.Module) -> None:
-        """Make every parametrised weight a plain one, as it is in eval mode."""
+        """Replace every parametrisation by the value of its weight in eval mode."""
         model.eval()
         for module in [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
 class _OnLayers(NoDefence):
-    """One that goes through the linear layers."""
+    """A defence that acts on all linear layers."""
 
     def prepare(self, model: nn.Module, example_input: Tensor) -> None:
-        """Find the layers."""
+        """Find the linear layers."""
         self.layers = linear_layers(model, example_input)
 
 
 class Miyato(_Parametrised):
-    """torch's spectral normalisation: weights, reshaped to matrices, over a running estimate of their norm, times ``max_norm``.
+    """torch's spectral normalisation: a weight, reshaped to a matrix, over a running estimate of its norm, times ``max_norm``.
 
     Source: Miyato et al. (2018), Spectral normalization for generative adversarial networks.
     """
@@ -47,19 +47,19 @@ class Miyato(_Parametrised):
         """Parametrise every convolution and dense layer.
 
         Raises:
-            ValueError: a layer's weight is zero, as zero-initialised residual branches are, and so is the norm to divide by.
+            ValueError: a layer's weight is zero, as in a zero-initialised residual branch, and so is the norm to divide by.
         """
         for module, name in _modules(model, example_input).items():
             if not bool(module.weight.any()):  # type: ignore[operator]
-                raise ValueError(f"Miyato: the weight of '{name}' is zero, its norm cannot be divided by; train it first")
+                raise ValueError(f"Miyato: the weight of '{name}' is zero and cannot be divided by its norm; train it first")
             parametrizations.spectral_norm(module)
             parametrize.register_parametrization(module, "weight", _Times(self.max_norm))
 
 
 class Gouk(NoDefence):
-    """After every step a weight is divided by its norm over ``max_norm``, where that is above 1; batch normalisations likewise.
+    """Divide each weight by its norm over ``max_norm`` after every step, if that is above 1; batch normalisations likewise.
 
-    The norm is that of the operator, of which a power iteration is taken after every step.
+    The norm is the operator's, estimated by one power iteration after every step.
 
     Source: Gouk et al. (2021), Regularisation of neural networks by enforcing Lipschitz continuity.
     """
@@ -71,12 +71,12 @@ class Gouk(NoDefence):
         self.normalisations: list[Any] = [m for m in model.modules() if is_batchnorm(m) and m.weight is not None]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide after every step."""
+        """Divide after every step of the optimizer."""
         optimizer.register_step_post_hook(lambda *_: self.step())
 
     @torch.no_grad()
     def step(self) -> None:
-        """One power iteration and one division of every layer; no wait for a device."""
+        """Do one power iteration and one division for every layer, without waiting for a device."""
         for tracked in self.tracked:
             for _ in range(2):  # a call is half an iteration
                 norm = tracked.power_step().max()
@@ -86,21 +86,21 @@ class Gouk(NoDefence):
             module.weight.div_((batchnorm_scale(module).abs().max() / self.max_norm).clamp_min(1))
 
     def state(self) -> dict[str, Any]:
-        """The vectors."""
+        """The vectors of the power iterations."""
         return {"vectors": [tracked.vectors for tracked in self.tracked]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Continue with saved vectors."""
         for tracked, vectors in zip(self.tracked, state["vectors"], strict=True):
             tracked.vectors = vectors.to(tracked.vectors)
 
 
 class Delattre(_OnLayers):
-    """A penalty on the norms above ``max_norm``, by bounds from Gram iterations on the symbols of circular convolutions.
+    """A penalty on norms above ``max_norm``, with bounds from Gram iterations on the Fourier symbols of circular convolutions.
 
     Args:
-        max_norm: The norm from which a layer counts.
-        strength: Factor of the sum of what is above.
+        max_norm: The norm above which a layer is penalised.
+        strength: Factor of the sum of the norms' excesses over ``max_norm``.
         iterations: Squarings of each Gram matrix.
 
     Source: Delattre et al. (2023), Efficient bound of Lipschitz constant for convolutional layers by Gram iteration.
@@ -111,22 +111,22 @@ class Delattre(_OnLayers):
         self.strength, self.iterations = strength, iterations
 
     def penalty(self) -> Tensor | float:
-        """The strength times the sum of what is above."""
+        """The strength times the sum of the norms' excesses over ``max_norm``."""
         above = [(gram_bound(layer, self.iterations) - self.max_norm).clamp_min(0) for layer in self.layers]
         return self.strength * torch.stack(above).sum()
 
 
 class Senderovich(_OnLayers):
-    """Every so many steps the singular values of the symbols are clipped, and the kernel is cut back to its window.
+    """Clip the singular values of the Fourier symbols at regular steps, and cut the kernel back to its window.
 
-    The cut raises some values again, so that the norm comes near ``max_norm`` and seldom below.
+    The cut raises some singular values again, so that the norm comes near ``max_norm`` and seldom below.
 
     Args:
         max_norm: The value that singular values are clipped to.
         every: Optimizer steps from one clip to the next.
 
     Source: Sedghi, Gupta and Long (2019), The singular values of convolutional layers; Senderovich et al. (2022), Towards
-    practical control of singular values of convolutional layers, which takes strides apart into phases.
+    practical control of singular values of convolutional layers, which splits strided convolutions into phases.
     """
 
     def __init__(self, max_norm: float = 1.0, every: int = 50) -> None:
@@ -134,11 +134,11 @@ class Senderovich(_OnLayers):
         self.every, self.steps = every, 0
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip every so many steps."""
+        """Clip after every ``every``-th step of the optimizer."""
         optimizer.register_step_post_hook(lambda *_: self.step())
 
     def step(self) -> None:
-        """Count a step, and clip if it is time."""
+        """Count a step, and clip if their number is a multiple of ``every``."""
         self.steps += 1
         if self.steps % self.every == 0:
             for layer in self.layers:
@@ -150,18 +150,18 @@ class Senderovich(_OnLayers):
             clip_symbols_(replace(layer, module=model.get_submodule(layer.name.partition("#")[0])), self.max_norm)
 
     def state(self) -> dict[str, Any]:
-        """The count."""
+        """The number of steps."""
         return {"steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved number of steps."""
         self.steps = int(state["steps"])
 
 
 class Bjorck(_Parametrised):
-    """Dense layers orthogonalised by deel-torchlip: a norm of 1 by its spectral normalisation, then Björck iterations.
+    """Dense layers orthogonalised: torch's spectral normalisation to norm 1, then Björck iterations of deel-torchlip.
 
-    Convolutions are left alone, and the norm allowed is 1. Needs the package deel-torchlip.
+    Convolutions are not changed, and ``max_norm`` must be 1. Needs the package deel-torchlip.
 
     Source: Anil, Lucas and Grosse (2019), Sorting out Lipschitz function approximation.
     """
@@ -190,10 +190,10 @@ class Bjorck(_Parametrised):
 
 
 def gram_bound(layer: LinearLayer, iterations: int) -> Tensor:
-    """A bound of a layer's norm, were its padding circular, that has a gradient, a scalar.
+    """A differentiable upper bound of a layer's norm with circular padding, a scalar.
 
-    With G_0 a symbol and G_{t+1} = G_t* G_t the norm is at most ‖G_t‖_F^(2^-t), whose excess falls doubly fast; the matrices
-    are divided by their Frobenius norms on the way, so that none overflows.
+    With G_0 a symbol and G_{t+1} = G_t* G_t the norm is at most ‖G_t‖_F^(2^-t), the Schatten norm of G_0 of order 2^(t+1),
+    which decreases to the spectral norm. The matrices are divided by their Frobenius norms, so that none overflows.
     """
     kernel = _kernel_of(layer)(layer.module.weight)  # type: ignore[arg-type]
     groups, axes = int(getattr(layer.module, "groups", 1)), tuple(range(2, kernel.ndim))
@@ -211,7 +211,7 @@ def gram_bound(layer: LinearLayer, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def clip_symbols_(layer: LinearLayer, max_norm: float) -> None:
-    """Clip the singular values of a layer's symbols on its own grid, and cut the kernel back to its window, in place."""
+    """Clip the singular values of a layer's Fourier symbols on its own grid, and cut the kernel to its window, in place."""
     weight: Any = layer.module.weight
     kernel, pull = torch.func.vjp(_kernel_of(layer), weight.detach().double())[:2]
     grid = _grid(layer, kernel)
@@ -224,12 +224,12 @@ def clip_symbols_(layer: LinearLayer, max_norm: float) -> None:
 def _kernel_of(layer: LinearLayer) -> Callable[[Tensor], Tensor]:
     to_kernel = kernel_map(layer, False)
     if to_kernel is None:
-        raise NotImplementedError(f"layer '{layer.name}' ({type(layer.module).__name__}): no kernel is known; take fastclip")
+        raise NotImplementedError(f"layer '{layer.name}' ({type(layer.module).__name__}): its kernel is unknown; use fastclip")
     return to_kernel
 
 
 def _grid(layer: LinearLayer, kernel: Tensor) -> list[int]:
-    """Places of a convolution's phases along each axis, no fewer than its window has."""
+    """Grid points along each axis for the phases of a convolution, no fewer than its window has."""
     module: Any = layer.module
     sizes = zip(kernel.shape[2:], layer.in_shape[1:], getattr(module, "stride", (1,) * (kernel.ndim - 2)), strict=False)
     return [max(window, ceil(size / stride)) for window, size, stride in sizes] or [1] * (kernel.ndim - 2)
@@ -241,7 +241,7 @@ def _modules(model: nn.Module, example_input: Tensor) -> dict[nn.Module, str]:
 
 
 class _Times(nn.Module):
-    """A weight times a number."""
+    """A parametrisation: a weight times a number."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()

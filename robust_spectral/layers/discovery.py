@@ -73,7 +73,7 @@ def linear_layers(model: nn.Module, example_input: Tensor) -> list[LinearLayer]:
     """
     if not isinstance(example_input, Tensor):
         raise TypeError(
-            f"linear_layers: example_input must be a tensor, a batch that the model takes; got {type(example_input).__name__}"
+            f"linear_layers: example_input must be a batch that the model takes, a tensor; got {type(example_input).__name__}"
         )
     model = uncompiled(model)
     found: dict[tuple[Any, ...], LinearLayer] = {}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 RULES: dict[Any, Callable[..., Any]] = {}  # (walk, node) -> its Lipschitz bound, or its operator if it is affine
 INTERVALS: dict[Any, Callable[..., Any]] = {}  # (walk, node) -> the box of its values, from those of its arguments
-ROUNDINGS: dict[Any, Callable[..., Any]] = {}  # (walk, node) -> number of terms summed, and a bound of their absolute sum
+ROUNDINGS: dict[Any, Callable[..., Any]] = {}  # (walk, node) -> number of terms, and a bound of their absolute values' sum
 JOINERS: dict[Any, Callable[..., Any]] = {}  # module type -> (preceding step, its step) -> one joint step, or None
 
 _Entry = TypeVar("_Entry", bound=Callable[..., Any])

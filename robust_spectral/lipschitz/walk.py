@@ -1,7 +1,7 @@
 """The walk over a network's graph that computes the Lipschitz bound of each node from those of its arguments.
 
-Every node's value is bounded as a function of the network's input, all samples of a batch taken together. Consecutive affine
-nodes (an affine stretch) are one operator; its norm is computed only when a node that is not affine needs it.
+A node's bound is a Lipschitz constant of its value as a function of the network's input, all samples of a batch taken together.
+Consecutive affine nodes (an affine stretch) are one operator, whose norm is computed only when a non-affine node needs it.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def symbol_bound(kernel: Kernel, most_work: float = SYMBOL_WORK) -> float:
 
     A zero-padded convolution is a section of the convolution on the infinite grid, whose norm is this supremum, and a circular
     one samples the symbol. The modulus of a trigonometric polynomial of degree d is at most 1 / cos(π d / N) times its largest
-    value at N > 2 d equispaced points (Ehlich and Zeller 1964). This is applied along every axis to ⟨y, K(ω) x⟩, which for fixed x
-    and y is such a polynomial, of degree (window - 1) / 2 once centred. The grid is the finest that ``most_work`` multiply-adds
+    value at N > 2 d equispaced points (Ehlich and Zeller 1964). This is applied along every axis to ⟨y, K(ω) x⟩, for fixed x
+    and y such a polynomial, of degree (window - 1) / 2 once centred. The grid is the finest that ``most_work`` multiply-adds
     allow; the bound is inf where even the coarsest grid costs more, or with more than two axes.
     """
     c_out, c_in, *window = kernel.weight.shape

@@ -80,7 +80,7 @@ def original(module: nn.Module) -> Tensor:
 
 
 def dense_projection(module: nn.Module, in_shape: Shape, max_norm: float, rounds: int = 3000) -> Tensor:
-    """The matrix of the nearest layer, by Dykstra's alternating projections between small matrices and those of kernels.
+    """The matrix of the nearest layer, by Dykstra's alternating projections onto matrices of at most this norm and of kernels.
 
     Nearest matrices are nearest kernels, as every entry of the kernel appears equally often in the matrix.
     """

@@ -1,4 +1,4 @@
-"""Models trained elsewhere: made from a name or a function, tried on the data, and told in one line where that fails."""
+"""Models trained elsewhere, adopted by a name or a function, and the one-line errors where that fails."""
 
 import json
 import sys
@@ -62,10 +62,10 @@ def _no_trust_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         ("own_module:mistake", "own_module has no 'mistake'; it has make", None),
     ],
 )
-def test_a_file_is_suggested_where_a_module_was_named_that_is_another(
+def test_an_error_about_a_module_suggests_the_file_of_that_name(
     spec: str, words: str, suggested: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import code  # noqa: F401, a module that the user's file of that name does not take the place of
+    import code  # noqa: F401, a standard module that hides the user's file of that name
 
     (tmp_path / "sub").mkdir()
     for file in ("sub/mine.py", "code.py", "own_module.py"):
@@ -83,12 +83,12 @@ def test_any_model_can_be_adopted_and_evaluated(tmp_path: Path) -> None:
     evaluate(folder, [AttackPlan("pgd", "l2", (0.1,), 8)], gate_samples=8, say=lambda text: None)
     report = read_json(folder / "report.json")
     assert report["defence"] == "hope" and report["parameters"] == 650 and [row["name"] for row in report["layers"]] == ["1"]
-    assert adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run") == folder  # the very same model again
-    with pytest.raises(ValueError, match="holds a run of another model or data"):
+    assert adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run") == folder  # the same model again
+    with pytest.raises(ValueError, match="contains a run of another model or data"):
         adopt("timm/test_resnet", "digits", tmp_path / "run", checkpoint=_checkpoint(tmp_path), image_size=16)
 
 
-def test_code_that_a_run_folder_names_is_not_run_unless_it_was_asked_for(tmp_path: Path, monkeypatch) -> None:
+def test_code_named_in_a_run_folder_is_executed_only_on_request(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     spec = f"{tmp_path}/mine.py:make"
     folder = adopt(spec, "digits", tmp_path / "run")
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_timm_can_be_adopted(tmp_path: Path) -> None:
     assert torch.equal(model(x), plain(model.normalize(x))) and len(run["layers"]) == 16
 
 
-def test_a_checkpoint_trained_on_plain_pixels_is_adopted_without_timms_mean_and_std(tmp_path: Path) -> None:
+def test_a_checkpoint_trained_on_unnormalised_pixels_is_adopted_with_mean_0_and_std_1(tmp_path: Path) -> None:
     options = {"checkpoint": _checkpoint(tmp_path), "image_size": 16}
     folder = adopt("timm/test_resnet", "digits", tmp_path / "run", mean=(0.0,), std=(1.0,), **options)
     assert read_json(folder / "run.json")["config"]["mean"] == [0.0]
@@ -124,11 +124,11 @@ def test_a_checkpoint_trained_on_plain_pixels_is_adopted_without_timms_mean_and_
     assert call(f"evaluate {asked} --out {folder} --attack noise --samples 2 --gate-samples 2") == 0
     bound = lipschitz_bound(model.model, x[:1]).value
     assert read_json(folder / "report.json")["lipschitz"]["bound"] == pytest.approx(bound, rel=1e-3)
-    with pytest.raises(ValueError, match="holds a run of another model"):
+    with pytest.raises(ValueError, match="contains a run of another model"):
         adopt("timm/test_resnet", "digits", folder, **options)
 
 
-def test_a_fine_tuning_starts_from_plain_pixels_as_asked_and_says_what_it_standardises_with(tmp_path: Path, capsys) -> None:
+def test_finetune_applies_the_given_mean_and_std_and_prints_them(tmp_path: Path, capsys) -> None:
     start = f"finetune --model test_resnet --data digits --epochs 0 --max-norm inf --checkpoint {_checkpoint(tmp_path)}"
     assert call(f"{start} --image-size 16 --mean 0 --std 1 --out {tmp_path / 'plain'}") == 0
     said = capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_a_fine_tuning_starts_from_plain_pixels_as_asked_and_says_what_it_standa
     assert call(f"{start} --out {tmp_path / 'timm'}") == 0
     assert "images 1x8x8, standardised with mean 0.5, std 0.5\n" in capsys.readouterr().err
     run = read_json(tmp_path / "timm" / "run.json")
-    write_json(tmp_path / "timm" / "run.json", run | {"config": _without_statistics(run["config"])})  # as it was stored before
+    write_json(tmp_path / "timm" / "run.json", run | {"config": _without_statistics(run["config"])})  # without mean and std
     model, data, _ = load_run(tmp_path / "timm")
     assert model.normalize.mean.item() == 0.5
 
@@ -149,7 +149,7 @@ def _without_statistics(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("mean", "std")}
 
 
-def test_a_configuration_stored_without_a_mean_and_std_is_still_that_of_a_run() -> None:
+def test_a_configuration_stored_without_mean_and_std_matches_the_default_one() -> None:
     config = config_of({"model": "test_resnet", "data": "digits"}, "here")
     stored = _without_statistics(asdict(config))
     assert config.is_that_of(stored) and not replace(config, mean="0", std="1").is_that_of(stored)
@@ -158,7 +158,7 @@ def test_a_configuration_stored_without_a_mean_and_std_is_still_that_of_a_run() 
         replace(config, mean="0.5,x", std="1")
 
 
-def test_a_checkpoint_of_another_head_is_refused_with_what_to_do(tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_with_another_head_is_refused_with_advice(tmp_path: Path, capsys) -> None:
     path = _checkpoint(tmp_path)
     assert call(f"spectrum test_resnet --checkpoint {path}") == 2
     assert "--num-classes and --in-chans" in capsys.readouterr().err
@@ -176,14 +176,14 @@ def test_spectrum_takes_a_mean_and_std(tmp_path: Path, capsys) -> None:
     assert bounds[1] == pytest.approx(2 * bounds[2], rel=0.05) and bounds[0] > 1.5 * bounds[1]
 
 
-def test_a_mean_and_std_go_with_a_timm_model(tmp_path: Path) -> None:
+def test_mean_and_std_are_refused_for_a_model_that_is_not_from_timm(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     with pytest.raises(ValueError, match="a mean and std go with timm/NAME"):
         adopt(f"{tmp_path}/mine.py:make", "digits", tmp_path / "run", mean=(0.0,), std=(1.0,))
 
 
 @pytest.mark.parametrize("options", ["--shard 3/2", "--engine slurm", "--block 0", "--mean 0.5,x --std 1", "--device nowhere"])
-def test_wrong_options_of_an_evaluation_leave_no_folder_behind(options: str, tmp_path: Path, capsys) -> None:
+def test_wrong_options_of_evaluate_create_no_folder(options: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     assert call(f"evaluate --model {tmp_path}/mine.py:make --data digits --out {tmp_path / 'run'} {options}") == 2
     assert "error:" in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -205,7 +205,7 @@ def test_wrong_options_of_an_evaluation_leave_no_folder_behind(options: str, tmp
         ("FILE:wide", r"does not take images of shape \(1, 8, 8\)"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_told(spec: str, words: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_built_is_an_error_that_says_why(spec: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     with pytest.raises(ValueError, match=words):
         adopt(spec.replace("FILE", f"{tmp_path}/mine.py"), "digits", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The harness around attacks: nothing outside the ball counts, nothing found is lost, and a failure is no robustness."""
+"""The attack harness: only images inside the ball count, all adversarial images are kept, a failure is no robustness."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ EVERY = sorted(set(names("attack")))
 
 
 def net(classes: int = 4) -> nn.Module:
-    """Two convolutions that tell apart in which quarter of an image its bright spot lies."""
+    """Two convolutions trained to classify images by the quarter that contains a bright spot."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(),
@@ -52,7 +52,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("norm, eps", [("l2", 1.5), ("linf", 0.2)])
 @pytest.mark.parametrize("name", EVERY)
-def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state(name, norm, eps, trained) -> None:
+def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state_unchanged(name, norm, eps, trained) -> None:
     model, images, labels = trained
     if "cw" in name and norm == "linf":
         with pytest.raises(ValueError, match="in l2, not in linf"):
@@ -65,17 +65,17 @@ def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state(na
     assert float(verdict.adversarial.min()) >= 0 and float(verdict.adversarial.max()) <= 1
     assert torch.equal(model(verdict.adversarial).argmax(1), verdict.predicted)
     assert torch.equal(torch.get_rng_state(), state) and all(map(torch.equal, model.parameters(), weights))
-    assert name in ("noise", "torchattacks-cw") or bool((verdict.predicted != labels).any())  # the others find something
+    assert name in ("noise", "torchattacks-cw") or bool((verdict.predicted != labels).any())  # every other attack succeeds
 
 
 @pytest.mark.parametrize("name", ["pgd", "autoattack", "square", "torchattacks-autoattack-10", "noise"])
-def test_the_seed_decides_what_an_attack_finds(name, trained) -> None:
+def test_the_same_seed_gives_the_same_adversarial_images(name, trained) -> None:
     first, again = (run_attack(make_attack(name, "linf", 0.1), *trained, seed=3) for _ in range(2))
     assert torch.equal(first.adversarial, again.adversarial)
 
 
 @pytest.mark.parametrize("norm, eps", [("l2", 0.6), ("linf", 0.1)])
-def test_autoattack_gives_the_very_images_of_the_official_code(norm, eps, trained) -> None:
+def test_autoattack_gives_the_predictions_of_the_official_code(norm, eps, trained) -> None:
     model, images, labels = trained
     direct = Official(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, seed=5, version="standard")
     direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 3
@@ -86,7 +86,7 @@ def test_autoattack_gives_the_very_images_of_the_official_code(norm, eps, traine
     assert 0 < int((ours.predicted != labels).sum()) < len(labels)
 
 
-def test_autoattack_warns_of_the_same_once_and_not_for_every_block(trained, caplog) -> None:
+def test_autoattack_gives_each_warning_once_and_not_for_every_block(trained, caplog) -> None:
     model, images, labels = trained
     autoattack._said.clear()
     attack = make_attack("square", "l2", 0.5)
@@ -105,7 +105,7 @@ def test_autoattack_runs_without_its_targeted_part_where_there_are_too_few_class
 
 @dataclass
 class Passing:
-    """An attack that shows the model an adversarial image and then returns another."""
+    """An attack that queries the model with adversarial images and returns the clean ones."""
 
     norm: str = "l2"
     eps: float = 1.5
@@ -116,7 +116,7 @@ class Passing:
         return images
 
 
-def test_an_adversarial_image_that_an_attack_passes_over_is_kept(trained) -> None:
+def test_an_adversarial_image_that_an_attack_finds_but_does_not_return_is_kept(trained) -> None:
     model, images, labels = trained
     kept, pgd = (run_attack(attack, model, images, labels, seed=0) for attack in (Passing(), make_attack("pgd", "l2", 1.5)))
     assert bool(((kept.predicted != labels) >= (pgd.predicted != labels)).all())
@@ -125,7 +125,7 @@ def test_an_adversarial_image_that_an_attack_passes_over_is_kept(trained) -> Non
 
 @dataclass
 class Returning:
-    """An attack that returns what it is told to."""
+    """An attack that raises an error or returns wrong images, as ``what`` says."""
 
     what: str
     norm: str = "l2"
@@ -138,30 +138,30 @@ class Returning:
 
 
 @pytest.mark.parametrize("what, words", [("error", "RuntimeError: gradient lost"), ("nan", "NaN"), ("fewer", "of shape")])
-def test_an_attack_that_fails_is_told_as_such(what, words, trained) -> None:
+def test_a_failed_attack_is_recorded_with_its_error(what, words, trained) -> None:
     verdict = run_attack(Returning(what), *trained, seed=0)
     assert verdict.error is not None and words in verdict.error
 
 
-def test_an_image_far_outside_its_ball_is_brought_back_before_it_counts(trained) -> None:
+def test_an_image_outside_its_ball_is_projected_into_it_before_it_counts(trained) -> None:
     verdict = run_attack(Returning("far"), *trained, seed=0)
     assert verdict.error is None and float(verdict.distance.max()) <= 0.5 * (1 + 1e-6)
 
 
-def test_a_model_without_finite_logits_is_an_error_and_not_robust(trained) -> None:
+def test_a_model_without_finite_logits_is_an_error_and_not_counted_as_robust(trained) -> None:
     model, images, labels = trained
     assert "NaN or infinite" in str(run_attack(Noise(), nn.Sequential(model, Divided()), images, labels, seed=0).error)
 
 
 class Divided(nn.Module):
-    """Logits over zero."""
+    """Logits divided by zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / torch.zeros(())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_pgd_finds_the_same_whatever_the_scale_of_the_logits(scale: float, trained) -> None:
+def test_pgd_gives_the_same_predictions_at_any_scale_of_the_logits(scale: float, trained) -> None:
     model, images, labels = trained
     plain, scaled = (
         run_attack(make_attack("pgd", "l2", 0.6), m, images, labels, seed=0)
@@ -171,7 +171,7 @@ def test_pgd_finds_the_same_whatever_the_scale_of_the_logits(scale: float, train
     assert 0 < int((plain.predicted != labels).sum()) < len(labels)
 
 
-def test_pgd_finds_the_same_beside_classes_that_are_masked(trained) -> None:
+def test_pgd_is_as_strong_in_the_presence_of_masked_classes(trained) -> None:
     model, images, labels = trained
     masked = Around(model, lambda z: torch.cat([z, z.new_full((len(z), 2), -1e4)], 1))
     plain, beside = (run_attack(make_attack("pgd", "l2", 0.6), m, images, labels, seed=0) for m in (model, masked))
@@ -179,7 +179,7 @@ def test_pgd_finds_the_same_beside_classes_that_are_masked(trained) -> None:
 
 
 class Around(nn.Module):
-    """A model with something done to its logits."""
+    """A model followed by a function of its logits."""
 
     def __init__(self, model: nn.Module, after) -> None:
         super().__init__()
@@ -211,14 +211,14 @@ def test_torchattacks_autoattack_has_ten_or_a_hundred_steps_by_name(trained) -> 
     assert steps == {"torchattacks-autoattack-10": [10] * 3, "torchattacks-autoattack-100": [100] * 3}
 
 
-def test_an_unknown_attack_or_norm_is_told_with_what_there_is() -> None:
+def test_an_unknown_attack_or_norm_is_an_error_that_lists_the_alternatives() -> None:
     with pytest.raises(ValueError, match="near: pgd"):
         make_attack("pdg", "l2", 0.5)
     with pytest.raises(ValueError, match="expected one of l2, linf"):
         make_attack("pgd", "l1", 0.5)
 
 
-def test_random_states_are_as_they_were_after_seeding() -> None:
+def test_seeded_restores_the_random_states() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     with seeded(1):
         torch.rand(3), np.random.rand(3)

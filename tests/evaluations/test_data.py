@@ -1,4 +1,4 @@
-"""Data by name: splits that share nothing, pixels in [0, 1], and errors that help."""
+"""Data sets by name: disjoint splits, pixels in [0, 1], and errors that say what to do."""
 
 import hashlib
 import struct
@@ -11,7 +11,7 @@ from robust_spectral.evaluations.data.image_data import check_pixels, data_hash,
 
 
 @pytest.mark.parametrize("name, shape", [("digits", (1, 8, 8)), ("mnist5k", (1, 28, 28)), ("photos", (3, 64, 64))])
-def test_built_in_sets_hold_pixels_of_ten_classes(name, shape):
+def test_built_in_data_sets_have_pixels_in_0_1_and_ten_classes(name, shape):
     data = load_data(name)
     images, labels = data.test_images(100)
     assert images.shape == (100, *shape) and (data.channels, data.image_size) == (shape[0], shape[2])
@@ -67,7 +67,7 @@ def test_image_folder_is_read_through_timm(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:.*read-only")
-def test_a_set_of_torchvision_is_read_from_the_folder_it_lies_in(tmp_path):
+def test_a_torchvision_data_set_is_read_from_its_folder(tmp_path):
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for split in ("train", "t10k"):
@@ -81,14 +81,14 @@ def test_a_set_of_torchvision_is_read_from_the_folder_it_lies_in(tmp_path):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("torch/cifar10", "needs the folder that holds it, as in torch/cifar10:PATH"),
+        ("torch/cifar10", "needs the folder that contains it, as in torch/cifar10:PATH"),
         ("torch/cifar10:FOLDER", "cannot be read"),
         ("torch/nosuchset:FOLDER", "cannot be read"),
         ("folder:", "as in folder:PATH"),
         ("wds/mine", "pip install webdataset"),
     ],
 )
-def test_a_set_of_timm_that_cannot_be_read_is_told_with_what_to_do(name, words, tmp_path):
+def test_a_data_set_that_timm_cannot_read_is_an_error_with_advice(name, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         load_data(name.replace("FOLDER", str(tmp_path)), 32)
 

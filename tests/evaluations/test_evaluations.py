@@ -1,4 +1,4 @@
-"""From fine-tuning to the report, on real digits: the whole line, its records, and what happens when something is wrong."""
+"""From fine-tuning to the report, on real digits: commands, records, interruptions and errors."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ SMALL = {"model": "test_resnet", "data": "digits", "image_size": 16, "freeze_bn"
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """A run with twins, trained, attacked and reported through the command line."""
+    """A run with the defence and its twin without, trained, attacked and reported by the command line."""
     folder = tmp_path_factory.mktemp("runs")
     command("finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 3e-3 --max-norm inf", folder / "start")
     start = folder / "start" / "model.safetensors"
@@ -62,7 +62,7 @@ def test_every_clipped_composite_is_at_most_its_target_in_dense_float64(twins):
         assert norm(composite, layer.in_shape) <= 2 * 1.001
 
 
-def test_report_sets_certified_below_worst_case_below_attacks_below_clean(twins):
+def test_the_report_orders_certified_worst_case_attacked_and_clean_accuracies(twins):
     report = read_json(twins / "report.json")
     assert set(report["models"]) == {"plain", "clipped"}
     for figures in report["models"].values():
@@ -74,7 +74,7 @@ def test_report_sets_certified_below_worst_case_below_attacks_below_clean(twins)
         assert all(entry["ci"][0] <= entry["accuracy"] <= entry["ci"][1] for entry in figures["robust"])
 
 
-def test_sample_table_has_a_row_for_every_image_attack_and_size(twins):
+def test_the_sample_table_has_a_row_for_every_image_attack_and_eps(twins):
     rows = pq.read_table(twins / "clipped" / "samples.parquet").to_pylist()
     columns = "sample label attack norm eps predicted robust distance certified_radius status"
     assert list(rows[0]) == columns.split()
@@ -83,13 +83,13 @@ def test_sample_table_has_a_row_for_every_image_attack_and_size(twins):
     assert all(row["robust"] <= (row["predicted"] == row["label"]) for row in rows)
 
 
-def test_page_is_self_contained_and_names_both_twins(twins):
+def test_the_report_page_is_self_contained_and_names_both_runs(twins):
     page = (twins / "report.html").read_text()
     assert "plain" in page and "clipped" in page and page.count("<svg") == 3
     assert "src=" not in page and "@import" not in page and "<script" not in page
 
 
-def test_training_log_holds_the_norm_of_every_layer(twins):
+def test_the_training_log_contains_the_norm_of_every_layer(twins):
     rows = [json.loads(line) for line in (twins / "clipped" / "training.jsonl").read_text().splitlines()]
     assert rows[-1]["largest_norm"] == max(rows[-1]["norms"].values()) <= 2.1
     assert rows[0]["largest_norm"] > rows[-1]["largest_norm"]
@@ -137,7 +137,7 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("leaderboard OUT", "no such folder"),
         ("export OUT -o OUT2", "no such run folder"),
         ("evaluate . --norm l7", "expected one of"),
-        ("finetune --model test_resnet --data digits --device nowhere --out OUT", "not to be had here"),
+        ("finetune --model test_resnet --data digits --device nowhere --out OUT", "not available here"),
         ("finetune --model test_resnet --data digits --amp-dtype int8 --out OUT", "expected float16 or bfloat16"),
         ("finetune --model test_resnet --data digits --data folder:[/x] --out OUT", "folder:[/x]"),
         ("spectrum resnet18x", "near: resnet18"),
@@ -150,14 +150,14 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("finetune --model test_resnet --data hfds/mnist --out OUT", "needs the package datasets, pip install datasets"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(text, message, tmp_path, capsys):
+def test_bad_input_gives_a_one_line_error_and_exit_status_2(text, message, tmp_path, capsys):
     if "START" in text:
         torch.save(load("test_resnet", num_classes=10, in_chans=1).model.state_dict(), tmp_path / "start.pth")
         text = text.replace("START", str(tmp_path / "start.pth"))
     assert call(text.replace("OUT", str(tmp_path / "out"))) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.count("error:") == 1 and message in error.partition("error:")[2] and "Traceback" not in error
-    assert (tmp_path / "out" / "config.json").exists() == ("--lr 1e30" in text)  # only what has begun can be gone on with
+    assert (tmp_path / "out" / "config.json").exists() == ("--lr 1e30" in text)  # only a training that has begun can be resumed
 
 
 def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
@@ -172,7 +172,7 @@ def test_spectrum_takes_timms_prefix_and_a_number_of_classes(capsys):
     assert call("spectrum test_resnet --num-classes 0") == 2
 
 
-def test_spectrum_names_every_layer_in_full_in_a_narrow_file_and_shows_no_progress_there(capsys):
+def test_spectrum_prints_full_layer_names_and_no_progress_to_a_narrow_file(capsys):
     assert call("spectrum test_resnet --image-size 16 --top 5") == 0
     out, err = capsys.readouterr()
     assert err == "" and "…" not in out and "model.layer" in out
@@ -185,14 +185,14 @@ def test_help_texts_keep_their_brackets(capsys):
     assert not lost and any("\\[runs]" in text for text in texts if text)
 
 
-def test_spectrum_of_a_run_is_of_its_weights(twins, capsys):
+def test_spectrum_of_a_run_folder_measures_the_weights_of_the_run(twins, capsys):
     assert call(f"spectrum {twins / 'clipped'} --json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["layers"][0]["in_shape"] == "1x16x16" and max(row["lower"] for row in shown["layers"]) <= 2 * 1.001
     assert call(f"spectrum {twins / 'clipped'} --image-size 32") == 2
     assert "--image-size goes with a timm model" in " ".join(capsys.readouterr().err.split())
     assert call(f"spectrum {twins}") == 2
-    assert "holds twins; give one of" in " ".join(capsys.readouterr().err.split())
+    assert "contains twins; give one of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_spectrum_draws_intervals_and_estimates_the_top_values(tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_spectrum_draws_intervals_and_estimates_the_top_values(tmp_path, capsys)
     assert (tmp_path / "new" / "norms.svg").read_text().startswith("<svg")
 
 
-def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_identical_weights(tmp_path, monkeypatch):
     config = FinetuneConfig(**SMALL, epochs=3, max_norm=2.0, seed=5)
     whole = load_run(finetune(config, tmp_path / "whole"))[0].state_dict()
     train = _Training.train_epoch
@@ -214,25 +214,25 @@ def test_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="--resume"):
         finetune(config, tmp_path / "cut")
-    with pytest.raises(ValueError, match=r"the training was interrupted; go on with the same .* --resume"):
+    with pytest.raises(ValueError, match=r"the training was interrupted; continue with the same .* --resume"):
         evaluate(tmp_path / "cut", [AttackPlan("pgd", "l2", (0.5,), 4)])
     resumed = load_run(finetune(config, tmp_path / "cut", resume=True))[0].state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_twins_are_named_while_they_are_trained_and_an_interruption_is_told(tmp_path, monkeypatch, capsys):
+def test_finetune_names_the_run_of_a_pair_in_training_and_reports_an_interruption(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_Training, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(f"finetune --model test_resnet --data digits --image-size 16 --epochs 1 --twin --out {tmp_path / 'run'}") == 130
     said = capsys.readouterr().err
-    assert "twin 1 of 2: plain" in said and "interrupted; what was done is kept" in said
+    assert "twin 1 of 2: plain" in said and "interrupted; finished work is kept" in said
     assert call(f"evaluate {tmp_path / 'run'}") == 2
     assert "the training was interrupted" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["finetune --model test_resnet --data digits --epochs 99 --out {}", "grid nowhere --help"])
-def test_a_process_that_is_interrupted_says_so_and_usage_keeps_its_status(command, tmp_path):
+def test_an_interrupted_process_exits_with_130_and_a_message_and_help_with_0(command, tmp_path):
     start = [sys.executable, "-m", "robust_spectral.evaluations", *command.format(tmp_path / "run").split()]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what a shell runs in the background does not
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a process in the background of a shell ignores SIGINT
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     if "--help" in command:
         assert process.communicate(timeout=60)[0] and process.returncode == 0
@@ -241,31 +241,31 @@ def test_a_process_that_is_interrupted_says_so_and_usage_keeps_its_status(comman
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted; what was done is kept" in said and "Traceback" not in said
+    assert process.returncode == 130 and "interrupted; finished work is kept" in said and "Traceback" not in said
 
 
-def test_a_command_that_there_is_not_is_an_error_of_usage(capsys):
+def test_an_unknown_command_is_a_usage_error(capsys):
     assert call("spectrun test_resnet") == 2
     assert "No such command" in capsys.readouterr().err
 
 
-def test_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+def test_resuming_a_finished_run_leaves_it_unchanged(tmp_path):
     config = FinetuneConfig(**SMALL, epochs=0, max_norm=None)
     finetune(config, tmp_path / "run")
-    (tmp_path / "run" / "state.pt").touch()  # as where the last step of all was cut off
+    (tmp_path / "run" / "state.pt").touch()  # as after a run killed before it removed this file
     before = (tmp_path / "run" / "run.json").read_bytes()
     assert finetune(config, tmp_path / "run", resume=True) == tmp_path / "run"
     assert (tmp_path / "run" / "run.json").read_bytes() == before and not (tmp_path / "run" / "state.pt").exists()
 
 
-def test_what_a_killed_writer_left_is_no_hindrance(tmp_path):
+def test_a_partial_file_of_a_killed_writer_does_not_block_a_new_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.4711.part").write_text("{")
     finetune(FinetuneConfig(**SMALL, epochs=0, max_norm=None), tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_batches_with_a_loss_that_is_not_finite_are_skipped_counted_and_ended(tmp_path, monkeypatch):
+def test_non_finite_losses_are_skipped_and_counted_and_ten_in_a_row_are_an_error(tmp_path, monkeypatch):
     calls, cross_entropy = [0], torch.nn.functional.cross_entropy
 
     def sometimes(logits, labels):
@@ -293,13 +293,13 @@ def test_folder_of_a_run_that_failed_at_the_start_can_be_used_again(tmp_path):
     assert (finetune(FinetuneConfig(**SMALL, epochs=0, max_norm=None), tmp_path / "run") / "run.json").is_file()
 
 
-def test_optimizer_that_never_calls_the_hook_is_noticed(tmp_path, monkeypatch):
+def test_an_optimizer_that_never_calls_the_hook_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(FastClip, "attach", lambda clipper, optimizer: None)
     with pytest.raises(ValueError, match="never called the clipper's hook"):
         finetune(FinetuneConfig(**SMALL, epochs=1), tmp_path / "run")
 
 
-def test_certified_accuracy_of_twins_is_reported_on_one_grid(twins):
+def test_certified_accuracy_of_a_pair_of_runs_is_reported_at_the_same_eps(twins):
     models = read_json(twins / "report.json")["models"]
     grids = [[entry["eps"] for entry in figures["certified"]] for figures in models.values()]
     assert grids[0] == grids[1]
@@ -316,7 +316,7 @@ def test_moving_average_is_clipped_and_saved(tmp_path):
         assert norm(composite, layer.in_shape) <= 2 * 1.001
 
 
-def test_moving_average_of_a_short_training_is_not_of_the_weights_before_it(tmp_path):
+def test_the_moving_average_of_a_short_training_is_far_from_the_initial_weights(tmp_path):
     def last(name, **options):
         model, _, _ = load_run(finetune(FinetuneConfig(**SMALL, max_norm=None, **options), tmp_path / name))
         return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -326,7 +326,7 @@ def test_moving_average_of_a_short_training_is_not_of_the_weights_before_it(tmp_
     assert (average - start).norm() > 0.3 * (trained - start).norm()
 
 
-def test_a_target_for_the_whole_network_is_met_by_its_bound(tmp_path):
+def test_a_lipschitz_target_is_met_by_the_bound_of_the_network(tmp_path):
     command("finetune --model maxmin_mlp --data digits --image-size 28 --epochs 1 --max-norm inf --lipschitz-target 3",
             tmp_path / "run")  # fmt: skip
     model, data, run = load_run(tmp_path / "run")
@@ -334,7 +334,7 @@ def test_a_target_for_the_whole_network_is_met_by_its_bound(tmp_path):
     assert 1 < lipschitz_bound(model, data.example()).value <= 3
 
 
-def test_a_network_with_gates_has_a_bound_between_images_in_the_report(tmp_path):
+def test_a_network_with_squeeze_and_excite_has_a_bound_in_the_pixel_box_in_the_report(tmp_path):
     folder = finetune(
         FinetuneConfig(model="test_efficientnet", data="digits", image_size=32, epochs=0, max_norm=None), tmp_path / "run"
     )
@@ -345,7 +345,7 @@ def test_a_network_with_gates_has_a_bound_between_images_in_the_report(tmp_path)
     assert "between images with pixels in [0, 1] the bound is" in (folder / "report.html").read_text()
 
 
-def test_mixed_precision_keeps_the_norms_it_ends_with(tmp_path):
+def test_training_in_mixed_precision_ends_with_every_norm_at_most_the_target(tmp_path):
     config = FinetuneConfig(**SMALL | {"image_size": 48}, epochs=1, max_norm=2.0, amp=True, amp_dtype="bfloat16")
     _, _, run = load_run(finetune(config, tmp_path / "amp"))
     assert max(row["upper"] for row in run["layers"]) <= 2 * 1.001
@@ -359,14 +359,14 @@ def test_weights_of_another_model_are_refused(twins, tmp_path):
         evaluate(tmp_path, [AttackPlan("pgd", "l2", (0.5,), 4)])
 
 
-def test_report_of_a_run_that_was_not_attacked_says_so(tmp_path, twins):
+def test_the_report_of_a_run_that_was_not_evaluated_is_an_error(tmp_path, twins):
     write_json(tmp_path / "run.json", read_json(twins / "clipped" / "run.json"))
     with pytest.raises(ValueError, match="not evaluated yet"):
         write_report(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["l2", "linf"])
-def test_adversarial_images_are_put_back_into_ball_and_box(kind):
+def test_adversarial_images_are_projected_into_ball_and_box(kind):
     x = torch.rand(5, 1, 4, 4)
     inside = into_ball(x + 3 * torch.randn(5, 1, 4, 4), x, kind, 0.3)
     assert float(size_of(inside.double() - x.double(), kind).max()) <= 0.3 * (1 + 1e-6)
@@ -383,7 +383,7 @@ def row(sample, attack, eps, robust, radius=0.0, distance=0.0):
             "robust": robust, "distance": distance, "certified_radius": radius}  # fmt: skip
 
 
-def test_gates_that_were_not_tested_are_one_line(twins, tmp_path, capsys):
+def test_checks_that_were_not_made_are_summed_up_in_one_line(twins, tmp_path, capsys):
     shutil.copytree(twins / "plain", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "records")
     (tmp_path / "run" / "report.json").unlink()
@@ -391,28 +391,28 @@ def test_gates_that_were_not_tested_are_one_line(twins, tmp_path, capsys):
         assert call(command_line.format(tmp_path / "run")) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert said.count("not tested (") == said.count("give more --gate-samples") == 1 and "gradients are there" in said
-        assert ("2 gate images, " in said) == command_line.startswith("evaluate")
+        assert ("2 images for the checks, " in said) == command_line.startswith("evaluate")
 
 
-def test_certified_image_that_an_attack_breaks_fails_the_sandwich():
+def test_a_successful_attack_on_a_certified_image_fails_the_check_of_certificates():
     clean = [row(0, "none", 0, True, radius=1.0), row(1, "none", 0, True)]
     assert sandwich([row(0, "pgd", 0.5, True), row(1, "pgd", 0.5, False)], clean, "l2", 0.5, 16)["holds"]
     assert not sandwich([row(0, "pgd", 0.5, False), row(1, "pgd", 0.5, True)], clean, "l2", 0.5, 16)["holds"]
 
 
-def test_certified_grid_reaches_down_to_where_it_is_not_zero():
+def test_certified_accuracy_is_reported_down_to_an_eps_where_it_is_positive():
     clean = [row(i, "none", 0, True, radius=1e-5 * (1 + i)) for i in range(8)]
     grid = certified(clean, "l2", [row(0, "pgd", 0.5, True)], 16)
     assert grid[0]["accuracy"] >= 0.75 and grid[-1] == {"norm": "l2", "eps": 0.5, "n": 8, "accuracy": 0.0, "ci": grid[-1]["ci"]}
 
 
-def test_certificate_in_linf_needs_the_radius_times_root_d():
+def test_a_certificate_in_linf_needs_an_l2_radius_of_eps_times_root_d():
     clean = [row(0, "none", 0, True, radius=1.0)]
     attacked = [row(0, "pgd", eps, True) | {"norm": "linf"} for eps in (0.2, 0.3)]
     assert [e["accuracy"] for e in certified(clean, "linf", attacked, 16) if e["eps"] in (0.2, 0.3)] == [1.0, 0.0]
 
 
-def test_a_certified_accuracy_that_is_not_valid_is_not_drawn():
+def test_an_invalid_certified_accuracy_is_not_drawn():
     entry = {"norm": "l2", "eps": 0.1, "accuracy": 0.5}
     figures = {"accuracy": {"clean": 0.9}, "robust": [{**entry, "attack": "pgd", "ci": [0.4, 0.6], "valid": True}]}
     drawn = [robustness({"a": figures | {"certified": c}}, "l2") for c in ([], [entry | {"valid": False}], [entry])]

@@ -1,4 +1,4 @@
-"""Runs written for others: plain timm gives the same logits, and RobustBench's entry says what was measured."""
+"""Exported runs: timm alone gives the same logits, and the RobustBench entry has the measured accuracies."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_hub_folder_gives_the_very_logits_in_plain_timm(run: Path, tmp_path: Path) -> None:
+def test_an_exported_hub_folder_gives_the_same_logits_in_timm_alone(run: Path, tmp_path: Path) -> None:
     to_hub(run, tmp_path / "hub")
     plain = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     model, _, _ = load_run(run)
@@ -41,14 +41,14 @@ def test_a_hub_folder_gives_the_very_logits_in_plain_timm(run: Path, tmp_path: P
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
-def test_a_folder_that_timm_saved_is_not_taken_for_an_interrupted_run(run: Path, tmp_path: Path) -> None:
+def test_a_folder_that_timm_saved_is_not_mistaken_for_an_interrupted_run(run: Path, tmp_path: Path) -> None:
     to_hub(run, tmp_path / "hub")
     with pytest.raises(ValueError, match="is no run; a model that timm saved is timm/local-dir:"):
         open_run(tmp_path / "hub")
     assert call(f"spectrum timm/local-dir:{tmp_path / 'hub'} --pretrained --image-size 16 --in-chans 1") == 0
 
 
-def test_the_configuration_and_the_card_tell_what_is_proved_and_measured(run: Path, tmp_path: Path) -> None:
+def test_the_hub_configuration_and_card_contain_the_proved_and_measured_figures(run: Path, tmp_path: Path) -> None:
     to_hub(run, tmp_path / "hub")
     spectral = json.loads((tmp_path / "hub" / "config.json").read_text())["spectral"]
     assert spectral["max_norm"] == 2.0 and all(row["upper"] <= 2.0 * 1.001 for row in spectral["layers"].values())
@@ -56,21 +56,21 @@ def test_the_configuration_and_the_card_tell_what_is_proved_and_measured(run: Pa
     assert card.startswith("---\nlibrary_name: timm") and "| autoattack, L2 0.5 | 16 images |" in card and "(proved)" in card
 
 
-def test_a_run_that_was_not_evaluated_has_a_card_that_says_so(tmp_path: Path) -> None:
+def test_the_card_of_a_run_that_was_not_evaluated_says_so(tmp_path: Path) -> None:
     folder = finetune(FinetuneConfig(**SMALL | {"epochs": 0}, max_norm=None), tmp_path / "run")
     to_hub(folder, tmp_path / "hub")
     assert "not attacked" in (tmp_path / "hub" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("options", [{"fold_bn": True}, {"residuals": "averaged"}, {"model": "maxmin_mlp", "image_size": 28}])
-def test_a_network_that_plain_timm_does_not_make_is_refused(options: dict, tmp_path: Path) -> None:
+def test_a_network_that_timm_alone_cannot_build_is_not_exported(options: dict, tmp_path: Path) -> None:
     folder = finetune(FinetuneConfig(**SMALL | {"epochs": 0} | options, max_norm=None), tmp_path / "run")
     with pytest.raises(ValueError, match="plain timm would not make the same network"):
         to_hub(folder, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_folder_with_something_in_it_is_left_alone(run: Path, tmp_path: Path) -> None:
+def test_export_to_a_folder_that_is_not_empty_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "mine").touch()
     with pytest.raises(ValueError, match="nothing was overwritten"):
@@ -84,7 +84,9 @@ def small_board(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(robustbench_images.TEST_SETS, "cifar10", (360, 1, 16, 16))
 
 
-def test_an_entry_for_robustbench_rests_on_autoattack_and_its_images(run: Path, tmp_path: Path, small_board: None) -> None:
+def test_a_robustbench_entry_has_the_accuracy_under_autoattack_and_its_images(
+    run: Path, tmp_path: Path, small_board: None
+) -> None:
     (tmp_path / "about.json").write_text(json.dumps(ABOUT))
     out = to_robustbench(run, tmp_path / "out", "cifar10/L2", "Lee2026Held", tmp_path / "about.json")
     info, report = json.loads((out / "model_info/cifar10/L2/Lee2026Held.json").read_text()), read_json(run / "report.json")
@@ -106,7 +108,7 @@ def test_an_entry_for_robustbench_rests_on_autoattack_and_its_images(run: Path, 
         ({}, "cifar10/L2", "all 10000 test images"),
     ],
 )
-def test_figures_that_robustbench_would_not_take_are_refused(change, board, words, run: Path, tmp_path: Path) -> None:
+def test_figures_that_robustbench_would_not_accept_are_refused(change, board, words, run: Path, tmp_path: Path) -> None:
     for name in ("run.json", "model.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     report = read_json(run / "report.json")
@@ -118,7 +120,7 @@ def test_figures_that_robustbench_would_not_take_are_refused(change, board, word
 
 
 @pytest.mark.parametrize("about, words", [("{", r"about\.json: Expecting"), ("{}", r"about\.json: missing 6 required")])
-def test_what_is_wrong_with_the_file_about_a_run_names_that_file(about: str, words: str, run: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_file_about_a_run_names_that_file(about: str, words: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "about.json").write_text(about)
     with pytest.raises(ValueError, match=words):
         to_robustbench(run, tmp_path / "out", "cifar10/L2", "Lee2026Held", tmp_path / "about.json")

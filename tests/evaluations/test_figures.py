@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the reports in the repository say."""
+"""The figures in the documentation agree with the reports in the repository."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def at(entries: list[Any], eps: float) -> Any:
 
 
 def figure(label: str, figures: Any) -> tuple[float, int | None]:
-    """What a report says under a table's label, in the table's unit, and the number of images."""
+    """The value in a report for a table's label, in the table's unit, and the number of images."""
     if label == "Lipschitz bound (proved)":
         return figures["lipschitz"]["bound"], None
     if label == "Lipschitz estimate (sampled)":
@@ -51,7 +51,7 @@ def figure(label: str, figures: Any) -> tuple[float, int | None]:
 
 
 @pytest.mark.parametrize(("page", "index", "name"), TWINS)
-def test_a_table_of_twins_is_that_of_their_report(page: str, index: int, name: str) -> None:
+def test_a_table_of_a_pair_of_runs_agrees_with_their_report(page: str, index: int, name: str) -> None:
     rows = tables(page, "| | plain | clipped |")[index]
     assert len(rows) >= 7
     for label, *cells in rows:
@@ -62,7 +62,7 @@ def test_a_table_of_twins_is_that_of_their_report(page: str, index: int, name: s
             assert images is None or "images" not in label or f"{images} images" in label
 
 
-def test_the_table_of_certified_accuracy_is_that_of_the_reports() -> None:
+def test_the_table_of_certified_accuracies_agrees_with_the_reports() -> None:
     (rows,) = tables("docs/figures.md", "| | clean | PGD-40 | certified |")
     for label, *cells in rows:
         data, size = label.split(", ")
@@ -72,11 +72,11 @@ def test_the_table_of_certified_accuracy_is_that_of_the_reports() -> None:
         assert [float(cell) for cell in cells] == pytest.approx([100 * value for value in values], abs=0.1), label
 
 
-def test_what_the_readme_says_of_certificates_is_in_its_report() -> None:
+def test_the_certified_accuracy_in_the_readme_agrees_with_its_report() -> None:
     (percent, eps) = re.search(r"has ([\d.]+) % .*? certified at L2 ([\d.]+)", (ROOT / "README.md").read_text()).groups()  # type: ignore
     assert 100 * at(report("mnist/maxmin_mlp")["certified"], float(eps))["accuracy"] == pytest.approx(float(percent), abs=0.1)
 
 
-def test_the_readme_fits_a_screen_and_contributing_half_of_one() -> None:
+def test_the_readme_and_contributing_are_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 50

@@ -1,4 +1,4 @@
-"""Broken defences, each caught by a gate, and healthy networks, which raise none."""
+"""Checks (called gates in report.json): each broken defence fails one, and healthy networks pass all."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def trained(normalised: bool = False) -> nn.Module:
 
 
 def bars(count: int) -> tuple[Tensor, Tensor]:
-    """Images whose class is which pair of rows is bright."""
+    """Images with one bright pair of rows, whose number is the class."""
     generator = torch.Generator().manual_seed(count)
     images, labels = torch.rand(count, 1, 8, 8, generator=generator) / 2, torch.arange(count) % 4
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -33,7 +33,7 @@ def bars(count: int) -> tuple[Tensor, Tensor]:
 
 
 class Around(nn.Module):
-    """A model with something done to what goes in or comes out."""
+    """A model between a function of its input and a function of its output."""
 
     def __init__(self, model: nn.Module, before=None, after=None) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def failing(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_a_healthy_network_passes_every_gate(normalised: bool) -> None:
+def test_a_healthy_network_passes_every_check(normalised: bool) -> None:
     assert failing(trained(normalised)) == []
 
 
@@ -106,24 +106,24 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_defence_is_caught(name: str) -> None:
+def test_a_broken_defence_fails_the_check_for_its_fault(name: str) -> None:
     make, gate = BROKEN[name]
     assert gate in failing(make(trained()))
 
 
-def test_masked_gradients_show_in_noise_in_search_and_without_limit() -> None:
+def test_masked_gradients_fail_the_checks_by_gradient_free_search_and_unlimited_attacks() -> None:
     names = failing(Around(trained(), before=Applied(lambda x: (4 * x).round() / 4)))
     assert "a search without gradients breaks no more at l2 0.6" in names
     assert "without limit in l2, attacks succeed" in names
 
 
-def test_a_model_that_is_always_wrong_has_nothing_to_attack() -> None:
+def test_the_check_of_attacks_on_a_model_that_is_always_wrong_is_skipped() -> None:
     images, labels = bars(8)
     (gate,) = check_attacks(trained(), images[:0], labels[:0], "l2", 0.5, seed=0)
     assert gate.status == "skip" and "no image" in gate.detail
 
 
-def test_a_gate_that_sees_too_few_images_is_skipped_unless_it_fails() -> None:
+def test_a_check_on_too_few_images_is_skipped_unless_it_fails() -> None:
     images, labels = bars(4)
     for model, attacks in ((trained(), {"skip"}), (Around(trained(), before=Applied(lambda x: (4 * x).round() / 4)), {"fail"})):
         found = [*check_model(model, images, labels), *check_attacks(model, images, labels, "l2", 0.6, seed=0)]
@@ -133,12 +133,12 @@ def test_a_gate_that_sees_too_few_images_is_skipped_unless_it_fails() -> None:
     assert "answers do not depend on the batch" in [gate.name for gate in alone if gate.status == "skip"]
 
 
-def test_few_classes_ask_for_more_images_before_attacks_without_limit_can_tell() -> None:
+def test_the_check_by_unlimited_attacks_needs_more_images_where_classes_are_few() -> None:
     assert _sweep(Around(trained(), after=Applied(lambda z: z[:, :2])), bars(9)[0], "l2", torch.ones(9)).status == "skip"
     assert _sweep(Around(trained(), after=Applied(lambda z: z[:, :2])), bars(10)[0], "l2", torch.ones(10)).status == "fail"
 
 
-def test_a_failed_gate_makes_every_attacked_accuracy_invalid_with_the_reason() -> None:
+def test_a_failed_check_makes_every_accuracy_under_attack_invalid_and_gives_the_reason() -> None:
     row = {"sample": 0, "label": 0, "norm": "l2", "predicted": 0, "robust": True, "distance": 0.0, "certified_radius": 0.0}
     rows = [row | {"attack": "none", "eps": 0.0}, row | {"attack": "pgd", "eps": 0.5}]
     run = {"config": {"model": "m", "data": "d"}, "classes": 4, "defence": "none", "seed": 0, "layers": [], "model_sha256": "",

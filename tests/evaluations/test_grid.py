@@ -1,4 +1,4 @@
-"""Recipes and grids: options from files, every combination of lists, what is done stays done, and choices made by rule."""
+"""Recipes and grids of runs: options from files, combinations of lists, finished runs kept, and the frontier."""
 
 import fcntl
 import json
@@ -60,7 +60,7 @@ def call(text):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_of_the_package_is_a_configuration(name):
+def test_every_recipe_of_the_package_is_a_valid_configuration(name):
     config_of(read_recipe(name), name)
 
 
@@ -71,7 +71,7 @@ def test_the_model_of_every_recipe_takes_its_images(name):
     assert create_model(config, data).eval()(data.example()).shape == (1, 10)
 
 
-def test_options_beside_a_recipe_count_more_than_its_own(tmp_path):
+def test_command_line_options_override_those_of_a_recipe(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('model = "maxmin_mlp"\ndata = "digits"\nimage_size = 28\nepochs = 0\nmax_norm = 2.0\nlogit_scale = 5.0\n')
     assert call(f"finetune --recipe {recipe} --max-norm 3 --out {tmp_path / 'run'}") == 0
@@ -94,7 +94,7 @@ def test_options_beside_a_recipe_count_more_than_its_own(tmp_path):
         ('model = 3\ndata = "digits"', "model = 3: expected str"),
     ],
 )
-def test_a_recipe_that_is_wrong_says_where_and_what(text, message, tmp_path):
+def test_a_wrong_recipe_is_an_error_that_names_the_file_and_the_option(text, message, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mine\.toml") as error:
@@ -102,7 +102,7 @@ def test_a_recipe_that_is_wrong_says_where_and_what(text, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_an_unknown_recipe_offers_what_there_is():
+def test_an_unknown_recipe_is_an_error_with_advice():
     with pytest.raises(ValueError, match="give the path of a"):
         read_recipe("nothing-like-it")
 
@@ -112,13 +112,13 @@ def test_every_grid_of_the_package_can_be_read(path, tmp_path):
     assert len(read_grid(path, tmp_path).runs) > 1
 
 
-def test_the_tables_of_the_experiments_are_what_their_figures_make():
+def test_the_tables_of_the_experiments_are_up_to_date_with_their_figures():
     script = runpy.run_path(str(Path(__file__).parents[2] / "evaluations" / "benchmarks" / "experiments.py"))
     for path, made in ((script["PAGE"], lambda text: script["page"](text)[0]), (script["README"], script["readme"])):
         assert made(path.read_text()) == path.read_text()
 
 
-def test_lists_in_a_grid_are_every_combination(tmp_path):
+def test_lists_in_a_grid_are_expanded_to_every_combination(tmp_path):
     text = SMALL.replace("logit_scale = 10", "logit_scale = [10, 30]")
     grid = read_grid(written(tmp_path, text), tmp_path)
     assert list(grid.runs) == ["plain", "clipped-1.0-10", "clipped-1.0-30", "clipped-2.0-10", "clipped-2.0-30"]
@@ -126,7 +126,7 @@ def test_lists_in_a_grid_are_every_combination(tmp_path):
     assert grid.plans[0].eps == (0.25, 0.5)
 
 
-def test_braces_stand_for_the_grid_folder(tmp_path):
+def test_out_in_braces_is_replaced_by_the_folder_of_the_grid(tmp_path):
     text = SMALL + '[[runs]]\nname = "second"\ninitial_checkpoint = "{out}/plain/model.safetensors"\n'
     assert read_grid(written(tmp_path, text), tmp_path / "o").runs["second"].initial_checkpoint == str(
         tmp_path / "o" / "plain" / "model.safetensors"
@@ -137,7 +137,7 @@ def test_braces_stand_for_the_grid_folder(tmp_path):
     "change, message",
     [
         (("clipped-{max_norm}-{logit_scale}", "clipped"), "two runs are named 'clipped'"),
-        (("clipped-{max_norm}-{logit_scale}", "clipped/{max_norm}"), "not one of a folder"),
+        (("clipped-{max_norm}-{logit_scale}", "clipped/{max_norm}"), "not a valid folder name"),
         (("clipped-{max_norm}-{logit_scale}", "{norm}"), "'norm' is missing"),
         (('attack = "fgsm"\neps', 'atack = "fgsm"\neps'), "takes attack, norm, eps"),
         (('plain = "plain"', 'plain = "plane"'), "'plane' is no run"),
@@ -147,12 +147,12 @@ def test_braces_stand_for_the_grid_folder(tmp_path):
         (('"1/4"', "inf"), "such as 0.5 or 8/255"),
         (('[[runs]]\nname = "plain"', '[runs]\nname = "plain"'), "not readable as TOML"),
         (("clipped-{max_norm}-{logit_scale}", "a{0}"), "needs a name"),
-        (("clipped-{max_norm}-{logit_scale}", ""), "not one of a folder"),
+        (("clipped-{max_norm}-{logit_scale}", ""), "not a valid folder name"),
         (('plain = "plain"', 'plain = "plain"\neps = 0.3'), "is under no [[evaluate]]"),
         (("gate_samples = 4", "gate_samples = 0"), "at least 1"),
     ],
 )
-def test_a_grid_that_is_wrong_says_what_is(change, message, tmp_path):
+def test_a_wrong_grid_is_an_error_that_says_why(change, message, tmp_path):
     with pytest.raises(ValueError) as error:
         read_grid(written(tmp_path, SMALL.replace(*change)), tmp_path)
     assert message in str(error.value)
@@ -165,12 +165,12 @@ def done(tmp_path_factory):
     return folder
 
 
-def test_what_is_printed_as_json_is_json_alone(done, capsys):
+def test_grid_with_json_prints_only_json(done, capsys):
     call(f"grid {done / 'grid.toml'} -o {done / 'again'} --json")
     assert json.loads(capsys.readouterr().out)["done"] == 3
 
 
-def test_a_grid_leaves_a_figure_for_every_run_and_attack(done):
+def test_a_grid_records_an_accuracy_for_every_run_and_attack(done):
     found = read_json(done / "runs" / "grid.json")
     assert found["done"] == found["runs"] == 3
     for row in found["rows"]:
@@ -179,25 +179,25 @@ def test_a_grid_leaves_a_figure_for_every_run_and_attack(done):
     assert norms["clipped-1.0-10"] <= 1.001 < norms["plain"]
 
 
-def test_a_grid_that_is_done_is_not_done_again(done, capsys):
+def test_a_finished_grid_is_not_run_again(done, capsys):
     before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("report.json")}
     assert call(f"grid {done / 'grid.toml'} -o {done / 'runs'}") == 0
     assert {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("report.json")} == before
     assert "3 of 3 runs done" in capsys.readouterr().out
 
 
-def test_a_run_of_another_configuration_under_the_same_name_is_not_taken_for_done(done, tmp_path):
+def test_a_run_folder_of_another_configuration_is_an_error_and_is_not_overwritten(done, tmp_path):
     changed = read_grid(written(tmp_path, SMALL.replace("epochs = 1", "epochs = 2")), done / "runs")
     failed = run_grid(changed, done / "runs", say=lambda text: None)
     assert failed.keys() == changed.runs.keys() and "nothing was overwritten" in failed["plain"]
 
 
-def test_sizes_attacked_beside_those_of_the_grid_change_nothing(done, tmp_path):
+def test_a_run_evaluated_at_more_eps_than_the_grid_has_counts_as_done(done, tmp_path):
     fewer = read_grid(written(tmp_path, SMALL.replace('eps = ["1/4", 0.5]', "eps = [0.5]")), done / "runs")
     assert write_rows(fewer, done / "runs")["done"] == 3
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(done, tmp_path):
+def test_a_run_locked_by_another_process_is_skipped(done, tmp_path):
     grid = read_grid(done / "grid.toml", tmp_path)
     with open(tmp_path / ".plain.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -206,7 +206,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(done, tmp_path):
     assert write_rows(grid, tmp_path)["done"] == 2
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
+def test_a_failed_run_is_reported_and_the_other_runs_continue(tmp_path, capsys):
     text = SMALL.replace("max_norm = [1.0, 2.0]", 'max_norm = 1.0\ninitial_checkpoint = "nowhere.pth"')
     with pytest.raises(ValueError, match="1 of 2 runs failed"):
         call(f"grid {written(tmp_path, text)} -o {tmp_path / 'runs'}")
@@ -218,27 +218,27 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
 FIGURES = [("plain", 0.92, 0.1), ("a", 0.916, 0.5), ("b", 0.90, 0.7), ("c", 0.5, 0.9), ("d", 0.92, None)]
 
 
-def test_the_frontier_is_the_best_attacked_run_that_is_near_enough_to_plain():
+def test_the_frontier_is_the_most_robust_run_within_each_drop_of_clean_accuracy():
     rows = [{"name": name, "clean": clean, "robust": {"pgd l2 0.5": robust}} for name, clean, robust in FIGURES]
     found = frontier_of(rows, Frontier("plain", drops=(0.1, 0.5, 2.0)))
     assert [(best["name"], best["robust"]) for best in found] == [("plain", 0.1), ("a", 0.5), ("b", 0.7)]
 
 
-def test_images_held_out_are_the_last_training_images_and_none_is_a_test_image():
+def test_held_out_images_are_the_last_training_images():
     whole, held = load_data("digits"), load_data("held-out:200:digits")
     assert held.tests == 200 and len(held.train) == len(whole.train) - 200
     images, labels = held.test_images(200)
     assert torch.equal(images, whole.train.tensors[0][-200:]) and torch.equal(labels, whole.train.tensors[1][-200:])
 
 
-def test_the_first_training_images_leave_the_test_images_as_they_are():
+def test_a_first_part_of_the_training_images_keeps_the_test_images():
     whole, part = load_data("digits"), load_data("first:50:digits")
     assert len(part.train) == 50 and torch.equal(part.train[49][0], whole.train[49][0])
     assert data_hash(part) == data_hash(whole)
 
 
 @pytest.mark.parametrize("name", ["held-out:0:digits", "held-out:x:digits", "held-out:99999:digits", "first::digits"])
-def test_a_part_of_a_set_must_leave_some_images(name):
+def test_a_part_of_a_data_set_needs_a_valid_number_of_images(name):
     with pytest.raises(ValueError, match=":N:NAME"):
         load_data(name)
 
@@ -253,7 +253,7 @@ def test_adversarial_training_makes_small_perturbations_harmless(tmp_path):
 
 
 def attacked(folder):
-    """Share of right answers that one step of length 2 turns wrong."""
+    """Share of correct predictions that FGSM at L2 eps 2 makes wrong."""
     from robust_spectral.evaluations.attacks import make_attack
     from robust_spectral.evaluations.models.loading import load_run
 
@@ -275,7 +275,7 @@ def test_a_small_stem_keeps_the_weights_and_the_size_of_small_images():
         small_stem_(load("test_vit").model)
 
 
-def test_gamma_alone_holds_composites_while_the_normalisations_train(tmp_path):
+def test_moving_gamma_alone_clips_composites_while_the_normalisations_train(tmp_path):
     config = FinetuneConfig("test_resnet", "digits", image_size=16, epochs=1, max_norm=2.0, spectral_warmup=0.0, move="gamma")
     run = read_json(finetune(config, tmp_path / "run") / "run.json")
     assert math.isclose(max(row["target"] for row in run["layers"]), 2.0)

@@ -1,4 +1,4 @@
-"""The leaderboard from small run folders: what it says of good, bad, old and hostile runs, and how it behaves in a browser."""
+"""The leaderboard of small run folders: valid, invalid, old and hostile runs, and its pages in a browser."""
 
 import base64
 import io
@@ -56,7 +56,7 @@ def report(worst=0.5, **changes):
 
 
 def old_report():
-    """As programs wrote it that did not yet record validity, hashes, cost or the command."""
+    """A report without validity, hashes, cost or command."""
     old = report(0.45, model="old_net")
     for key in ("data_sha256", "attack_seconds", "parameters", "command", "gates", "hardware"):
         del old[key]
@@ -115,7 +115,7 @@ def rows_at(site, eps):
     return [row for row in json.loads((site / "leaderboard.json").read_text()) if row["eps"] == eps]
 
 
-def test_models_are_ranked_by_their_worst_case_and_those_not_valid_come_last_without_a_rank(site):
+def test_models_are_ranked_by_worst_case_and_invalid_ones_come_last_without_a_rank(site):
     ranks = [(row["run"], row["rank"]) for row in rows_at(site, 0.5)]
     assert ranks == [
         ("good/clip", 1), ("old", 2), ("twins/clipped", 3), ("good/worse", 4), ("twins/plain", 5), ("hostile", 6),
@@ -123,14 +123,14 @@ def test_models_are_ranked_by_their_worst_case_and_those_not_valid_come_last_wit
     ]  # fmt: skip
 
 
-def test_models_level_with_each_other_share_a_rank(tmp_path):
+def test_models_of_equal_accuracy_share_a_rank(tmp_path):
     for name, worst in (("a", 0.5), ("b", 0.5), ("c", 0.4)):
         write_json(tmp_path / "runs" / name / "report.json", report(worst))
     rows = build(tmp_path / "runs", tmp_path / "site")
     assert [row["rank"] for row in rows if row["eps"] == 0.5] == [1, 1, 3]
 
 
-def test_a_model_that_was_not_attacked_by_autoattack_stands_behind_those_that_were(tmp_path):
+def test_models_not_attacked_by_autoattack_rank_below_those_attacked_by_it(tmp_path):
     def robust(name, worst):
         return [attacked(name, 0.5, worst), attacked("worst case", 0.5, worst)]
 
@@ -142,12 +142,12 @@ def test_a_model_that_was_not_attacked_by_autoattack_stands_behind_those_that_we
     assert "Not all models of this board were attacked by AutoAttack" in (tmp_path / "site" / "index.html").read_text()
 
 
-def test_a_twin_is_a_row_and_its_parent_is_none(site):
+def test_each_run_of_a_pair_is_a_row_and_their_parent_folder_is_not(site):
     assert sum(row["run"].startswith("twins") for row in rows_at(site, 0.5)) == 2
     assert not [row for row in rows_at(site, 0.5) if row["model"] == "nested"]
 
 
-def test_twins_without_folders_of_their_own_are_read_from_their_parent(tmp_path):
+def test_a_pair_of_runs_without_folders_is_read_from_the_report_of_the_parent(tmp_path):
     models = {"plain": report(0.2), "../../clipped": report(0.4)}
     write_json(tmp_path / "runs" / "a" / "report.json", {"models": models})
     rows = build(tmp_path / "runs", tmp_path / "site")
@@ -155,7 +155,7 @@ def test_twins_without_folders_of_their_own_are_read_from_their_parent(tmp_path)
     assert sorted(contents(tmp_path / "site" / "models")) == ["a-clipped.html", "a-plain.html"]
 
 
-def test_a_figure_that_is_not_valid_is_never_shown_as_a_number(site):
+def test_the_board_shows_no_number_for_an_invalid_accuracy(site):
     index = (site / "index.html").read_text()
     row = re.search(r'<tr data-id="invalid".*?</tr>', index, re.S)[0]
     assert "99.0" not in row and row.count('<span class="invalid">invalid</span>') == 2 and 'title="gradients vanish"' in row
@@ -163,7 +163,7 @@ def test_a_figure_that_is_not_valid_is_never_shown_as_a_number(site):
     assert "(it read 99.0 %)" in (site / "models" / "invalid.html").read_text()
 
 
-def test_a_model_that_fails_a_check_has_no_rank_and_no_certified_accuracy_where_it_is_a_check_of_that(site):
+def test_a_failed_check_makes_the_accuracies_that_it_checks_invalid(site):
     row = next(row for row in rows_at(site, 0.5) if row["run"] == "broken")
     assert not row["worst_case"]["valid"] and not row["certified"]["valid"]
     assert "1 of 400 attacks" in row["worst_case"]["reason"] and not row["attacks"]["pgd"]["valid"]
@@ -171,7 +171,7 @@ def test_a_model_that_fails_a_check_has_no_rank_and_no_certified_accuracy_where_
     assert not any(e["valid"] for e in masked["robust"]) and all(e["valid"] for e in masked["certified"])
 
 
-def test_a_check_that_was_not_made_is_shown_as_such_and_does_not_count_as_passed(tmp_path):
+def test_a_check_that_was_not_made_is_shown_as_not_tested_and_not_as_passed(tmp_path):
     skipped = {"name": "gradients are there", "status": "skip", "detail": "too few images to tell"}
     robust = [attacked(name, 0.5, 0.5, None, "not tested: too few images to tell") for name in ("pgd", "worst case")]
     write_json(tmp_path / "runs" / "a" / "report.json", report(gates=[PASS, skipped], robust=robust))
@@ -185,24 +185,24 @@ def test_a_check_that_was_not_made_is_shown_as_such_and_does_not_count_as_passed
     assert ("pgd · L2 0.5 · 200 images", ["50.0 (45–55), not tested"]) in accuracy_rows(models)
 
 
-def test_an_accuracy_tells_its_images_and_its_interval(site):
+def test_an_accuracy_is_shown_with_its_number_of_images_and_interval(site):
     assert 'title="55.0 % of 200 images, 95 % interval 50–60 %"' in (site / "index.html").read_text()
 
 
-def test_what_an_old_report_does_not_have_is_unknown_and_its_validity_is_said_not_to_be_recorded(site):
+def test_fields_missing_from_an_old_report_are_shown_as_unknown_or_not_recorded(site):
     page = (site / "models" / "old.html").read_text()
     assert "unknown parameters" in page and "The command was not recorded" in page and "No check was recorded" in page
     assert "old_net (old), worst case: whether the attacks were valid was not recorded" in (site / "index.html").read_text()
 
 
-def test_page_of_a_model_has_what_makes_it_again_without_paths_of_the_machine(site):
+def test_the_page_of_a_model_has_its_hashes_and_command_and_no_machine_paths(site):
     page = (site / "models" / "good-clip.html").read_text()
     for part in ("--out …/a</pre>", "ab" * 32, "cd" * 32, "x86_64", "rank 1 of 8", "11.2 M parameters", "1.0 min", "✓ pass"):
         assert part in page
     assert "/home/" not in page
 
 
-def test_examples_are_shown_with_their_change_and_how_much_it_is_magnified(site):
+def test_adversarial_examples_are_shown_with_their_magnified_change(site):
     page = (site / "models" / "good-clip.html").read_text()
     assert "change × 20" in page and "predicted 8" in page and "L2 size 0.08 of 0.5 allowed" in page
     pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
@@ -210,7 +210,7 @@ def test_examples_are_shown_with_their_change_and_how_much_it_is_magnified(site)
     assert values == [128, 133, 229] * 2
 
 
-def test_damaged_examples_leave_the_page_without_them(tmp_path):
+def test_a_damaged_file_of_examples_is_reported_and_left_out_of_the_page(tmp_path):
     write_json(tmp_path / "runs" / "a" / "report.json", report())
     (tmp_path / "runs" / "a" / "examples.safetensors").write_bytes(b"cut short")
     told = []
@@ -219,7 +219,7 @@ def test_damaged_examples_leave_the_page_without_them(tmp_path):
     assert "Adversarial examples" not in (tmp_path / "site" / "models" / "a.html").read_text()
 
 
-def test_hostile_names_stay_text(site):
+def test_html_in_names_is_escaped(site):
     for name, content in contents(site).items():
         if name.endswith(".html"):
             text = content.decode()
@@ -227,7 +227,7 @@ def test_hostile_names_stay_text(site):
     assert HOSTILE in unescape((site / "models" / "hostile.html").read_text())
 
 
-def test_building_again_gives_the_same_bytes_wherever_the_runs_lie(site, tmp_path):
+def test_building_again_gives_the_same_bytes_wherever_the_runs_are(site, tmp_path):
     write_runs(tmp_path / "elsewhere")
     build(tmp_path / "elsewhere", tmp_path / "site")
     assert contents(tmp_path / "site") == contents(site)
@@ -235,7 +235,7 @@ def test_building_again_gives_the_same_bytes_wherever_the_runs_lie(site, tmp_pat
     assert contents(tmp_path / "site") == contents(site)
 
 
-def test_pages_need_nothing_from_outside(site):
+def test_pages_reference_only_files_of_the_site(site):
     for name, content in contents(site).items():
         if name.endswith(".html"):
             references = re.findall(r'(?:src|href)="([^"]*)"', content.decode())
@@ -243,7 +243,7 @@ def test_pages_need_nothing_from_outside(site):
             assert all((site / name).parent.joinpath(target).is_file() for target in targets), name
 
 
-def test_page_of_a_model_that_is_gone_is_removed_and_no_other_file(site, tmp_path):
+def test_the_page_of_a_deleted_run_is_removed_and_no_other_file(site, tmp_path):
     for name in "ab":
         write_json(tmp_path / "runs" / name / "report.json", report())
     build(tmp_path / "runs", tmp_path / "site")
@@ -270,7 +270,7 @@ def test_page_of_a_model_that_is_gone_is_removed_and_no_other_file(site, tmp_pat
         (json.dumps({"models": {"plain": None}}), "not a report"),
     ],
 )
-def test_a_run_that_cannot_be_read_is_left_out_and_told_about(text, message, tmp_path):
+def test_an_unreadable_run_is_left_out_and_reported(text, message, tmp_path):
     write_json(tmp_path / "good" / "report.json", report())
     write_json(tmp_path / "bad" / "run.json", {})
     if text is not None:
@@ -281,7 +281,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_told_about(text, message, tmp
     assert len(told) == 1 and "bad" in told[0] and "left out" in told[0] and message in told[0]
 
 
-def test_a_training_that_was_interrupted_is_told_and_a_config_of_another_program_is_not(tmp_path):
+def test_an_interrupted_training_is_reported_and_another_programs_config_is_ignored(tmp_path):
     write_json(tmp_path / "good" / "report.json", report())
     write_json(tmp_path / "cut" / "config.json", {"model": "resnet18", "data": "digits"})
     write_json(tmp_path / "hub" / "config.json", {"architecture": "resnet18"})
@@ -290,13 +290,13 @@ def test_a_training_that_was_interrupted_is_told_and_a_config_of_another_program
     assert len(told) == 1 and told[0].startswith(f"{tmp_path / 'cut'}: left out: the training was interrupted")
 
 
-def test_the_picture_names_both_axes_and_the_page_says_what_is_certified(site):
+def test_the_chart_names_both_axes_and_the_page_explains_certificates(site):
     page = (site / "index.html").read_text()
     assert ">Worst-case accuracy</text>" in page and ">Lipschitz bound (logarithmic)</text>" in page
     assert "for the forward pass in the dtype" in page and "rounded down" in page
 
 
-def test_bytes_that_are_no_text_are_left_out(tmp_path):
+def test_a_report_that_is_not_text_is_left_out_and_reported(tmp_path):
     write_json(tmp_path / "good" / "report.json", report())
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_bytes(b"\xff\xfe\x00")
@@ -305,7 +305,7 @@ def test_bytes_that_are_no_text_are_left_out(tmp_path):
     assert len(told) == 1 and "bad" in told[0]
 
 
-def test_no_run_at_all_is_an_error_that_says_what_to_do(tmp_path):
+def test_a_folder_without_runs_is_an_error_with_advice(tmp_path):
     with pytest.raises(ValueError, match="robust-spectral evaluate"):
         build(tmp_path, tmp_path / "site")
     with pytest.raises(ValueError, match="no such folder"):
@@ -313,7 +313,7 @@ def test_no_run_at_all_is_an_error_that_says_what_to_do(tmp_path):
     assert not (tmp_path / "site").exists()
 
 
-def test_names_that_differ_in_case_or_signs_only_have_pages_of_their_own(tmp_path):
+def test_names_that_differ_only_in_case_or_punctuation_have_separate_pages(tmp_path):
     for name in ("a-b", "a_b", "A b", "…"):
         write_json(tmp_path / "runs" / name / "report.json", report())
     build(tmp_path / "runs", tmp_path / "site")
@@ -321,14 +321,14 @@ def test_names_that_differ_in_case_or_signs_only_have_pages_of_their_own(tmp_pat
     assert len({page.lower() for page in pages}) == 4 and "model.html" in pages
 
 
-def test_models_tested_on_different_images_are_told_about(tmp_path):
+def test_a_board_of_models_tested_on_different_images_says_so(tmp_path):
     for name in "ab":
         write_json(tmp_path / "runs" / name / "report.json", report(data_sha256=name * 64))
     build(tmp_path / "runs", tmp_path / "site")
     assert "not all tested on the same images" in (tmp_path / "site" / "index.html").read_text()
 
 
-def test_an_infinite_bound_stands_in_a_column_of_its_own_and_an_unknown_one_is_not_drawn(tmp_path):
+def test_an_infinite_bound_has_its_own_column_and_an_unknown_one_is_not_drawn(tmp_path):
     bounds = {"proved": {"bound": 100.0}, "endless": {"bound": None, "reason": "softmax"}, "unknown": {},
               "boxed": {"bound": None, "bound_in_pixel_box": 10.0}}  # fmt: skip
     for name, found in bounds.items():
@@ -340,23 +340,23 @@ def test_an_infinite_bound_stands_in_a_column_of_its_own_and_an_unknown_one_is_n
     assert ">∞</text>" in board and "1 without a valid accuracy or a known bound is not drawn" in board
 
 
-def test_defences_differ_in_shape_before_they_differ_in_colour():
+def test_markers_use_every_shape_before_they_repeat_one_in_another_colour():
     shown = markers([f"defence{i}" for i in range(2 * len(SHAPES))])
     assert len({shape for shape, _ in shown.values()}) == len(SHAPES) and len(set(shown.values())) == 2 * len(SHAPES)
 
 
-def test_an_infinite_bound_and_a_missing_one_are_told_apart():
+def test_an_infinite_bound_and_a_missing_one_are_distinguished():
     assert completed(report(lipschitz={"bound": None}))["lipschitz"]["bound"] == math.inf
     assert completed(report(lipschitz={}))["lipschitz"]["bound"] is None
 
 
-def test_numbers_are_written_in_units_that_suit_them():
+def test_numbers_are_written_in_suitable_units():
     assert [duration(s) for s in (None, 5, 90, 7200)] == ["unknown", "5.0 s", "1.5 min", "2.0 h"]
     assert [count(n) for n in (None, 42, 1500, 11_173_962)] == ["unknown", "42", "1.5 k", "11.2 M"]
     assert [size(8 / 255, "linf"), size(0.0313, "linf"), size(0.5, "l2")] == ["8/255", "0.0313", "0.5"]
 
 
-def test_absolute_paths_are_cut_and_other_slashes_stay():
+def test_absolute_paths_are_shortened_and_other_slashes_kept():
     assert portable("--data folder:/home/a/cifar --out='/x/y z'") == "--data folder:…/cifar --out='…/y z'"
     kept = "runs/a 8/255 https://example.org/a and / or hfds/mnist"
     assert portable(kept) == kept
@@ -371,10 +371,10 @@ addEventListener("message", (event) => {{ document.getElementById("result").appe
 
 
 def browse(page: Path, folder: Path, script: str, *, width: int | None = None, dark: bool = False) -> str:
-    """What a page has become after a script has run in it, without a line on its console.
+    """The HTML of a page after a script has run in it, with nothing printed to the console.
 
-    A window cannot be as narrow as a telephone, a frame can: where a width is given, the page is in one, and what it tells is
-    in the page around it.
+    A window cannot be as narrow as a telephone, but a frame can: if a width is given, the page is loaded in a frame, and the
+    HTML is that of the page around the frame.
     """
     copy, opened = page.with_name(f"{page.stem}-tested.html"), folder / "frame.html"
     copy.write_text(page.read_text() + f"<script>{script}</script>")
@@ -450,7 +450,7 @@ def test_boards_can_be_sorted_filtered_and_chosen(site, tmp_path):
 
 @in_browser
 @pytest.mark.parametrize("width, wider", [(1450, False), (360, True)])
-def test_a_table_that_is_wider_than_the_window_says_so(width, wider, site, tmp_path):
+def test_a_table_wider_than_the_window_shows_a_hint(width, wider, site, tmp_path):
     script = """
     const table = board()[0].querySelector(".scroll"), hint = board()[0].querySelector(".hint");
     table.focus();
@@ -468,7 +468,7 @@ def test_a_link_of_the_board_opens_the_page_of_its_model(site, tmp_path):
 @in_browser
 @pytest.mark.parametrize("page", ["index.html", "models/good-clip.html"])
 @pytest.mark.parametrize("width, dark", [(1200, False), (360, True)])
-def test_a_page_has_no_fault_of_access_and_fits_its_window(page, width, dark, site, tmp_path):
+def test_a_page_has_no_accessibility_violation_and_fits_its_window(page, width, dark, site, tmp_path):
     axe = files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     script = """
     document.querySelectorAll("details").forEach((one) => { one.open = true; });

@@ -9,7 +9,7 @@ from robust_spectral.evaluations.lite_weights import lite_weights
 from robust_spectral.plugins.timm import load
 
 
-def test_pretrained_weights_know_a_cat_when_they_see_one():
+def test_pretrained_weights_classify_a_photo_of_a_cat():
     import skimage
 
     model = load("tf_efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""What is loaded from disk executes nothing: no pickle is read but by `weights_only`, and payloads do not run."""
+"""Loading a file executes no code: pickles are read with `weights_only`, and malicious payloads do not run."""
 
 import ast
 import os
@@ -16,14 +16,14 @@ from robust_spectral.evaluations.models.loading import adopt
 from robust_spectral.evaluations.run_folder import write_atomically
 from robust_spectral.plugins.timm import load
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # which torch does not expect, nor run
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # a pickle that torch does not run
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("robust_spectral", "plugins", "evaluations") for path in sorted((ROOT / folder).rglob("*.py"))]
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_reads_a_pickle_that_could_run(path: Path) -> None:
+def test_no_source_file_uses_an_unsafe_loader(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -38,7 +38,7 @@ def test_no_file_reads_a_pickle_that_could_run(path: Path) -> None:
 
 
 class Payload:
-    """Writes a file when it is unpickled by anything that runs what it reads."""
+    """An object that creates a file when an unsafe loader unpickles it."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -88,7 +88,7 @@ def test_a_fine_tuning_from_a_malicious_file_runs_nothing(option: str, write, tm
     mark, path = tmp_path / "ran", tmp_path / "weights.pth"
     write(path, Payload(mark))
     config = FinetuneConfig(model="test_resnet", data="digits", image_size=16, epochs=0, max_norm=None, **{option: str(path)})
-    with pytest.raises(ValueError, match=r"not readable|holds more than tensors"):
+    with pytest.raises(ValueError, match=r"not readable|contains more than tensors"):
         finetune(config, tmp_path / "run")
     assert not mark.exists()
 
@@ -115,7 +115,7 @@ def test_a_malicious_state_of_an_interrupted_run_runs_nothing(write, tmp_path: P
         ("web page", "is a web page, not weights"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_is_one_line_without_advice_to_trust_it(
+def test_an_unreadable_checkpoint_is_a_one_line_error_without_advice_to_trust_it(
     content, words, tmp_path: Path, capsys
 ) -> None:
     path, model = tmp_path / "weights.pth", load("test_resnet").model
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_without_advice_to_trust_it
     assert said.startswith(f"error: checkpoint '{path}': ") and words in said and "weights_only" not in said
 
 
-def test_the_payload_would_run_in_a_loader_that_trusts(tmp_path: Path) -> None:
+def test_an_unsafe_loader_would_run_the_payload(tmp_path: Path) -> None:
     plain_pickle(tmp_path / "weights.pth", Payload(tmp_path / "ran"))
     pickle.loads((tmp_path / "weights.pth").read_bytes())
     assert (tmp_path / "ran").exists()

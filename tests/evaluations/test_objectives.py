@@ -1,4 +1,4 @@
-"""Training for certificates: the loss on margins, averaged residual blocks, networks made for it, and MNIST's own files."""
+"""Training for certificates: the margin loss, averaged residual blocks, 1-Lipschitz networks; and IDX files."""
 
 import gzip
 import tarfile
@@ -24,21 +24,21 @@ from robust_spectral.plugins.timm_maxmin import ChannelShift, MaxMin
 
 @pytest.fixture
 def head():
-    """Three scores, of which each two are 2 sqrt(2)-Lipschitz apart."""
+    """A layer of three logits; the difference of any two is 2 sqrt(2)-Lipschitz."""
     net = nn.Linear(3, 3, bias=False)
     with torch.no_grad():
         net.weight.copy_(2 * torch.eye(3))
     return net
 
 
-def test_every_other_class_gets_a_head_start_of_eps_times_the_pairs_constant(head):
+def test_the_loss_adds_eps_times_the_pairs_constant_to_every_other_logit(head):
     loss, x, labels = CertifiedCrossEntropy(1.0, eps=0.5), torch.rand(4, 3), torch.tensor([0, 1, 2, 0])
     loss.renew(head, x[:1], progress=1.0)
     expected = head(x) + 0.5 * 2 * 2**0.5 * (1 - F.one_hot(labels, 3))
     assert torch.allclose(loss(head(x), labels), F.cross_entropy(expected, labels), rtol=1e-5)
 
 
-def test_the_head_start_grows_over_the_first_half_of_training(head):
+def test_the_added_margin_grows_over_the_first_half_of_training(head):
     x, starts = torch.rand(1, 3), []
     for progress in (0.0, 0.25, 0.5, 1.0):
         loss = CertifiedCrossEntropy(1.0, eps=0.5)
@@ -48,7 +48,7 @@ def test_the_head_start_grows_over_the_first_half_of_training(head):
     assert starts == pytest.approx([0, 0.5, 1, 1], rel=1e-5)
 
 
-def test_a_positive_margin_beyond_the_head_start_means_certified(head):
+def test_a_prediction_that_survives_the_added_margin_is_certified_at_eps(head):
     x, label = torch.tensor([[0.9, 0.1, 0.2]]), torch.tensor([0])
     radius = float(rs.certified_radius(head(x), label, rs.lipschitz_bound(head, x, box=None)))
     for eps, certified in ((0.99 * radius, True), (1.01 * radius, False)):
@@ -88,12 +88,12 @@ def test_a_network_without_a_bound_cannot_be_trained_for_certificates():
         ({"lift": True}, "takes no spectral_warmup"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_inconsistent_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FinetuneConfig(model="test_resnet", data="digits", **options)
 
 
-def test_an_averaged_block_is_the_mean_of_its_branches_and_keeps_a_constant_of_one():
+def test_averaging_residual_blocks_halves_the_bound_for_each_block():
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=5, in_chans=1).eval()
     x = torch.rand(2, 1, 32, 32)
@@ -113,7 +113,7 @@ def test_a_network_without_residual_blocks_is_refused():
 def test_only_the_blocks_with_a_shortcut_are_averaged():
     net = timm.create_model("test_efficientnet", num_classes=2)
     blocks = [name for name, block in net.named_modules() if getattr(block, "has_skip", False)]
-    assert not blocks  # of this one
+    assert not blocks  # test_efficientnet has none
     with pytest.raises(NotImplementedError):
         average_residuals_(net)
     net = timm.create_model("mobilenetv2_035", num_classes=2)
@@ -128,7 +128,7 @@ def test_maxmin_sorts_pairs_and_is_one_lipschitz():
     assert rs.lipschitz_bound(MaxMin(), x[:1], box=None).value == 1
 
 
-def test_a_shift_of_channels_keeps_every_value_and_brings_neighbours_to_a_pixel():
+def test_a_channel_shift_keeps_every_value_and_moves_in_those_of_neighbouring_pixels():
     x = torch.randn(2, 11, 4, 4, dtype=torch.float64)
     moved = ChannelShift()(x)
     assert torch.equal(moved.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
@@ -138,7 +138,7 @@ def test_a_shift_of_channels_keeps_every_value_and_brings_neighbours_to_a_pixel(
     assert rs.lipschitz_bound(ChannelShift(), x[:1], box=None).value == 1
 
 
-def test_the_network_of_shifts_has_a_lipschitz_constant_that_its_gradients_reach():
+def test_the_gradients_of_maxmin_shift_attain_its_lipschitz_bound():
     net = load("maxmin_shift", num_classes=10, in_chans=1, widths=(4, 16), depths=(3, 3)).double().eval()
     for module in net.modules():
         if hasattr(module, "weight"):
@@ -151,7 +151,7 @@ def test_the_network_of_shifts_has_a_lipschitz_constant_that_its_gradients_reach
     assert bound.pairs[0, 1].item() == pytest.approx(2**0.5, rel=1e-5)
 
 
-def test_a_network_made_for_one_size_is_made_for_that_of_the_images(tmp_path):
+def test_a_network_of_fixed_input_size_is_built_for_the_size_of_the_images(tmp_path):
     finetune(FinetuneConfig(model="maxmin_shift", data="digits", image_size=16, epochs=0, max_norm=None), tmp_path / "run")
     model, data, _ = load_run(tmp_path / "run")
     assert model(data.example()).shape == (1, 10) and data.image_size == 16
@@ -171,7 +171,7 @@ def test_a_network_trained_for_certificates_is_certified_more_often(tmp_path):
     assert accuracies["certified"] > 0.5 and accuracies["certified"] > accuracies["accuracy"] + 0.05
 
 
-def test_a_lift_brings_small_singular_values_up_and_none_above_the_norm():
+def test_lifting_raises_small_singular_values_to_max_norm_and_none_above_it():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 4), nn.Conv2d(3, 2, 2, stride=2), nn.Conv2d(2, 2, 3))
     before = [torch.linalg.svdvals(module.weight.detach().flatten(1)) for module in net]
@@ -185,7 +185,7 @@ def test_a_lift_brings_small_singular_values_up_and_none_above_the_norm():
         lift.step()
     for module in net[:2]:
         assert torch.linalg.svdvals(module.weight.detach().flatten(1)).numpy() == pytest.approx(2.0, rel=1e-5)
-    assert torch.equal(net[2].weight, kept)  # whose windows overlap
+    assert torch.equal(net[2].weight, kept)  # not lifted, as its windows overlap
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -238,7 +238,7 @@ def test_idx_files_that_are_missing_or_broken_are_named(change, message, tmp_pat
         load_data(f"idx:{tmp_path}")
 
 
-def test_an_idx_path_that_is_nothing_is_an_error(tmp_path):
+def test_an_idx_path_that_is_no_folder_or_archive_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing: no such folder or tar archive"):
         load_data(f"idx:{tmp_path / 'nothing'}")
     (tmp_path / "text").write_text("text")

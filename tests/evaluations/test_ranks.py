@@ -1,4 +1,4 @@
-"""Fine-tuning under torchrun: two processes do what one does, write once, and go on where they were stopped."""
+"""Fine-tuning under torchrun: two processes train as one does and write the run once."""
 
 import json
 import math
@@ -31,27 +31,29 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("max_norm", "furthest"), [(math.inf, 1e-6), (1.0, 1e-3)], ids=["plain", "clipped"])
-def test_two_processes_train_as_one_does_and_hold_the_norms(max_norm: float, furthest: float, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_and_end_with_norms_at_most_the_target(
+    max_norm: float, furthest: float, tmp_path: Path
+) -> None:
     done = torchrun(tmp_path / "two", max_norm=max_norm)
     assert done.returncode == 0, done.stderr
     finetune(FinetuneConfig(**CONFIG, max_norm=max_norm), tmp_path / "one")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
-    assert max(apart[:2]) <= 1e-6 and max(apart) <= furthest  # of singular directions in a tie roundings choose what is clipped
+    assert max(apart[:2]) <= 1e-6 and max(apart) <= furthest  # rounding decides which of tied singular directions is clipped
     assert two[-1] < two[0] / 2
     _, _, run = load_run(tmp_path / "two")
     assert math.isinf(max_norm) or max(row["upper"] for row in run["layers"]) <= 1.001 * max_norm
     assert done.stdout.count("run: ") == 1
 
 
-def test_a_batch_that_processes_cannot_share_is_one_line(tmp_path: Path) -> None:
+def test_a_batch_size_that_processes_cannot_share_is_a_one_line_error(tmp_path: Path) -> None:
     done = torchrun(tmp_path / "run", batch_size=63)
     assert done.returncode != 0 and "must be a multiple of the 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_shares_are_the_batches_of_one_process_taken_apart(count: int) -> None:
+def test_the_shares_of_all_processes_partition_the_batches_of_one_process(count: int) -> None:
     whole = list(Shares(range(10), 4, torch.Generator().manual_seed(0), True, Ranks(0, 1)))  # type: ignore[arg-type]
     parts = [list(Shares(range(10), 4, torch.Generator().manual_seed(0), True, Ranks(r, count))) for r in range(count)]  # type: ignore[arg-type]
     assert len(whole) == 2

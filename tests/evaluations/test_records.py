@@ -1,4 +1,4 @@
-"""Units of an evaluation: any order, any spread, any interruption, the same records; and nobody else's."""
+"""Units of work of an evaluation: the same records in any order, on any engine and after interruptions."""
 
 import hashlib
 import json
@@ -43,20 +43,20 @@ def fresh(run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, evaluated at one go."""
+    """The small run, evaluated without interruption in one process."""
     folder = Path(shutil.copytree(run, tmp_path_factory.mktemp("whole") / "run"))
     assert evaluate(folder, PLANS, **OPTIONS)
     return folder
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of every verdict file and of the table made of them."""
+    """Hashes of every record file and of the sample table."""
     paths = [*(folder / "records").glob("*.safetensors"), folder / "samples.parquet"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def figures(folder: Path) -> dict:
-    """The report, less how long things took."""
+    """The report without its timings."""
     report = read_json(folder / "report.json")
     for entry in report["robust"]:
         entry.pop("seconds")
@@ -64,19 +64,21 @@ def figures(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("shares, order", [(2, [2, 1]), (4, [3, 1, 4, 2]), (7, [5, 2, 7, 1, 6, 4, 3])])
-def test_shards_in_any_order_give_the_very_files_of_one_go(shares: int, order: list[int], fresh: Path, whole: Path) -> None:
+def test_shards_in_any_order_give_the_files_of_an_unsharded_evaluation(
+    shares: int, order: list[int], fresh: Path, whole: Path
+) -> None:
     complete = [evaluate(fresh, PLANS, shard=(share, shares), **OPTIONS) for share in order]
     assert complete == [False] * (shares - 1) + [True]
     assert hashes(fresh) == hashes(whole) and figures(fresh) == figures(whole)
 
 
-def test_processes_give_the_very_files_of_one_go(fresh: Path, whole: Path) -> None:
+def test_worker_processes_give_the_files_of_a_single_process(fresh: Path, whole: Path) -> None:
     assert evaluate(fresh, PLANS, engine=make_engine("local", workers=2), **OPTIONS)
     assert hashes(fresh) == hashes(whole)
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_ray_worker_that_is_killed_changes_nothing(fresh: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_ray_workers_do_not_change_the_files(fresh: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     killed: list[int] = []
@@ -93,13 +95,13 @@ def test_a_ray_worker_that_is_killed_changes_nothing(fresh: Path, whole: Path, m
 
 
 def workers_of_ray() -> list[int]:
-    """Process ids of this cluster's workers that are at a unit."""
+    """Process ids of the Ray workers that are processing a unit of work."""
     while not (found := subprocess.run(["pgrep", "-f", "^ray::_shipped"], capture_output=True, text=True).stdout.split()):
         time.sleep(0.01)
     return [int(pid) for pid in found]
 
 
-def test_nothing_is_done_twice(whole: Path) -> None:
+def test_a_second_evaluation_repeats_no_unit_of_work(whole: Path) -> None:
     done = []
 
     def counting(folder, units, device):
@@ -111,7 +113,7 @@ def test_nothing_is_done_twice(whole: Path) -> None:
     assert done == [] and figures(whole) == before
 
 
-def test_a_run_killed_at_any_moment_goes_on_and_loses_one_block_at_most(fresh: Path, whole: Path) -> None:
+def test_an_evaluation_killed_at_any_moment_resumes_and_loses_at_most_one_block(fresh: Path, whole: Path) -> None:
     code = textwrap.dedent(f"""
         import torch
         from pathlib import Path
@@ -132,7 +134,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_loses_one_block_at_most(fresh: P
     assert hashes(fresh) == hashes(whole)
 
 
-def test_an_image_that_fell_at_a_smaller_size_has_fallen(whole: Path) -> None:
+def test_accuracy_under_attack_does_not_increase_with_eps(whole: Path) -> None:
     entries = {e["eps"]: e["accuracy"] for e in figures(whole)["robust"] if e["attack"] == "pgd"}
     assert entries[0.3] >= entries[0.6]
 
@@ -152,7 +154,7 @@ def test_a_record_of_another_model_or_of_other_data_is_refused(whole: Path, fres
         evaluate(other, PLANS, **OPTIONS)
 
 
-def test_a_record_under_the_name_of_another_size_is_refused(whole: Path, fresh: Path) -> None:
+def test_a_record_under_the_file_name_of_another_eps_is_refused(whole: Path, fresh: Path) -> None:
     told = open_subject(open_run(whole), "cpu").run.record
     work = plan_work(told, 360, PLANS, 0, 8, 8)
     small, large = (work.attacks["pgd", "l2", eps][0] for eps in (0.3, 0.6))
@@ -162,7 +164,7 @@ def test_a_record_under_the_name_of_another_size_is_refused(whole: Path, fresh: 
         read_record(fresh, large)
 
 
-def test_a_record_that_is_cut_short_is_an_error_and_says_what_to_do(whole: Path, fresh: Path) -> None:
+def test_a_truncated_record_is_an_error_with_advice(whole: Path, fresh: Path) -> None:
     shutil.copytree(whole / "records", fresh / "records")
     path = next((fresh / "records").glob("pgd*.safetensors"))
     path.write_bytes(path.read_bytes()[:100])
@@ -170,7 +172,7 @@ def test_a_record_that_is_cut_short_is_an_error_and_says_what_to_do(whole: Path,
         evaluate(fresh, PLANS, **OPTIONS)
 
 
-def test_an_attack_of_another_version_is_not_mixed_in(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_another_attack_version_are_not_reused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(fresh, PLANS[:1], **OPTIONS)
     before = len(list((fresh / "records").glob("pgd*.safetensors")))
     monkeypatch.setattr("robust_spectral.evaluations.attacks.version", lambda package: "0.0.0")
@@ -191,7 +193,7 @@ def test_a_failed_attack_is_invalid_in_table_and_report(fresh: Path, monkeypatch
     assert "FAIL" in page and "no accuracy under attack of model is valid" in page
 
 
-def test_an_attack_that_failed_is_tried_again(fresh: Path) -> None:
+def test_a_failed_attack_is_repeated_by_the_next_evaluation(fresh: Path) -> None:
     plans = [AttackPlan("square", "l2", (0.3,), 8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("robust_spectral.plugins.autoattack.AutoAttack.__call__", lambda *_: 1 / 0)
@@ -201,7 +203,7 @@ def test_an_attack_that_failed_is_tried_again(fresh: Path) -> None:
     assert all(entry["valid"] is not False for entry in figures(fresh)["robust"])
 
 
-def test_another_attack_later_leaves_the_first_in_the_report(fresh: Path) -> None:
+def test_a_later_attack_is_added_to_the_report_of_earlier_attacks(fresh: Path) -> None:
     evaluate(fresh, [AttackPlan("pgd", "l2", (1.0,), 16)], **OPTIONS)
     before = next(e for e in figures(fresh)["robust"] if e["attack"] == "worst case")
     evaluate(fresh, [AttackPlan("noise", "l2", (1.0,), 16)], **OPTIONS)
@@ -213,7 +215,7 @@ def test_another_attack_later_leaves_the_first_in_the_report(fresh: Path) -> Non
     assert any("left out of the report: noise" in text for text in said)
 
 
-def test_logits_of_another_device_are_certified_in_float64(fresh: Path, whole: Path) -> None:
+def test_logits_computed_on_another_device_are_certified_in_float64(fresh: Path, whole: Path) -> None:
     def elsewhere(folder, units, device):
         for unit, record, seconds, hardware in in_this_process(folder, units, device):
             yield unit, Record(record.tensors, record.told | {"device": "cuda"}), seconds, hardware
@@ -222,7 +224,7 @@ def test_logits_of_another_device_are_certified_in_float64(fresh: Path, whole: P
     assert figures(fresh)["lipschitz"]["certified_dtype"] == "float64"
 
 
-def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:
+def test_saved_adversarial_examples_are_misclassified_by_the_model(whole: Path) -> None:
     subject = open_subject(open_run(whole), "cpu")
     tensors = safetensors.torch.load_file(whole / "examples.safetensors")
     with safetensors.safe_open(whole / "examples.safetensors", "pt") as file:
@@ -237,7 +239,7 @@ def test_adversarial_images_are_kept_and_fool_the_model(whole: Path) -> None:
     [
         ({"shard": (3, 2)}, "shard 3/2: from 1/n to n/n"),
         ({"block": 0}, "at least 1"),
-        ({"device": "nowhere"}, "not to be had here"),
+        ({"device": "nowhere"}, "not available here"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict, words: str, fresh: Path) -> None:
@@ -246,12 +248,12 @@ def test_options_out_of_range_are_refused(options: dict, words: str, fresh: Path
 
 
 @pytest.mark.parametrize("arguments", [("local", 0), ("ray", 2), ("slurm", 1)])
-def test_an_engine_that_makes_no_sense_is_refused(arguments: tuple[str, int]) -> None:
+def test_an_unknown_or_inconsistent_engine_is_refused(arguments: tuple[str, int]) -> None:
     with pytest.raises(ValueError, match=r"engine"):
         make_engine(*arguments)
 
 
-def test_a_report_of_old_run_json_is_not_mixed_with_a_new_model(fresh: Path) -> None:
+def test_a_changed_run_json_is_read_again(fresh: Path) -> None:
     first = open_subject(open_run(fresh), "cpu")
     time.sleep(0.01)
     write_json(fresh / "run.json", read_json(fresh / "run.json") | {"seed": 7})

@@ -38,7 +38,7 @@ def digits():
 
 
 class Network(nn.Module):
-    """Not an ``nn.Sequential`` itself: TRADES and FBF of ART fail on the list of activations that ART makes of one."""
+    """A network that is no ``nn.Sequential``, on whose list of activations TRADES and FBF of ART fail."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ def test_every_trainer_of_art_ends_with_every_norm_at_most_the_target(digits, na
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_an_infinite_target_leaves_the_weights_that_art_alone_gives(digits, name):
+def test_an_infinite_target_gives_the_weights_of_art_alone(digits, name):
     weights = []
     for wrap in (lambda trainer: trainer, lambda trainer: FastClipTrainer(trainer, max_norm=float("inf"))):
         np.random.seed(0)
@@ -113,7 +113,7 @@ def test_an_infinite_target_leaves_the_weights_that_art_alone_gives(digits, name
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_an_optimizer_that_the_trainer_puts_in_the_place_of_another_is_followed(digits):
+def test_an_optimizer_replaced_by_the_trainer_still_calls_the_clipper(digits):
     trainer = FastClipTrainer(TRAINERS["oaat"](classifier()), max_norm=0.7)
     first = trainer.classifier.optimizer
     trainer.fit(*digits, nb_epochs=4, batch_size=64)
@@ -121,7 +121,7 @@ def test_an_optimizer_that_the_trainer_puts_in_the_place_of_another_is_followed(
     assert trainer.clipper.steps == 4 * 4
 
 
-def test_the_optimizer_of_a_proxy_classifier_is_not_followed(digits):
+def test_the_optimizer_of_a_proxy_classifier_does_not_call_the_clipper(digits):
     trainer = FastClipTrainer(TRAINERS["awp"](classifier()), max_norm=0.7)
     trainer.fit(*digits, nb_epochs=1, batch_size=64)
     assert trainer.clipper.steps == 4
@@ -224,7 +224,7 @@ def test_certificate_counts_the_standardisation_outside_the_model(digits):
     assert scaled == pytest.approx(4 * plain, rel=1e-12)
 
 
-def test_rounding_is_accounted_for_on_the_range_that_the_standardised_images_have(digits):
+def test_rounding_errors_are_bounded_on_the_range_of_the_standardised_images(digits):
     images, _ = digits
     plain = classifier(kind=LipschitzClassifier)
     scaled = classifier(plain.model, kind=LipschitzClassifier, preprocessing=(0.5, 0.1))
@@ -254,7 +254,7 @@ def test_no_attack_succeeds_inside_a_certified_radius(digits):
     assert (attacked == prediction)[radius >= eps].all()
 
 
-def test_the_report_sets_what_is_proved_against_what_attacks_find(digits):
+def test_the_report_orders_certified_attacked_and_clean_accuracies(digits):
     images, labels = digits
     certifying = classifier(kind=LipschitzClassifier, preprocessing=(0.5, 0.5))
     FastClipTrainer(certifying, max_norm=1.0).fit(images, labels, nb_epochs=3, batch_size=64)
@@ -273,7 +273,7 @@ def sequential():
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
 
 
-def test_a_sequential_at_the_root_whose_forward_art_takes_apart_is_held_and_certified(digits):
+def test_a_model_that_is_a_sequential_is_clipped_and_certified(digits):
     images, labels = digits
     certifying = classifier(sequential(), kind=LipschitzClassifier, preprocessing=(0.5, 0.25))
     FastClipTrainer(certifying, max_norm=0.7).fit(images, labels, nb_epochs=2, batch_size=64)
@@ -282,14 +282,14 @@ def test_a_sequential_at_the_root_whose_forward_art_takes_apart_is_held_and_cert
     assert (certifying.certify(images[:8])[1] > 0).any()
 
 
-def test_what_art_makes_to_refit_a_certifying_classifier_certifies_too(digits):
+def test_a_clone_for_refitting_of_a_certifying_classifier_certifies(digits):
     again = classifier(kind=LipschitzClassifier).clone_for_refitting()
     assert type(again) is LipschitzClassifier and again.lipschitz_bound().value > 0
     FastClipTrainer(again, max_norm=0.7).fit(*digits, nb_epochs=1, batch_size=64)
     assert max(true_norms(again.model)) <= 0.7 * 1.001
 
 
-def test_predictions_before_training_which_leave_eval_mode_on_change_nothing(digits):
+def test_predictions_before_training_do_not_change_the_training(digits):
     weights = []
     for looks in (False, True):
         np.random.seed(0)
@@ -303,7 +303,7 @@ def test_predictions_before_training_which_leave_eval_mode_on_change_nothing(dig
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_register_makes_the_trainer_reachable_in_art_and_unregister_takes_it_away():
+def test_register_adds_the_trainer_to_art_and_unregister_removes_it():
     import art.defences.trainer as home
 
     register()

@@ -1,4 +1,4 @@
-"""Defences by name: the three calls of a training loop, what each leaves behind, and names that other packages enter."""
+"""Defences by name: their calls in a training loop, the trained weights, and defences registered by other packages."""
 
 import copy
 import subprocess
@@ -34,7 +34,7 @@ def network():
 
 
 def train(defence, net, steps=20):
-    """Some steps of a loop that knows nothing of the defence but its calls."""
+    """Take training steps with a defence, through its interface alone."""
     generator = torch.Generator().manual_seed(0)
     defence.prepare(net, torch.zeros(1, *SHAPE))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
@@ -58,7 +58,7 @@ def true_norms(net):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_defence_leaves_plain_weights_under_the_names_they_had(name):
+def test_every_defence_leaves_ordinary_weights_under_their_original_names(name):
     before = network()
     net = train(find("defence", name)(max_norm=1.0), network())
     assert {key: t.shape for key, t in net.state_dict().items()} == {key: t.shape for key, t in before.state_dict().items()}
@@ -67,12 +67,12 @@ def test_every_defence_leaves_plain_weights_under_the_names_they_had(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
-def test_every_defence_ends_with_smaller_norms_than_none(name):
+def test_every_defence_ends_with_smaller_norms_than_no_defence(name):
     plain, defended = (true_norms(train(find("defence", n)(max_norm=0.7), network())) for n in ("none", name))
     assert all(a < 0.98 * b for a, b in zip(defended, plain, strict=True))
 
 
-def test_none_trains_to_the_very_weights_of_a_loop_without_it():
+def test_no_defence_trains_to_the_weights_of_a_loop_without_a_penalty():
     class Absent(NoDefence):
         def penalty(self):
             return 0
@@ -92,20 +92,20 @@ def test_spectral_normalisation_of_a_weight_that_is_zero_is_refused():
         Miyato().prepare(net, torch.zeros(1, *SHAPE))
 
 
-def test_miyato_is_the_weight_over_the_norm_of_its_matrix():
+def test_miyato_brings_the_norm_of_every_weight_matrix_to_max_norm():
     net = train(Miyato(max_norm=2.0), network(), steps=60)
     for layer in layers(net).values():
         assert float(torch.linalg.matrix_norm(layer.module.weight.detach().flatten(1), 2)) == pytest.approx(2.0, rel=0.05)
 
 
-def test_gouk_holds_the_norm_of_the_operator_and_of_batch_normalisations():
+def test_gouk_keeps_the_norms_of_operators_and_batch_normalisations_at_max_norm():
     net = train(Gouk(max_norm=0.7), network(), steps=40)
     assert max(true_norms(net)) <= 0.7 * 1.05
     assert float((net[1].weight.detach() / (net[1].running_var + net[1].eps).sqrt()).abs().max()) <= 0.7 * 1.05
 
 
 @pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (1, 2)])
-def test_the_gram_bound_is_a_bound_of_circular_convolutions_and_close(stride, groups):
+def test_the_gram_bound_of_a_circular_convolution_is_above_its_norm_and_close(stride, groups):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, stride, 1, groups=groups, padding_mode="circular")
     (layer,) = rs.linear_layers(conv, torch.zeros(1, 4, 8, 8))
@@ -113,7 +113,7 @@ def test_the_gram_bound_is_a_bound_of_circular_convolutions_and_close(stride, gr
     assert true * (1 - 1e-5) <= gram_bound(layer, 5).item() <= 1.05 * true
 
 
-def test_the_penalty_has_the_gradient_of_the_largest_singular_values():
+def test_the_penalty_of_delattre_has_the_gradient_of_the_largest_singular_value():
     dense = nn.Linear(5, 4)
     defence = Delattre(max_norm=0.1, strength=2.0, iterations=9)
     defence.prepare(dense, torch.zeros(1, 5))
@@ -122,7 +122,7 @@ def test_the_penalty_has_the_gradient_of_the_largest_singular_values():
     torch.testing.assert_close(dense.weight.grad, 2.0 * torch.outer(u[:, 0], v[0]), rtol=1e-3, atol=1e-3)
 
 
-def test_clipped_symbols_in_a_window_that_fills_the_grid_have_the_norm_asked_for():
+def test_clipping_the_symbols_of_a_window_as_large_as_the_grid_gives_the_requested_norm():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
     (layer,) = rs.linear_layers(conv, torch.zeros(1, 3, 3, 3))
@@ -130,7 +130,7 @@ def test_clipped_symbols_in_a_window_that_fills_the_grid_have_the_norm_asked_for
     assert reference.norm(conv, (3, 3, 3)) == pytest.approx(0.3, rel=1e-6)
 
 
-def test_senderovich_clips_every_so_many_steps_and_a_copy_at_the_end():
+def test_senderovich_clips_the_copy_given_at_the_end_and_not_the_network():
     net = network()
     defence = Senderovich(max_norm=0.7, every=10**9)
     defence.prepare(net, torch.zeros(1, *SHAPE))
@@ -145,7 +145,7 @@ def test_a_norm_that_is_not_positive_is_refused(name):
         find("defence", name)(max_norm=-1.0).prepare(network(), torch.zeros(1, *SHAPE))
 
 
-def test_bjorck_makes_dense_layers_orthogonal_or_says_what_it_needs():
+def test_bjorck_makes_dense_layers_orthogonal_or_names_the_missing_package():
     with pytest.raises(ValueError, match="give 1"):
         Bjorck(max_norm=2.0)
     try:
@@ -159,7 +159,7 @@ def test_bjorck_makes_dense_layers_orthogonal_or_says_what_it_needs():
 
 
 @pytest.mark.parametrize("name", ["miyato", "gouk", "delattre", "senderovich"])
-def test_a_rival_fine_tunes_and_is_named_in_the_record(name, tmp_path):
+def test_a_competing_defence_fine_tunes_and_is_named_in_the_run(name, tmp_path):
     config = FinetuneConfig(
         model="test_resnet", data="digits", image_size=16, batch_size=128, epochs=1, max_norm=1.0, defence=name
     )
@@ -168,7 +168,7 @@ def test_a_rival_fine_tunes_and_is_named_in_the_record(name, tmp_path):
     assert {row["name"] for row in run["layers"]} == {layer.name for layer in rs.linear_layers(model, data.example())}
 
 
-def test_a_rival_that_was_stopped_goes_on_to_the_very_same_weights(tmp_path, monkeypatch):
+def test_an_interrupted_run_with_a_competing_defence_resumes_to_the_same_weights(tmp_path, monkeypatch):
     config = FinetuneConfig(model="test_resnet", data="digits", image_size=16, batch_size=128, epochs=2, defence="gouk")
     whole, _, _ = load_run(finetune(config, tmp_path / "whole"))
     from robust_spectral.evaluations.finetuning import training as module
@@ -227,5 +227,5 @@ def test_a_defence_of_another_package_is_found_once_it_is_installed(tmp_path):
     assert "near: tiny" in shown[3]
 
 
-def test_the_names_of_this_package_are_entered():
+def test_the_defences_and_attacks_of_this_package_are_registered():
     assert {*NAMES, "bjorck"} <= set(names("defence")) and {"pgd", "autoattack"} <= set(names("attack"))

@@ -1,4 +1,4 @@
-"""The callbacks for Lightning and transformers, and the example for accelerate, in the loops of those libraries themselves."""
+"""The callbacks for Lightning and transformers, and the example for accelerate, in the training loops of those libraries."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ PROVED = 1.001
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 SHAPES = {"0": (1, 8, 8), "2": (8, 8, 8), "6": (32,)}
 
-pytestmark = [  # Lightning's own, of torch and of small loaders
+pytestmark = [  # Lightning's own warnings, about torch and small loaders
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
@@ -72,7 +72,7 @@ class Automatic(pl.LightningModule):
 
 
 class Manual(Automatic):
-    """Two optimizers, stepped in turn by the module: one of the first layer, one of the others."""
+    """A module that steps two optimizers alternately, one of its first layer and one of the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def fit(module: pl.LightningModule, folder: Path, *callbacks: pl.Callback, epoch
 
 
 @pytest.mark.parametrize("kind", [Automatic, Manual])
-def test_lightning_holds_and_proves_the_norms_with(kind: type[Automatic], tmp_path: Path) -> None:
+def test_lightning_keeps_the_norms_near_the_target_and_proves_them(kind: type[Automatic], tmp_path: Path) -> None:
     module, callback = kind(), for_lightning.FastClipCallback(0.8)
     trainer = fit(module, tmp_path, callback)
     assert callback.clipper.steps == trainer.global_step == (32 if kind is Manual else 16)
@@ -113,14 +113,14 @@ def test_lightning_holds_and_proves_the_norms_with(kind: type[Automatic], tmp_pa
 
 
 @pytest.mark.parametrize("kind", [Automatic, Manual])
-def test_an_infinite_norm_leaves_the_weights_that_lightning_gives_alone(kind: type[Automatic], tmp_path: Path) -> None:
+def test_an_infinite_norm_gives_the_weights_of_lightning_alone(kind: type[Automatic], tmp_path: Path) -> None:
     with_us, without = kind(), kind()
     fit(with_us, tmp_path, for_lightning.FastClipCallback(math.inf))
     fit(without, tmp_path)
     assert same_bits(snapshot(with_us), snapshot(without))
 
 
-def test_a_submodule_is_held_alone_after_the_steps_of_its_own_optimizer(tmp_path: Path) -> None:
+def test_a_callback_for_a_submodule_clips_it_alone_after_the_steps_of_its_optimizer(tmp_path: Path) -> None:
     module, callback = Manual(), for_lightning.FastClipCallback(0.5, example_input=EXAMPLE, module="net.0")
     trainer = fit(module, tmp_path, callback)
     norms = true_norms(module.net)
@@ -129,10 +129,10 @@ def test_a_submodule_is_held_alone_after_the_steps_of_its_own_optimizer(tmp_path
     assert "spectral/net.0/max_norm" in trainer.callback_metrics
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")  # the one that saves is not needed again
-def test_a_fit_that_lightning_resumes_ends_at_the_very_weights_of_one_that_ran_through(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")  # the second fit saves nothing
+def test_a_fit_resumed_by_lightning_ends_at_the_weights_of_an_uninterrupted_fit(tmp_path: Path) -> None:
     through, resumed = Automatic(), Automatic()
-    through.net[3].p = resumed.net[3].p = 0.0  # Lightning keeps no state of the random numbers
+    through.net[3].p = resumed.net[3].p = 0.0  # no dropout: Lightning does not restore random states
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     callbacks = [for_lightning.FastClipCallback(0.8, warmup_steps=12) for _ in range(2)]
     fit(through, tmp_path, callbacks[0], saving, enable_checkpointing=True)
@@ -141,7 +141,7 @@ def test_a_fit_that_lightning_resumes_ends_at_the_very_weights_of_one_that_ran_t
     assert same_bits(snapshot(through), snapshot(resumed))
 
 
-def test_two_submodules_are_held_at_norms_of_their_own_by_two_callbacks(tmp_path: Path) -> None:
+def test_two_callbacks_clip_two_submodules_to_different_norms(tmp_path: Path) -> None:
     module = Automatic()
     fit(
         module, tmp_path, for_lightning.FastClipCallback(0.5, EXAMPLE, module="net.0"),
@@ -151,7 +151,7 @@ def test_two_submodules_are_held_at_norms_of_their_own_by_two_callbacks(tmp_path
     assert norms["0"] <= 0.5 * PROVED and 0.5 < norms["2"] <= 0.8 * PROVED
 
 
-def test_an_average_of_the_weights_is_proved_where_the_callback_comes_last(tmp_path: Path) -> None:
+def test_averaged_weights_are_proved_if_the_callback_is_the_last_in_the_list(tmp_path: Path) -> None:
     module = Automatic()
     fit(module, tmp_path, EMAWeightAveraging(decay=0.5), for_lightning.FastClipCallback(0.8))
     assert 0.7 < max(true_norms(module.net).values()) <= 0.8 * PROVED
@@ -159,7 +159,7 @@ def test_an_average_of_the_weights_is_proved_where_the_callback_comes_last(tmp_p
         fit(Automatic(), tmp_path, for_lightning.FastClipCallback(0.8), EMAWeightAveraging())
 
 
-def test_a_module_without_an_example_input_is_told_how_to_give_one(tmp_path: Path) -> None:
+def test_a_module_without_an_example_input_is_an_error_with_advice(tmp_path: Path) -> None:
     module = Automatic()
     module.example_input_array = None
     with pytest.raises(ValueError, match=r"Automatic takes, got NoneType; give .*example_input=.*example_input_array"):
@@ -171,12 +171,12 @@ class ReplacesOptimizers(pl.Callback):
         trainer.strategy.optimizers = [module.configure_optimizers()]
 
 
-def test_lightnings_fit_fails_where_the_hook_never_fired(tmp_path: Path) -> None:
+def test_a_lightning_fit_in_which_the_hook_never_fired_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="saw none of the 16 optimizer steps"):
         fit(Automatic(), tmp_path, for_lightning.FastClipCallback(), ReplacesOptimizers())
 
 
-def test_a_fit_that_fails_leaves_no_hook_behind(tmp_path: Path) -> None:
+def test_a_fit_that_fails_leaves_no_hook_on_the_optimizer(tmp_path: Path) -> None:
     class Interrupts(pl.Callback):
         def on_train_epoch_end(self, *_: object) -> None:
             raise ArithmeticError
@@ -228,7 +228,7 @@ def layer_norms(model: nn.Module, callback: for_transformers.FastClipCallback) -
     return [norm(layer.module, layer.in_shape) for layer in layers]
 
 
-def test_transformers_trainer_holds_and_proves_the_norms_of_a_model_that_gives_more_than_logits(tmp_path: Path) -> None:
+def test_the_transformers_trainer_proves_the_norms_of_a_model_with_a_structured_output(tmp_path: Path) -> None:
     model, callback = resnet(), clips()
     assert not isinstance(model.eval()(EXAMPLE), Tensor)
     trainer = train(model, tmp_path, callback)
@@ -240,14 +240,14 @@ def test_transformers_trainer_holds_and_proves_the_norms_of_a_model_that_gives_m
     assert same_bits(snapshot(ResNetForImageClassification.from_pretrained(tmp_path / "proved")), snapshot(model))
 
 
-def test_an_infinite_norm_leaves_the_weights_that_transformers_gives_alone(tmp_path: Path) -> None:
+def test_an_infinite_norm_gives_the_weights_of_transformers_alone(tmp_path: Path) -> None:
     with_us, without = resnet(), resnet()
     train(with_us, tmp_path, clips(math.inf))
     train(without, tmp_path)
     assert same_bits(snapshot(with_us), snapshot(without))
 
 
-def test_a_run_that_transformers_resumes_ends_at_the_very_weights_of_one_that_ran_through(tmp_path: Path) -> None:
+def test_a_run_resumed_by_transformers_ends_at_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     through, resumed = resnet(), resnet()
     callbacks = [clips(warmup_steps=12) for _ in range(2)]
     train(through, tmp_path, callbacks[0], save_strategy="epoch")
@@ -256,9 +256,9 @@ def test_a_run_that_transformers_resumes_ends_at_the_very_weights_of_one_that_ra
     assert same_bits(snapshot(through), snapshot(resumed))
 
 
-def test_a_run_resumed_without_the_clippers_state_says_so(tmp_path: Path) -> None:
+def test_resuming_without_the_state_of_the_clipper_gives_a_warning(tmp_path: Path) -> None:
     train(resnet(), tmp_path, save_strategy="epoch", num_train_epochs=1)
-    with pytest.warns(UserWarning, match=r"goes on at step 8 .* no .*checkpoint-8.fastclip\.pt"):
+    with pytest.warns(UserWarning, match=r"continues at step 8 .* no .*checkpoint-8.fastclip\.pt"):
         train(resnet(), tmp_path, clips(), resume=str(tmp_path / "checkpoint-8"))
 
 
@@ -274,8 +274,8 @@ class ReplacesOptimizer(TrainerCallback):
         optimizer.optimizer = torch.optim.SGD(optimizer.param_groups)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the scheduler watches the optimizer replaced
-def test_a_run_of_transformers_fails_where_the_hook_never_fired(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the scheduler was made for the replaced optimizer
+def test_a_transformers_run_in_which_the_hook_never_fired_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="saw none of the 8 steps"):
         train(resnet(), tmp_path, clips(), ReplacesOptimizer(), num_train_epochs=1)
 

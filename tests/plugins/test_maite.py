@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 
 class Images:
-    """Random images with the classes that a model gives them, but for the first three."""
+    """Random images labelled by a model, the first three of them wrongly."""
 
     def __init__(self, model: nn.Module, count: int = 25) -> None:
         self.metadata = {"id": "random images"}
@@ -60,7 +60,7 @@ def test_model_metric_and_dataset_conform_to_the_protocols() -> None:
     assert isinstance(Images(network()), ic.Dataset)
 
 
-def test_evaluate_gives_the_shares_of_certified_radius_at_any_batch_size() -> None:
+def test_evaluate_gives_the_same_certified_accuracies_at_any_batch_size() -> None:
     model = network()
     data = Images(model)
     bound = lipschitz_bound(model, data.images[:1])
@@ -81,7 +81,7 @@ def test_evaluate_gives_the_shares_of_certified_radius_at_any_batch_size() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_model_keeps_its_type_whatever_the_images_have(dtype: torch.dtype) -> None:
+def test_the_model_computes_in_its_own_dtype_whatever_the_dtype_of_the_images(dtype: torch.dtype) -> None:
     model = network().to(dtype)
     batch = [np.full((1, 6, 6), 0.5, np.float64), torch.full((1, 6, 6), 0.5, requires_grad=True), [[[0.5] * 6] * 6]]
     first, *others = ImageClassifier(model, "net")(batch)
@@ -90,7 +90,7 @@ def test_the_model_keeps_its_type_whatever_the_images_have(dtype: torch.dtype) -
         np.testing.assert_allclose(other, first, rtol=1e-5)
 
 
-def test_the_model_predicts_in_eval_mode_and_gets_its_mode_back() -> None:
+def test_the_model_predicts_in_eval_mode_and_its_training_mode_is_restored() -> None:
     model = network().train()
     wrapped = ImageClassifier(model, "net", device="cpu")
     one, two = wrapped([np.ones((1, 6, 6))]), wrapped([np.ones((1, 6, 6))])
@@ -130,7 +130,7 @@ def test_the_model_runs_without_autocast_and_tf32() -> None:
     ],
     ids=["above", "below", "nan", "bytes", "no channels", "two shapes"],
 )
-def test_the_model_refuses_what_are_no_pixels_in_0_1(batch: list, message: str) -> None:
+def test_the_model_refuses_images_that_are_not_pixels_in_0_1(batch: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageClassifier(network(), "net")(batch)
 
@@ -144,7 +144,7 @@ def rows(*logits: list[float], dtype: type = np.float64) -> list[np.ndarray]:
     return [np.array(row, dtype) for row in logits]
 
 
-def test_certified_accuracy_counts_radii_of_at_least_eps_and_forgets_on_reset() -> None:
+def test_certified_accuracy_counts_radii_of_at_least_eps_and_reset_clears_the_counts() -> None:
     metric = CertifiedAccuracy(ONE, [0.5, 1.5])
     metric.update(rows([3, 0], [3, 2], [0, 3]), rows([1, 0], [0.9, 0.1], [1, 0]), [{"id": i} for i in range(3)])
     metric.update(rows([math.nan, 9]), rows([1, 0]), [{"id": 3}])
@@ -155,7 +155,7 @@ def test_certified_accuracy_counts_radii_of_at_least_eps_and_forgets_on_reset() 
         metric.compute()
 
 
-def test_rounding_enters_by_the_type_of_the_predictions() -> None:
+def test_rounding_errors_are_those_of_the_dtype_of_the_predictions() -> None:
     bound = LipschitzBound(1.0, errors={torch.float32: 10.0, torch.float64: 0.0})
     metric = CertifiedAccuracy(bound, [0.5])
     with pytest.warns(UserWarning, match="rounding of float32"):
@@ -164,7 +164,7 @@ def test_rounding_enters_by_the_type_of_the_predictions() -> None:
     assert metric.compute()["certified_accuracy_l2_0.5"] == 0.5
 
 
-def test_a_bound_that_proves_nothing_certifies_no_image() -> None:
+def test_an_infinite_bound_certifies_no_image() -> None:
     metric = CertifiedAccuracy(LipschitzBound(math.inf, reason="unknown"), [1e-9])
     metric.update(rows([3, 0]), rows([1, 0]), [{}])
     assert metric.compute()["certified_accuracy_l2_1e-09"] == 0 and metric.compute()["accuracy"] == 1
@@ -185,13 +185,15 @@ def test_a_bound_that_proves_nothing_certifies_no_image() -> None:
     ],
     ids=["softmax", "list", "two types", "half", "two shapes", "index", "empty target", "classes", "counts"],
 )
-def test_the_metric_refuses_what_proves_nothing(predictions: list, targets: list, error: type, message: str) -> None:
+def test_the_metric_refuses_invalid_predictions_and_targets(
+    predictions: list, targets: list, error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         CertifiedAccuracy(ONE, [0.5]).update(predictions, targets, [{}] * len(predictions))
 
 
 @pytest.mark.parametrize("eps", [[], [0.0], [math.inf], [math.nan], [0.5, -1.0]], ids=str)
-def test_the_metric_refuses_sizes_that_are_none(eps: list[float]) -> None:
+def test_the_metric_refuses_eps_that_are_missing_or_not_positive_and_finite(eps: list[float]) -> None:
     with pytest.raises(ValueError, match="eps"):
         CertifiedAccuracy(ONE, eps)
 

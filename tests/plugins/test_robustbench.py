@@ -1,4 +1,4 @@
-"""RobustBench's entries and adversarial images, on files made here."""
+"""RobustBench entries and files of adversarial images."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def entry(board: str = "cifar10/L2", **changes: object) -> dict:
     return model_info(board, **given)
 
 
-def test_an_entry_has_percents_as_texts_and_the_size_of_its_board() -> None:
+def test_an_entry_has_percentages_as_text_and_the_eps_of_its_board() -> None:
     info = entry(reported=0.58, external=0.531, unreliable=True, footnote="Certified accuracy 31.50 % at 0.1.")
     assert {key: info[key] for key in ("dataset", "eps", "clean_acc", "reported", "autoattack_acc", "external")} == {
         "dataset": "cifar10", "eps": "0.5", "clean_acc": "85.34", "reported": "58.00", "autoattack_acc": "53.42",
@@ -47,13 +47,13 @@ def test_an_entry_has_percents_as_texts_and_the_size_of_its_board() -> None:
     assert info["unreliable"] is True and info["number_forward_passes"] == 1 and info["footnote"].startswith("Certified")
 
 
-def test_what_is_not_known_of_a_model_is_left_out() -> None:
+def test_unknown_fields_of_an_entry_are_left_out() -> None:
     info = entry("imagenet/Linf", images=5_000)
     assert info["eps"] == "4/255" and info["reported"] == ""
     assert not {"external", "footnote", "unreliable"} & info.keys()
 
 
-def test_the_figure_of_autoattack_has_to_be_given() -> None:
+def test_the_accuracy_under_autoattack_is_required() -> None:
     with pytest.raises(TypeError, match="autoattack_acc"):
         model_info("cifar10/L2", **PAPER, additional_data=False, images=10_000, clean_acc=0.9)
 
@@ -74,17 +74,17 @@ def test_the_figure_of_autoattack_has_to_be_given() -> None:
     ],
     ids=str,
 )
-def test_an_entry_that_robustbench_would_not_take_is_refused(changes: dict, message: str) -> None:
+def test_an_entry_that_robustbench_would_not_accept_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         entry(**changes)
 
 
 @pytest.mark.parametrize("info", [LINF, CORRUPTIONS, BASELINE], ids=["linf", "corruptions", "baseline"])
-def test_a_sound_entry_has_no_problems(info: dict) -> None:
+def test_a_valid_entry_has_no_problems(info: dict) -> None:
     assert problems(info) == problems(info, board_of(info)) == []
 
 
-def test_every_board_with_sizes_takes_an_entry() -> None:
+def test_every_board_with_an_eps_accepts_an_entry() -> None:
     for board in (board for board, sizes in BOARDS.items() if sizes):
         info = entry(board, images=5_000 if board.startswith("imagenet") else 10_000)
         assert board_of(info) == board and problems(info, board) == []
@@ -117,7 +117,7 @@ def test_a_fault_in_an_entry_is_named(changes: dict, message: str) -> None:
     assert any(message in problem for problem in problems({**LINF, **changes}))
 
 
-def test_missing_fields_and_another_board_are_named() -> None:
+def test_missing_fields_and_a_wrong_board_are_named() -> None:
     assert problems({"dataset": "cifar10"})[:2] == ["link is missing", "name is missing"]
     assert "autoattack_acc is missing" in problems({"dataset": "cifar10"})
     assert problems(LINF, "cifar100/Linf") == ["dataset is 'cifar10' on the board cifar100/Linf"]
@@ -125,7 +125,7 @@ def test_missing_fields_and_another_board_are_named() -> None:
     assert problems({**CORRUPTIONS, "eps": 0.5}) == ["eps is 0.5; expected null, or the size trained with as a text"]
 
 
-def test_an_entry_is_written_where_its_board_is(tmp_path: Path) -> None:
+def test_an_entry_is_written_to_the_folder_of_its_board(tmp_path: Path) -> None:
     for info, board in ((LINF, "cifar10/Linf"), (CORRUPTIONS, "imagenet/corruptions"), (entry(), "cifar10/L2")):
         path = write_model_info(info, tmp_path, "Lee2026Clipped_R-18")
         assert path == tmp_path / board / "Lee2026Clipped_R-18.json"
@@ -134,7 +134,7 @@ def test_an_entry_is_written_where_its_board_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../Lee2026Clipped", "clipped", "Lee26Clipped", "Lee2026", "Lee2026 Clipped"])
-def test_a_name_of_another_form_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_of_the_wrong_form_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="<Name><Year><FirstWord>"):
         write_model_info(LINF, tmp_path, name)
 
@@ -173,7 +173,7 @@ def test_images_at_eps_up_to_the_rounding_of_float32_are_saved(
     assert torch.equal(torch.load(path, weights_only=True), images)
 
 
-def test_a_whole_test_set_is_saved_without_what_it_is_a_view_of(tmp_path: Path) -> None:
+def test_a_test_set_given_as_a_view_is_saved_at_the_size_of_its_images(tmp_path: Path) -> None:
     clean = torch.full((1, 3, 32, 32), 0.5).expand(10_000, 3, 32, 32)
     images = torch.zeros(2, 3, 32, 32)[:1].expand(10_000, 3, 32, 32)
     with pytest.raises(ValueError, match=r"10000 images are farther .* number 0, at 0.5"):
@@ -209,7 +209,7 @@ WHITE = torch.ones(8, 3, 4, 4)
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str | dict) else "",
 )
-def test_images_that_are_no_evidence_are_not_saved(
+def test_invalid_adversarial_images_are_not_saved(
     tmp_path: Path, images: Tensor, clean: Tensor, options: dict, message: str
 ) -> None:
     given = {"path": tmp_path / "a.pt", "board": "cifar10/Linf", "eps": "8/255", **options}

@@ -1,4 +1,4 @@
-"""timm models behind their normalisation: loading, errors, and the Lipschitz rules of timm's layers."""
+"""timm models with their input normalisation: loading, errors, and the Lipschitz rules of timm's layers."""
 
 import pytest
 import timm
@@ -26,7 +26,7 @@ def test_normalisation_of_a_colour_model_is_averaged_for_grey_images():
     assert float(model.normalize.std) == pytest.approx(sum(model.model.pretrained_cfg["std"]) / 3)
 
 
-def test_a_mean_and_std_of_the_users_stand_in_front_and_in_the_lipschitz_bound():
+def test_a_given_mean_and_std_are_applied_and_counted_in_the_lipschitz_bound():
     given, plain = load("test_resnet", mean=(0.1, 0.2, 0.3), std=(0.5,)), load("test_resnet", mean=(0,), std=(1,))
     plain.model.load_state_dict(given.model.state_dict())
     x = torch.rand(2, 3, 32, 32)
@@ -45,7 +45,7 @@ def test_a_mean_and_std_of_the_users_stand_in_front_and_in_the_lipschitz_bound()
         ({"mean": (float("nan"),), "std": (1,)}, "one number"),
     ],
 )
-def test_a_mean_and_std_that_are_not_one_for_every_channel_are_refused(given, words):
+def test_an_invalid_mean_or_std_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
         load("test_resnet", **given)
 
@@ -55,12 +55,12 @@ def test_unknown_model_name_offers_the_nearest_ones():
         load("resnet18x")
 
 
-def test_a_model_that_was_never_published_is_told_when_its_weights_are_asked_for():
+def test_pretrained_weights_of_a_model_without_published_weights_are_an_error():
     with pytest.raises(ValueError, match="no weights for it; give a checkpoint"):
         load("darknet17", pretrained=True)
 
 
-def test_checkpoint_round_trips_through_plain_timm(tmp_path):
+def test_a_checkpoint_round_trips_through_timm(tmp_path):
     model = load("test_resnet", num_classes=10)
     save_file(model.model.state_dict(), tmp_path / "weights.safetensors")
     plain = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "weights.safetensors")).eval()
@@ -70,7 +70,7 @@ def test_checkpoint_round_trips_through_plain_timm(tmp_path):
     assert torch.equal(model(x), again(x))
 
 
-def test_checkpoint_that_does_not_fit_names_the_keys(tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_keys(tmp_path):
     save_file(load("test_resnet", num_classes=10).model.state_dict(), tmp_path / "ten.safetensors")
     with pytest.raises(ValueError, match=r"fc\.weight is \(10, 96\) where the model has \(7, 96\)"):
         load("test_resnet", num_classes=7, checkpoint=tmp_path / "ten.safetensors")
@@ -100,7 +100,7 @@ def test_inverse_standard_deviation_is_part_of_the_lipschitz_bound():
     assert outer == pytest.approx(inner / float(model.normalize.std.min()), rel=1e-6)
 
 
-def test_batchnorm_with_activation_counts_its_affine_part_and_its_slope():
+def test_a_batchnorm_with_activation_is_bounded_by_its_affine_norm_times_the_slope():
     bn = BatchNormAct2d(4, act_layer=nn.SiLU).eval()
     with torch.no_grad():
         bn.weight.copy_(torch.tensor([1.0, -3.0, 0.5, 2.0]))
@@ -108,7 +108,7 @@ def test_batchnorm_with_activation_counts_its_affine_part_and_its_slope():
     assert bound == pytest.approx(3 / (1 + bn.eps) ** 0.5 * 1.09984, rel=1e-6)
 
 
-def test_mobile_network_with_depthwise_convolutions_is_bounded_from_both_sides():
+def test_a_network_of_depthwise_convolutions_has_a_finite_bound_above_its_estimate():
     model = load("tf_efficientnet_lite0", num_classes=10)
     x = torch.rand(2, 3, 32, 32)
     bound = rs.lipschitz_bound(model, x)

@@ -1,4 +1,4 @@
-"""timm's own loop with `FastClipTask` in it: norms, checkpoints, resuming, and a train.py run as it is."""
+"""`FastClipTask` in timm's training loop: norms, checkpoints, resuming, and an unmodified train.py."""
 
 import copy
 import sys
@@ -41,7 +41,7 @@ def batches(chosen: range) -> list[tuple[Tensor, Tensor]]:
 def train(
     task: FastClipTask, optimizer: torch.optim.Optimizer, updates: range, accumulate: int = 1, half: bool = False
 ) -> None:
-    """The order of calls in timm's train_one_epoch."""
+    """Train by the calls of timm's train_one_epoch, in the same order."""
     scaler = NativeScaler(device="cpu")
     task.get_trainable_module().train()
     for index, (x, y) in enumerate(batches(range(updates.start * accumulate, updates.stop * accumulate))):
@@ -61,7 +61,7 @@ def largest_norm(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lookahead_adamw"])
 @pytest.mark.parametrize("way", ["plain", "accumulating in bfloat16", "channels_last", "compiled"])
-def test_in_timms_loop_norms_are_held_and_then_proved_in_the_model_and_its_average(way: str, optimizer: str) -> None:
+def test_norms_of_the_model_and_its_average_are_kept_in_timms_loop_and_proved_by_finish(way: str, optimizer: str) -> None:
     model = net()
     if way == "channels_last":
         model = model.to(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ def test_in_timms_loop_norms_are_held_and_then_proved_in_the_model_and_its_avera
     assert max(largest_norm(model), largest_norm(average)) <= PROVED
 
 
-def test_a_checkpoint_loads_in_plain_timm_to_the_same_logits_and_holds_nothing_of_ours(tmp_path: Path) -> None:
+def test_a_checkpoint_loads_in_timm_alone_to_the_same_logits_under_the_same_keys(tmp_path: Path) -> None:
     task = task_of(net())
     optimizer = timm.optim.create_optimizer_v2(task.trainable_module, "sgd", lr=1e-2)
     train(task, optimizer, range(4))
@@ -90,7 +90,7 @@ def test_a_checkpoint_loads_in_plain_timm_to_the_same_logits_and_holds_nothing_o
     assert plain.state_dict().keys() == net().state_dict().keys()
 
 
-def test_a_run_that_timm_resumes_goes_on_bit_by_bit(tmp_path: Path) -> None:
+def test_a_run_resumed_by_timm_is_bitwise_identical_to_an_uninterrupted_run(tmp_path: Path) -> None:
     straight, stopped, resumed = (task_of(net()) for _ in range(3))
     optimizers = [timm.optim.create_optimizer_v2(t.trainable_module, "adamw", lr=1e-3) for t in (straight, stopped, resumed)]
     train(straight, optimizers[0], range(8))
@@ -103,7 +103,7 @@ def test_a_run_that_timm_resumes_goes_on_bit_by_bit(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_an_infinite_norm_trains_bit_by_bit_as_timms_own_task() -> None:
+def test_an_infinite_norm_gives_bitwise_the_weights_of_timms_own_task() -> None:
     ours, theirs = (
         task_of(net(), max_norm=float("inf")),
         timm.task.ClassificationTask(net(), nn.CrossEntropyLoss(), verbose=False),
@@ -131,7 +131,7 @@ for step in range(3):
 
 
 @pytest.mark.filterwarnings("ignore:FastClip. .* a batch normalisation trains")
-def test_a_script_in_the_way_of_timms_train_py_runs_as_it_is_and_leaves_clipped_weights(tmp_path: Path) -> None:
+def test_an_unmodified_training_script_of_timm_ends_with_clipped_weights(tmp_path: Path) -> None:
     script, out = tmp_path / "train.py", tmp_path / "clipped.safetensors"
     script.write_text(SCRIPT)
     before = list(sys.argv)
@@ -143,7 +143,7 @@ def test_a_script_in_the_way_of_timms_train_py_runs_as_it_is_and_leaves_clipped_
 
 
 @pytest.mark.filterwarnings("ignore:FastClip. .* a batch normalisation trains")
-def test_a_script_that_ends_with_sys_exit_and_imports_its_neighbours_keeps_its_weights(tmp_path: Path) -> None:
+def test_weights_are_saved_for_a_script_that_imports_a_neighbour_and_calls_sys_exit(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'test_resnet'")
     script, out = tmp_path / "train.py", tmp_path / "new" / "clipped.safetensors"
     script.write_text("import neighbour\n" + SCRIPT.replace("sys.argv[1]", "neighbour.NAME") + "\nsys.exit(0)\n")

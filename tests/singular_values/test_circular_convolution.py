@@ -77,7 +77,7 @@ STRIDED: dict[str, tuple[Build, Shape]] = {
 
 
 def dense_singular_values(module: nn.Module, in_shape: Shape) -> Tensor:
-    """Scaled, so that nothing under- or overflows."""
+    """Singular values of the dense matrix, which is scaled so that nothing under- or overflows."""
     matrix = linear_operator(module, in_shape, torch.float64).to_dense()
     size = matrix.abs().max()
     return torch.linalg.svdvals(matrix / size) * size
@@ -112,11 +112,11 @@ def test_all_singular_values_of_a_strided_convolution_are_those_of_the_matrix(bu
     assert len(found) == min(math.prod(A.out_shape), math.prod(A.in_shape))
 
 
-def test_zeros_are_counted() -> None:
+def test_zero_singular_values_are_counted() -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     nn.init.zeros_(module.weight)
     assert torch.equal(circular_singular_values(module, (2, 4, 5)), torch.zeros(40, dtype=torch.float64))
-    nn.init.ones_(module.weight)  # blind to all but the mean over channels and to frequencies that average out
+    nn.init.ones_(module.weight)  # nonzero only on the mean over channels at frequency zero
     assert_near(circular_singular_values(module, (2, 3, 3)), dense_singular_values(module, (2, 3, 3)))
 
 
@@ -130,7 +130,7 @@ def test_a_kernel_that_wraps_more_than_once_is_folded() -> None:
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-200, 1e30, 1e200], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_scale_does_not_matter(stride: int, factor: float) -> None:
+def test_singular_values_are_accurate_at_any_scale(stride: int, factor: float) -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, stride=stride, padding_mode="circular", bias=False).double()
     with torch.no_grad():
         module.weight.mul_(factor)
@@ -138,7 +138,7 @@ def test_scale_does_not_matter(stride: int, factor: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_weights_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_singular_values_of_weights_of_any_precision_are_computed_in_float64(dtype: torch.dtype) -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", dtype=dtype)
     assert_near(circular_singular_values(module, (2, 4, 6)), dense_singular_values(module, (2, 4, 6)))
 
@@ -160,7 +160,9 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize("grid, channels, single", STRUCTURES.values(), ids=STRUCTURES)
-def test_generic_kernels_have_just_the_pairs_that_are_foretold(grid: Shape, channels: int | Shape, single: int) -> None:
+def test_generic_kernels_have_the_predicted_pairs_of_equal_singular_values(
+    grid: Shape, channels: int | Shape, single: int
+) -> None:
     structure = duplicate_structure(grid, channels)  # type: ignore[arg-type]
     c_out, c_in = (channels, channels) if isinstance(channels, int) else channels
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(grid) - 1]
@@ -178,7 +180,7 @@ def test_self_conjugate_frequencies_are_their_own_mirror_images(grid: Shape) -> 
     assert duplicate_structure(grid, 3).self_conjugate == tuple(own)
 
 
-def test_single_values_live_at_self_conjugate_frequencies() -> None:
+def test_unpaired_singular_values_belong_to_self_conjugate_frequencies() -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
     values = dense_singular_values(module, (2, 4, 5))
     symbols = torch.fft.fft2(module.weight.detach(), s=(4, 5))
@@ -187,7 +189,7 @@ def test_single_values_live_at_self_conjugate_frequencies() -> None:
     assert copies.tolist() == [1] * 4
 
 
-def test_groups_and_strides_have_the_pairs_of_their_blocks() -> None:
+def test_grouped_and_strided_convolutions_have_the_pairs_of_their_blocks() -> None:
     grouped = nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="circular")
     structure = duplicate_structure((4, 5), (6, 4))
     assert multiplicities(dense_singular_values(grouped, (4, 4, 5))) == {1: structure.single, 2: structure.pairs}
@@ -196,7 +198,7 @@ def test_groups_and_strides_have_the_pairs_of_their_blocks() -> None:
     assert multiplicities(dense_singular_values(strided, (2, 6, 12))) == {1: structure.single, 2: structure.pairs}
 
 
-def test_small_windows_may_tie_more_but_never_less() -> None:
+def test_small_windows_have_more_equal_singular_values_than_generic_kernels() -> None:
     module = nn.Conv2d(2, 3, 1, padding_mode="circular")
     assert multiplicities(dense_singular_values(module, (2, 4, 5))) == {20: 2}
     patches = nn.Conv2d(2, 9, 2, stride=2, padding_mode="circular")
@@ -238,21 +240,21 @@ def test_the_gap_is_the_distance_to_the_span_of_the_unit_kernels(build: Build, i
     assert gap.changed > 0
 
 
-def test_a_window_smaller_than_the_input_does_not_hold_the_clipped_spectrum() -> None:
+def test_a_window_smaller_than_the_input_cannot_represent_the_clipped_spectrum() -> None:
     module = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
     gap = representation_gap(module, (4, 8, 8), 0.5)
     assert gap.energy_outside > 0.01
     assert gap.norm_after_projection > 0.51
 
 
-def test_a_window_that_fills_the_grid_holds_every_clipped_spectrum() -> None:
+def test_a_window_as_large_as_the_grid_represents_every_clipped_spectrum() -> None:
     module = nn.Conv2d(2, 3, (5, 4), padding="same", padding_mode="circular")
     gap = representation_gap(module, (2, 5, 4), 0.3)
     assert gap.changed > 0 and gap.energy_outside == 0
     assert gap.norm_after_projection == pytest.approx(0.3, rel=1e-12)
 
 
-def test_nothing_changes_where_no_value_is_above_max_norm() -> None:
+def test_the_gap_is_zero_where_no_singular_value_is_above_max_norm() -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     largest = float(circular_singular_values(module, (2, 6, 5))[0])
     for max_norm in (1.001 * largest, math.inf):
@@ -278,7 +280,7 @@ def test_the_gap_scales_with_the_weights(exponent: int) -> None:
     assert after.norm_after_projection == before.norm_after_projection * 2.0**exponent
 
 
-def test_the_module_is_left_as_it_was() -> None:
+def test_the_module_is_left_unchanged() -> None:
     module = parametrizations.spectral_norm(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()).train()
     before = snapshot(module)
     values = circular_singular_values(module, (2, 4, 5))
@@ -319,7 +321,7 @@ REFUSED: dict[str, tuple[Build, Shape, str]] = {
 
 @pytest.mark.parametrize("call", [circular_singular_values, representation_gap])
 @pytest.mark.parametrize("build, in_shape, message", REFUSED.values(), ids=REFUSED)
-def test_other_layers_are_refused_by_name(
+def test_unsupported_layers_are_refused_by_name(
     call: Callable[[nn.Module, Shape], object], build: Build, in_shape: Shape, message: str
 ) -> None:
     with pytest.raises(NotImplementedError, match=f"{call.__name__}.*{message}"):
@@ -333,7 +335,9 @@ def test_the_gap_refuses_a_stride() -> None:
 
 @pytest.mark.parametrize("call", [circular_singular_values, representation_gap])
 @pytest.mark.parametrize("in_shape", [(), (2,), (3, 4, 4), (2, 4), (2, 0, 4), (1, 2, 4, 4)], ids=str)
-def test_shapes_that_do_not_fit_are_named(call: Callable[[nn.Module, Shape], object], in_shape: Shape) -> None:
+def test_input_shapes_that_do_not_fit_are_named_in_the_error(
+    call: Callable[[nn.Module, Shape], object], in_shape: Shape
+) -> None:
     with pytest.raises(ValueError, match=rf"{call.__name__}\(in_shape=.*Conv2d.*takes \(2, 2 spatial axes\)"):
         call(conv2d(2, 3, 3, padding=1)(), in_shape)
 
@@ -355,6 +359,6 @@ def test_the_gap_needs_a_positive_max_norm(max_norm: float) -> None:
 
 
 @pytest.mark.parametrize("grid, channels", [((), 1), ((4, 0), 1), ((4,), 0), ((4,), (2, 0)), ((4,), (1, 2, 3))], ids=str)
-def test_a_structure_needs_a_grid_and_channels(grid: Shape, channels: int | Shape) -> None:
+def test_duplicate_structure_needs_a_grid_and_channels(grid: Shape, channels: int | Shape) -> None:
     with pytest.raises(ValueError, match=r"duplicate_structure\(in_shape="):
         duplicate_structure(grid, channels)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def test_powerqr_finds_the_top_value_of_the_dense_matrix(case: Case) -> None:
 @same_padding_copies
 @pytest.mark.parametrize("solver", [rs.Lanczos(), rs.PowerQR()], ids=["lanczos", "powerqr"])
 @every_case
-def test_values_in_the_layers_own_type_are_within_their_tolerance(case: Case, solver) -> None:
+def test_values_in_the_dtype_of_the_layer_are_within_their_tolerance(case: Case, solver) -> None:
     t = rs.top_singular(rs.linear_operator(case.build(), case.in_shape), 1, solver)
     true = float(singular_values(case.build(), case.in_shape)[0])
     assert float(t.values[0]) == pytest.approx(true, rel=5e-3, abs=0)
@@ -90,7 +90,7 @@ def test_values_in_the_layers_own_type_are_within_their_tolerance(case: Case, so
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("make", [lambda n: rs.Lanczos(max_steps=n), lambda n: rs.PowerQR(steps=n)], ids=["lanczos", "powerqr"])
 @every_case
-def test_values_are_never_above_the_truth(case: Case, make, steps: int) -> None:
+def test_values_are_never_above_the_true_singular_values(case: Case, make, steps: int) -> None:
     A = rs.linear_operator(case.build(), case.in_shape, torch.float64)
     true = singular_values(case.build(), case.in_shape)
     values = rs.top_singular(A, 2, make(steps)).values[: len(true)]
@@ -98,7 +98,7 @@ def test_values_are_never_above_the_truth(case: Case, make, steps: int) -> None:
 
 
 @every_solver
-def test_a_repeated_value_is_found_as_often_as_it_repeats(solver) -> None:
+def test_a_repeated_singular_value_is_found_with_its_multiplicity(solver) -> None:
     A = with_spectrum([2.0, 2.0, 2.0, 1.0, 0.5], 8, 12)
     t = rs.top_singular(A, 4, solver)
     torch.testing.assert_close(t.values, torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=A.dtype), rtol=LOOSE, atol=0)
@@ -111,7 +111,7 @@ def test_the_identity_has_every_value_one(solver) -> None:
 
 
 @every_solver
-def test_beyond_the_rank_the_values_are_zero(solver) -> None:
+def test_values_beyond_the_rank_are_zero(solver) -> None:
     A = with_spectrum([3.0, 1.0], 6, 7)
     t = rs.top_singular(A, 5, solver)
     torch.testing.assert_close(t.values, torch.tensor([3.0, 1.0, 0, 0, 0], dtype=A.dtype), rtol=LOOSE, atol=1e-12)
@@ -139,7 +139,7 @@ def test_the_zero_operator_has_values_zero(k: int, solver) -> None:
 
 
 @every_solver
-def test_rank_one_is_found_at_once(solver) -> None:
+def test_a_rank_one_operator_is_solved_in_a_few_steps(solver) -> None:
     u, v = torch.randn(6, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     t = rs.top_singular(matrix_operator(torch.outer(u, v)), 1, solver)
     assert float(t.values[0]) == pytest.approx(float(u.norm() * v.norm()), rel=1e-12)
@@ -190,7 +190,7 @@ def test_a_warm_start_may_have_fewer_or_more_vectors(solver) -> None:
 
 
 @every_solver
-def test_a_warm_start_from_a_lower_rank_finds_what_came_since(solver) -> None:
+def test_a_warm_start_from_a_lower_rank_finds_new_singular_values(solver) -> None:
     poor = rs.top_singular(with_spectrum([3.0], 6, 8), 3, solver)
     A = with_spectrum([3.0, 2.0, 1.0, 0.5], 6, 8)
     t = rs.top_singular(A, 3, solver, right=poor.right)
@@ -198,7 +198,7 @@ def test_a_warm_start_from_a_lower_rank_finds_what_came_since(solver) -> None:
 
 
 @every_solver
-def test_a_warm_start_sees_a_group_that_grew_since(solver) -> None:
+def test_a_warm_start_finds_a_group_that_has_grown(solver) -> None:
     module = nn.Conv1d(4, 4, 1, groups=2).double()
     A = rs.linear_operator(module, (4, 1))
     before = rs.top_singular(A, 1, solver)
@@ -253,13 +253,13 @@ def test_a_restart_keeps_the_relations_of_the_bidiagonalisation() -> None:
 
 
 def values_of_a_few_steps(A: rs.LinearOperator, block: int, steps: int, seed: int = 0) -> tuple[KrylovSpace, Tensor, Tensor]:
-    """A short run, its values and the coefficients of the right vectors."""
+    """A Krylov space of few steps, its Ritz values and the coefficients of the right singular vectors."""
     space = krylov_space(A, random_block(A, block, seed), steps)
     return space, *rayleigh_ritz(*space.numbers(), torch.finfo(A.dtype).eps)
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_a_run_of_few_steps_finds_triplets_of_every_group_until_its_space_is_spent(block: int) -> None:
+def test_a_short_krylov_search_finds_triplets_of_every_group_until_its_space_is_exhausted(block: int) -> None:
     parts = [torch.randn(12, 10, dtype=torch.float64), torch.diag(torch.tensor([3.0, 2.0, 1.0] + [0.0] * 9))[:, :10].double()]
     A = replace(matrix_operator(torch.block_diag(*parts)), groups=2)
     space, values, coefficients = values_of_a_few_steps(A, block, 5)
@@ -271,13 +271,13 @@ def test_a_run_of_few_steps_finds_triplets_of_every_group_until_its_space_is_spe
         torch.testing.assert_close(U @ U.T, torch.diag(size.square()), rtol=0, atol=1e-10)
         lengths = V.norm(dim=1).round()
         torch.testing.assert_close(V @ V.T, torch.diag(lengths), rtol=0, atol=1e-10)
-    assert int(right[1].norm().square().round()) == 3 + block  # what its start has in the null space is an invariant part, too
+    assert int(right[1].norm().square().round()) == 3 + block  # and the components of the start in the null space
     assert values[1, :3].tolist() == pytest.approx([3.0, 2.0, 1.0])
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_a_run_of_few_steps_takes_in_rows_beside_it(block: int) -> None:
-    """Of any angle to the rest, twice the same and zeros among them."""
+def test_a_short_krylov_search_includes_additional_rows(block: int) -> None:
+    """Rows at any angle to the Krylov space, including a repeated row and zeros."""
     parts = [torch.randn(12, 10, dtype=torch.float64) for _ in range(2)]
     A = replace(matrix_operator(torch.block_diag(*parts)), groups=2)
     beside = torch.nn.functional.normalize(torch.randn(2, 2, 10, dtype=torch.float64), dim=2)
@@ -296,8 +296,8 @@ def test_a_run_of_few_steps_takes_in_rows_beside_it(block: int) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 1e-2, 0.5])
 @pytest.mark.parametrize("shape", [(8, 2000), (300, 6), (5, 5)], ids=str)
-def test_a_run_past_the_rank_finds_no_value_above_the_norm(shape: tuple[int, int], decay: float) -> None:
-    """In float32, where what is left of a spent space is rounding, from which values of thousands of norms can follow."""
+def test_a_krylov_search_past_the_rank_finds_no_value_above_the_norm(shape: tuple[int, int], decay: float) -> None:
+    """In float32, where the rows past an exhausted space are rounding, which could give values of thousands of norms."""
     A = with_spectrum([decay**i for i in range(min(shape))], *shape).to_dense()
     for size in (1e-6, 1.0, 1e6):
         for seed in range(4):
@@ -306,8 +306,8 @@ def test_a_run_past_the_rank_finds_no_value_above_the_norm(shape: tuple[int, int
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
-def test_a_run_of_few_steps_is_as_good_where_all_values_are_near_each_other(spread: float) -> None:
-    """In float32, where each row is what little is left of an image much longer than it."""
+def test_a_short_krylov_search_is_accurate_where_all_singular_values_are_close(spread: float) -> None:
+    """In float32, where each new row is the small remainder of a much longer image."""
     A = with_spectrum([1 - spread * i / 64 for i in range(64)], 64, 64).to_dense()
     exact = torch.linalg.svdvals(
         next(islice(golub_kahan(matrix_operator(A), random_block(matrix_operator(A), 1, 0)), 13, None)).B
@@ -317,28 +317,28 @@ def test_a_run_of_few_steps_is_as_good_where_all_values_are_near_each_other(spre
     torch.testing.assert_close(values[0, :4], exact[:4], rtol=0, atol=5e-5 * spread + 2e-6)
 
 
-def test_of_two_opposite_vectors_a_run_of_few_steps_finds_that_which_is_nearer_to_its_start() -> None:
-    """Or else rounding would decide, and training would not be the same in one process and in two."""
+def test_a_short_krylov_search_finds_the_singular_vector_with_the_sign_nearer_to_its_start() -> None:
+    """Otherwise rounding would decide the sign, and training in one process and in two would differ."""
     for seed in range(20):
         A = matrix_operator(torch.randn(30, 40, generator=torch.Generator().manual_seed(seed)))
         _, _, coefficients = values_of_a_few_steps(A, 1, 7)
         assert bool((coefficients[:, :, 0] >= 0).all())
 
 
-def test_a_run_of_few_steps_passes_on_what_is_not_finite() -> None:
+def test_a_short_krylov_search_of_a_non_finite_operator_gives_non_finite_values() -> None:
     for value in (float("nan"), float("inf"), 1e200):
         _, values, _ = values_of_a_few_steps(matrix_operator(torch.full((5, 4), value, dtype=torch.float64)), 1, 3)
         assert not bool(torch.isfinite(values).any())
 
 
-def test_the_papers_variant_agrees() -> None:
+def test_the_papers_variant_of_powerqr_finds_the_same_values() -> None:
     A = with_spectrum([4.0, 3.0, 2.0, 0.5, 0.1], 9, 7)
     t = rs.top_singular(A, 3, rs.PowerQR(steps=400, shift=1.0, rayleigh_ritz=False))
     torch.testing.assert_close(t.values, torch.tensor([4.0, 3.0, 2.0], dtype=A.dtype), rtol=LOOSE, atol=0)
     torch.testing.assert_close(A.matmat(t.right), column(t.values, t.left) * t.left, rtol=0, atol=1e-6)
 
 
-def test_rayleigh_ritz_lifts_the_papers_values() -> None:
+def test_rayleigh_ritz_gives_larger_values_than_the_papers_variant() -> None:
     A = with_spectrum([1.0, 0.95, 0.9, 0.85, 0.8], 30, 20)
     paper = rs.top_singular(A, 1, rs.PowerQR(steps=20, shift=1.0, rayleigh_ritz=False))
     ours = rs.top_singular(A, 1, rs.PowerQR(steps=20, rtol=0))
@@ -360,7 +360,7 @@ def test_the_global_random_state_is_not_touched() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda n: rs.Lanczos(max_steps=n), lambda n: rs.PowerQR(steps=n)], ids=["lanczos", "powerqr"])
-def test_a_run_cut_short_says_so(make) -> None:
+def test_a_solver_stopped_early_reports_that_it_has_not_converged(make) -> None:
     A = matrix_operator(torch.randn(60, 50, dtype=torch.float64))
     t = rs.top_singular(A, 1, make(2))
     assert not t.converged and t.steps == 2
@@ -379,7 +379,7 @@ def test_values_of_all_groups_are_merged_in_descending_order() -> None:
 
 
 @pytest.mark.parametrize("solver", [rs.Lanczos, rs.PowerQR], ids=["lanczos", "powerqr"])
-def test_groups_that_cannot_hold_a_top_value_are_not_waited_for(solver: Callable[..., Any]) -> None:
+def test_groups_without_a_top_value_need_not_converge(solver: Callable[..., Any]) -> None:
     weak, strong = torch.randn(30, 30, dtype=torch.float64), torch.diag(torch.tensor([9.0] + [1.0] * 29, dtype=torch.float64))
     together = torch.block_diag(strong, 0.1 * weak / torch.linalg.matrix_norm(weak, 2))
     A = replace(matrix_operator(together), groups=2)
@@ -388,7 +388,7 @@ def test_groups_that_cannot_hold_a_top_value_are_not_waited_for(solver: Callable
     assert both.steps <= alone.steps + 4
 
 
-def test_lanczos_waits_for_every_group_where_asked() -> None:
+def test_lanczos_converges_in_every_group_on_request() -> None:
     slow = torch.diag(torch.linspace(1, 0.9, 200, dtype=torch.float64))
     A = replace(matrix_operator(torch.block_diag(2 * torch.eye(200, dtype=torch.float64), slow)), groups=2)
     start = random_block(A, 1, 0)

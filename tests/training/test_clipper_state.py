@@ -1,4 +1,4 @@
-"""What a clipper saves and takes over, and that it leaves no trace where it has nothing to do."""
+"""The saved state of a clipper, and trainings that a clipper with nothing to clip leaves bitwise unchanged."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def test_the_keys_of_the_models_state_dict_do_not_change(convnet: nn.Module, ima
     assert optimizer.state_dict()["param_groups"][0]["params"] == list(range(len(list(convnet.parameters()))))
 
 
-def test_a_restored_run_goes_on_bit_by_bit(convnet: nn.Module, images: Tensor, tmp_path) -> None:
+def test_a_restored_run_continues_bit_by_bit(convnet: nn.Module, images: Tensor, tmp_path) -> None:
     def start(model: nn.Module) -> tuple[rs.FastClip, torch.optim.Optimizer]:
         clipper = rs.FastClip(model, images, max_norm=0.5, warmup_steps=6, every=2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -71,7 +71,7 @@ def test_a_restored_run_goes_on_bit_by_bit(convnet: nn.Module, images: Tensor, t
     assert other.norms() == clipper.norms()
 
 
-def test_a_saved_state_is_not_moved_by_later_steps(convnet: nn.Module, images: Tensor) -> None:
+def test_a_saved_state_is_not_changed_by_later_steps(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.step()
     state = clipper.state_dict()
@@ -86,7 +86,7 @@ def test_a_state_of_another_model_is_refused(convnet: nn.Module, images: Tensor)
         rs.FastClip(convnet, images).load_state_dict(other.state_dict())
 
 
-def test_a_state_of_a_clipper_with_another_norm_goes_on_towards_the_new_one(convnet: nn.Module, images: Tensor) -> None:
+def test_a_state_saved_with_another_max_norm_continues_with_the_new_max_norm(convnet: nn.Module, images: Tensor) -> None:
     first = rs.FastClip(convnet, images, max_norm=0.5)
     first.step()
     second = rs.FastClip(convnet, images, max_norm=0.3)
@@ -105,7 +105,7 @@ def test_clipping_does_not_depend_on_the_global_random_state(convnet: nn.Module,
     assert same_bits(snapshot(convnet), snapshot(twin))
 
 
-def test_clipping_asks_for_no_gradients(convnet: nn.Module, images: Tensor) -> None:
+def test_clipping_leaves_gradients_unchanged(convnet: nn.Module, images: Tensor) -> None:
     convnet(images).sum().backward()
     before = [parameter.grad.clone() for parameter in convnet.parameters()]
     clipper = rs.FastClip(convnet, images, max_norm=0.3)
@@ -115,7 +115,7 @@ def test_clipping_asks_for_no_gradients(convnet: nn.Module, images: Tensor) -> N
     assert all(p.is_leaf and p.requires_grad for p in convnet.parameters())
 
 
-def test_a_state_from_before_the_first_step_undoes_what_was_settled_since() -> None:
+def test_loading_a_state_from_before_the_first_step_restores_the_relative_targets() -> None:
     model = nn.Linear(6, 6)
     clipper = rs.FastClip(model, torch.zeros(1, 6), max_norm=0.5, relative=True)
     state = clipper.state_dict()

@@ -1,4 +1,4 @@
-"""Convolutions clipped together with the batch normalisation behind them, or alone."""
+"""Convolutions clipped together with the batch normalisation that follows them, or alone."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ def test_the_convolution_alone_is_clipped_where_its_normalisation_trains(convnet
         clipper.finish()
         clipper.norms()
         clipper.report()
-    assert [warning.filename for warning in caught] == [train.__code__.co_filename]  # of who called, not torch
+    assert [warning.filename for warning in caught] == [train.__code__.co_filename]  # the file of the caller, not of torch
     assert max(true_norms(convnet, composites=False)) <= 0.5005
     assert [row["kind"] for row in clipper.report()] == ["conv", "conv", "dense"]
 
 
-def test_a_normalisation_that_trains_again_is_noticed_once(convnet: nn.Module, images: Tensor) -> None:
+def test_a_normalisation_that_trains_again_gives_one_warning(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     clipper = rs.FastClip(convnet, images)
     clipper.attach(optimizer)
@@ -43,7 +43,7 @@ def test_a_normalisation_that_trains_again_is_noticed_once(convnet: nn.Module, i
     assert len(caught) == 1
 
 
-def test_frozen_and_training_normalisations_are_told_apart(convnet: nn.Module, images: Tensor) -> None:
+def test_frozen_and_training_normalisations_in_one_model_are_distinguished(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     convnet[1].eval()
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
@@ -65,7 +65,7 @@ def test_composites_can_be_chosen_without_a_warning(
     assert max(true_norms(convnet, composites=choice == "always")) <= 0.5005
 
 
-def test_a_normalisation_is_never_run_nor_moved(convnet: nn.Module, images: Tensor) -> None:
+def test_clipping_neither_runs_nor_changes_a_normalisation(convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     before = snapshot(convnet)
     clipper = rs.FastClip(convnet, images, max_norm=0.1, composites="always")
@@ -82,9 +82,7 @@ def test_an_unknown_choice_of_composites_is_an_error(convnet: nn.Module, images:
 
 
 @pytest.mark.parametrize("move", [MoveGamma(), MoveWeightAndGamma()], ids=["gamma", "both"])
-def test_composites_are_held_while_their_normalisation_trains_where_gamma_moves(
-    move: Move, convnet: nn.Module, images: Tensor
-) -> None:
+def test_moving_gamma_clips_composites_while_their_normalisation_trains(move: Move, convnet: nn.Module, images: Tensor) -> None:
     convnet.train()
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.05)
     clipper = rs.FastClip(convnet, images, max_norm=1.5, move=move)

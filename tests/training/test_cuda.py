@@ -1,4 +1,4 @@
-"""On a GPU the same norms, clips and bounds as on a CPU, in full precision whatever the settings of the process."""
+"""Norms, clips and bounds on a GPU: the same as on a CPU, in full precision whatever the settings of the process."""
 
 import copy
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("layer", "in_shape"), LAYERS, ids=lambda value: type(value).__name__)
-def test_an_interval_holds_the_true_norm(layer: nn.Module, in_shape: tuple[int, ...]) -> None:
+def test_an_interval_contains_the_true_norm(layer: nn.Module, in_shape: tuple[int, ...]) -> None:
     interval = rs.spectral_norm(rs.linear_operator(copy.deepcopy(layer).eval().cuda(), in_shape))
     true = norm(layer.eval(), in_shape)
     assert interval.lower <= true * (1 + 1e-12) and true <= interval.upper * (1 + 1e-12)
@@ -45,14 +45,14 @@ def test_a_clipped_layer_meets_its_target(layer: nn.Module, in_shape: tuple[int,
     assert 0.99 * target <= norm(layer.cpu(), in_shape) <= 1.001 * target
 
 
-def test_a_networks_bound_is_that_of_a_cpu_and_above_every_gain(convnet: nn.Module, images: Tensor) -> None:
+def test_the_bound_of_a_network_agrees_with_the_cpu_and_is_above_its_estimate(convnet: nn.Module, images: Tensor) -> None:
     on_cpu = rs.lipschitz_bound(convnet, images, box=None).value
     on_gpu = rs.lipschitz_bound(copy.deepcopy(convnet).cuda(), images.cuda(), box=None).value
     assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
     assert rs.lipschitz_estimate(copy.deepcopy(convnet).cuda(), images.cuda()) <= on_gpu
 
 
-def test_a_scaler_of_half_precision_skips_steps_and_the_norms_are_held(convnet: nn.Module, images: Tensor) -> None:
+def test_norms_are_at_most_the_target_after_training_with_a_scaler_that_skips_steps(convnet: nn.Module, images: Tensor) -> None:
     model, images = convnet.cuda(), images.cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)  # too large at first
@@ -76,7 +76,7 @@ def smaller_twins_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("smaller_twins_on_a_cpu")
-def test_a_clipper_follows_its_model_to_the_gpu_and_back(convnet: nn.Module) -> None:
+def test_a_clipper_keeps_clipping_its_model_moved_to_the_gpu_and_back(convnet: nn.Module) -> None:
     clipper = rs.FastClip(convnet, torch.randn(1, 3, 24, 24), max_norm=0.5)
     for device in ("cpu", "cuda", "cpu"):
         convnet.to(device)
@@ -104,7 +104,7 @@ def test_a_clipper_is_restored_on_another_device(devices: tuple[str, str], convn
     assert other.steps == 48 and 0.97 <= max(row["lower"] for row in other.report()) <= 1.02
 
 
-def test_a_step_captured_in_a_graph_is_clipped_by_a_call_after_each_replay(convnet: nn.Module, images: Tensor) -> None:
+def test_a_step_captured_in_a_cuda_graph_is_clipped_by_calls_after_each_replay(convnet: nn.Module, images: Tensor) -> None:
     model, images, labels = convnet.cuda(), images.cuda(), torch.tensor([0, 1], device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, capturable=True)
     clipper = rs.FastClip(model, images)

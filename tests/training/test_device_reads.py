@@ -1,4 +1,4 @@
-"""Computations that ask for numbers of the device: in rounds, at once or a call later."""
+"""Computations that read numbers from the device in rounds, immediately or one call later, and clipping by them."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from robust_spectral.training.schedule import hold
 
 
 def add(count: int, log: list[str], name: str = "") -> Asking[float]:
-    """Asks for 1, 2, … in so many rounds, and adds what comes back."""
+    """Request the numbers 1, 2, …, ``count``, one a round, and return their sum."""
     total = 0.0
     for number in range(1, count + 1):
         log.append(f"{name}{number}")
@@ -27,11 +27,11 @@ def add(count: int, log: list[str], name: str = "") -> Asking[float]:
     return total
 
 
-def test_an_asking_computation_runs_to_its_end_with_its_answers() -> None:
+def test_a_computation_runs_to_its_end_with_the_numbers_it_requests() -> None:
     assert answered(add(4, [])) == 10 and answered(add(0, [])) == 0
 
 
-def test_several_share_their_rounds_and_keep_their_results_apart() -> None:
+def test_several_computations_share_rounds_of_reads_and_return_separate_results() -> None:
     log: list[str] = []
     both = together([add(1, log, "a"), add(3, log, "b"), add(0, log, "c"), add(2, log, "d")])
     rounds = []
@@ -50,7 +50,7 @@ def test_several_share_their_rounds_and_keep_their_results_apart() -> None:
     assert rounds == [3, 2, 1] and log == ["a1", "b1", "d1", "b2", "d2", "b3"]
 
 
-def test_a_later_one_goes_a_round_at_each_call() -> None:
+def test_a_deferred_computation_advances_one_round_per_call() -> None:
     log: list[str] = []
     later = Later(add(2, log))
     assert (log, later.done) == (["1"], False)
@@ -60,13 +60,13 @@ def test_a_later_one_goes_a_round_at_each_call() -> None:
     assert later.done
 
 
-def test_one_that_asks_for_nothing_is_done_at_once() -> None:
+def test_a_deferred_computation_without_requests_is_done_immediately() -> None:
     assert Later(add(0, [])).done
 
 
 @pytest.fixture
 def a_step_late() -> Iterator[None]:
-    """The hook as on a GPU: what a step measures is acted upon in the next."""
+    """The hook as on a GPU: measurements of a step take effect in the next step."""
     with mock.patch.object(HeldLayer, "on_gpu", True):
         yield
 
@@ -95,13 +95,13 @@ SHAPES = {0: (3, 12, 12), 2: (16, 12, 12), 6: (64,)}
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"sweeps": 2}, {"vectors": 3}], ids=str)
-def test_norms_are_held_where_every_number_comes_a_step_late(a_step_late: None, options: dict[str, int]) -> None:
+def test_norms_are_kept_near_the_target_where_reads_arrive_one_step_late(a_step_late: None, options: dict[str, int]) -> None:
     model = convolutions()
     trained(model, 80, **options)
     assert max(norm(copy.deepcopy(model[index]), shape) for index, shape in SHAPES.items()) <= 1.02
 
 
-def test_what_is_started_before_a_step_is_what_would_have_been_started_behind_the_last(a_step_late: None) -> None:
+def test_the_hooks_and_explicit_calls_of_step_give_the_same_weights(a_step_late: None) -> None:
     images, labels = torch.randn(16, 3, 12, 12), torch.randint(5, (16,))
     ended = []
     start = convolutions()
@@ -121,7 +121,7 @@ def test_what_is_started_before_a_step_is_what_would_have_been_started_behind_th
     assert torch.equal(*ended)
 
 
-def test_weights_that_are_put_back_between_two_steps_are_not_lowered_by_what_was_found_before(a_step_late: None) -> None:
+def test_weights_scaled_down_between_two_steps_are_not_clipped_by_stale_measurements(a_step_late: None) -> None:
     model = convolutions()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     rs.FastClip(model, torch.randn(1, 3, 12, 12)).attach(optimizer)
@@ -140,7 +140,7 @@ def test_weights_that_are_put_back_between_two_steps_are_not_lowered_by_what_was
                 model[2].weight.copy_(kept)
 
 
-def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_and_no_other_has(a_step_late: None) -> None:
+def test_only_a_layer_whose_norm_grows_fast_is_clipped_right_after_the_step(a_step_late: None) -> None:
     model = orthogonal(5, 12)
     clipper = rs.FastClip(model, torch.randn(4, 12))
     for _ in range(24):
@@ -151,7 +151,7 @@ def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_an
         with mock.patch("robust_spectral.training.step_runner.hold", side_effect=hold) as turn:
             clipper.step()
         behind = [call.args[0] for call in turn.mock_calls if call.args[0][0].hurried]
-        if step >= 4:  # it has been noticed
+        if step >= 4:  # its growth has been measured
             assert [[held.whole.layer.name for held in now] for now in behind] == [["3"]]
             assert norm(model[3], (12,)) <= 1.001
     for _ in range(40):
@@ -159,7 +159,7 @@ def test_a_layer_that_runs_away_has_its_turn_behind_the_step_until_it_is_calm_an
     assert not any(held.hurried for held in clipper._turns._layers)
 
 
-def test_a_model_that_moves_while_its_norms_are_asked_for_goes_on(a_step_late: None) -> None:
+def test_clipping_continues_after_a_model_is_moved_between_a_step_and_a_read_of_norms(a_step_late: None) -> None:
     for steps in range(20, 26):
         model = convolutions()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -176,7 +176,7 @@ def test_a_model_that_moves_while_its_norms_are_asked_for_goes_on(a_step_late: N
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_vectors_are_good_after_a_turn_that_was_given_up_while_weights_were_not_finite(hooked: bool, a_step_late: None) -> None:
+def test_tracked_vectors_recover_after_a_round_dropped_on_non_finite_weights(hooked: bool, a_step_late: None) -> None:
     def fails() -> float:
         raise RuntimeError("no memory")
 
@@ -206,12 +206,12 @@ def test_vectors_are_good_after_a_turn_that_was_given_up_while_weights_were_not_
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_hook_that_was_interrupted_goes_on_at_the_next_step(late: bool) -> None:
+def test_an_interrupted_hook_continues_at_the_next_step(late: bool) -> None:
     with mock.patch.object(HeldLayer, "on_gpu", late):
         model = convolutions()
         clipper = trained(model, 20)
         with mock.patch.object(HeldLayer, "hold_found", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-            for _ in range(12):  # some are looked at or at rest
+            for _ in range(12):  # some layers are searched, some leave out power steps
                 clipper.step()
         with torch.no_grad():
             model[2].weight.mul_(1.2)
@@ -220,7 +220,7 @@ def test_a_hook_that_was_interrupted_goes_on_at_the_next_step(late: bool) -> Non
         assert norm(model[2], (16, 12, 12)) <= 1.02
 
 
-def test_what_was_found_for_a_step_that_failed_is_not_acted_upon(a_step_late: None) -> None:
+def test_measurements_of_a_failed_step_do_not_clip_the_weights(a_step_late: None) -> None:
     model = convolutions()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     rs.FastClip(model, torch.randn(1, 3, 12, 12)).attach(optimizer)
@@ -243,7 +243,7 @@ def test_what_was_found_for_a_step_that_failed_is_not_acted_upon(a_step_late: No
         assert torch.equal(model[2].weight, kept)
 
 
-def test_sweeps_that_have_nothing_to_do_take_no_step(a_step_late: None) -> None:
+def test_additional_sweeps_with_nothing_to_clip_delay_no_round(a_step_late: None) -> None:
     turns = {}
     for sweeps in (1, 3):
         clipper = trained(convolutions(), 60, sweeps=sweeps)
@@ -251,7 +251,7 @@ def test_sweeps_that_have_nothing_to_do_take_no_step(a_step_late: None) -> None:
     assert turns[3] >= 0.6 * turns[1]
 
 
-def test_an_optimizer_that_passes_on_no_other_hook_than_that_behind_a_step_is_served(a_step_late: None) -> None:
+def test_an_optimizer_wrapper_with_only_a_post_step_hook_is_supported(a_step_late: None) -> None:
     class Wrapper:
         def __init__(self, inner: torch.optim.Optimizer) -> None:
             self.register_step_post_hook = inner.register_step_post_hook
@@ -268,7 +268,7 @@ def test_an_optimizer_that_passes_on_no_other_hook_than_that_behind_a_step_is_se
     assert clipper._turns.count >= 14 and norm(model[2], (16, 12, 12)) <= 1.02
 
 
-def test_a_handle_that_is_removed_leaves_no_hook_behind() -> None:
+def test_removing_a_handle_removes_all_hooks() -> None:
     model = convolutions()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12))
@@ -278,7 +278,7 @@ def test_a_handle_that_is_removed_leaves_no_hook_behind() -> None:
     assert not clipper.attached and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
-def test_weights_tied_under_two_names_are_clipped_once_a_step_late(a_step_late: None) -> None:
+def test_tied_weights_are_clipped_once_where_reads_arrive_one_step_late(a_step_late: None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12, bias=False), nn.ReLU(), nn.Linear(12, 12, bias=False))
     model[2].weight = model[0].weight
@@ -291,7 +291,7 @@ def test_weights_tied_under_two_names_are_clipped_once_a_step_late(a_step_late: 
             assert 0.98 <= norm(model[0], (12,)) <= 1.02
 
 
-def test_weights_that_diverge_are_noticed_a_step_late_and_the_clipper_goes_on_once_they_are_put_back(a_step_late: None) -> None:
+def test_diverged_weights_are_detected_one_step_late_and_clipping_resumes_once_restored(a_step_late: None) -> None:
     model = convolutions()
     clipper = trained(model, 20)
     kept = copy.deepcopy(model.state_dict())
@@ -309,7 +309,7 @@ def test_weights_that_diverge_are_noticed_a_step_late_and_the_clipper_goes_on_on
     assert max(norm(copy.deepcopy(model[index]), shape) for index, shape in SHAPES.items()) <= 1.001
 
 
-def test_weights_that_stay_without_finite_values_are_an_error_a_step_late_too(a_step_late: None) -> None:
+def test_weights_that_stay_non_finite_are_an_error_where_reads_arrive_one_step_late(a_step_late: None) -> None:
     model = convolutions()
     clipper = trained(model, 5)
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_weights_that_stay_without_finite_values_are_an_error_a_step_late_too(a_
             clipper.step()
 
 
-def test_a_step_that_is_being_captured_is_left_to_a_call_after_each_replay() -> None:
+def test_a_step_captured_in_a_cuda_graph_is_not_clipped_and_gives_a_warning() -> None:
     model = convolutions()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12))
@@ -333,15 +333,15 @@ def test_a_step_that_is_being_captured_is_left_to_a_call_after_each_replay() -> 
     assert clipper.steps == 0
 
 
-def test_a_turn_in_which_nothing_is_due_ends_at_once(a_step_late: None) -> None:
+def test_a_round_in_which_no_layer_is_due_completes(a_step_late: None) -> None:
     model = convolutions()
-    clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12), max_norm=50.0, every=5)  # so far below that layers rest
+    clipper = rs.FastClip(model, torch.randn(1, 3, 12, 12), max_norm=50.0, every=5)  # far above, so power steps are left out
     for _ in range(60):
         clipper.step()
     assert max(clipper.norms().values()) <= 50
 
 
-def test_a_copy_of_a_clipper_with_a_turn_under_way_begins_its_own(a_step_late: None) -> None:
+def test_a_copy_of_a_clipper_with_a_round_under_way_starts_its_own_round(a_step_late: None) -> None:
     model = convolutions()
     clipper = trained(model, 21)
     both = copy.deepcopy((model, clipper))
@@ -351,7 +351,7 @@ def test_a_copy_of_a_clipper_with_a_turn_under_way_begins_its_own(a_step_late: N
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deep", "pickled"])
-def test_a_copy_of_a_clipper_follows_the_copy_of_its_model(copied) -> None:
+def test_a_copy_of_a_clipper_clips_the_copy_of_its_model(copied) -> None:
     model = convolutions()
     twin, clipper = copied((model, trained(model, 5)))
     for _ in range(12):
@@ -361,7 +361,7 @@ def test_a_copy_of_a_clipper_follows_the_copy_of_its_model(copied) -> None:
     assert norm(copy.deepcopy(twin[2]), SHAPES[2]) <= 1.02
 
 
-def test_norms_that_are_asked_for_between_two_steps_do_no_harm(a_step_late: None) -> None:
+def test_reading_norms_between_two_steps_does_not_cause_a_wrong_clip(a_step_late: None) -> None:
     net = orthogonal(40, 8)
     clipper = rs.FastClip(net, torch.rand(1, 8))
     for _ in range(11):
@@ -377,7 +377,7 @@ def test_norms_that_are_asked_for_between_two_steps_do_no_harm(a_step_late: None
     assert min(norm(layer, (8,)) for layer in net) > 0.8
 
 
-def test_weights_that_are_put_back_after_norms_that_were_not_finite_stay_finite(a_step_late: None) -> None:
+def test_weights_restored_after_a_read_of_non_finite_norms_stay_finite(a_step_late: None) -> None:
     model = convolutions()
     for steps in range(20, 26):
         clipper = trained(model, steps)
@@ -392,7 +392,7 @@ def test_weights_that_are_put_back_after_norms_that_were_not_finite_stay_finite(
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
-def test_a_state_saved_on_a_gpu_which_has_no_small_maps_goes_on_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clippers_with_and_without_small_feature_maps_can_exchange_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robust_spectral.training.held_layer._CHEAP", 1e5)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False))
@@ -411,7 +411,7 @@ def test_a_state_saved_on_a_gpu_which_has_no_small_maps_goes_on_where_there_are_
         assert 0.97 <= norm(copy.deepcopy(second.layers[0].module), (8, 16, 16)) <= 1.02
 
 
-def test_an_overflow_is_not_taken_for_a_zero() -> None:
+def test_an_overflow_in_lanczos_is_an_error() -> None:
     layer = nn.Linear(40, 30, bias=False)
     with torch.no_grad():
         layer.weight.mul_(1e21)

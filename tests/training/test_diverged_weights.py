@@ -1,4 +1,4 @@
-"""Weights that are not finite, or whose squares are not: steps are skipped and counted, nothing is clipped or proved."""
+"""Weights that are not finite, or whose squares overflow: steps are skipped and counted, nothing is clipped or proved."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import robust_spectral as rs
 
 
-def test_a_look_at_norms_that_are_not_finite_does_the_clipper_no_harm(convnet: nn.Module, images: Tensor) -> None:
+def test_reading_norms_of_non_finite_weights_does_not_break_the_clipper(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.step()
     weight, good = convnet[0].weight, convnet[0].weight.detach().clone()
@@ -43,9 +43,7 @@ def test_diverged_weights_raise_with_the_layers_name_and_nothing_is_clipped(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-def test_weights_that_diverged_before_the_first_step_are_not_clipped_either(
-    value: float, convnet: nn.Module, images: Tensor
-) -> None:
+def test_weights_that_diverged_before_the_first_step_are_not_clipped(value: float, convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=1e-3)
     with torch.no_grad():
         convnet[3].weight[0, 0, 0, 0] = value
@@ -54,7 +52,7 @@ def test_weights_that_diverged_before_the_first_step_are_not_clipped_either(
     assert same_bits(before, snapshot(convnet)) and clipper.skipped == 1
 
 
-def test_after_a_step_that_was_skipped_the_clipper_goes_on_as_if_it_had_not_been(convnet: nn.Module, images: Tensor) -> None:
+def test_clipping_continues_after_a_skipped_step(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.step()
     good, norms = snapshot(convnet), clipper.norms()
@@ -89,7 +87,7 @@ def test_diverged_weights_are_never_reported_as_proved(
 
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("steps", [0, 10])
-def test_vectors_are_good_after_a_norm_whose_square_overflows(
+def test_tracked_vectors_recover_after_a_norm_whose_square_overflows(
     steps: int, vectors: int, convnet: nn.Module, images: Tensor
 ) -> None:
     clipper = rs.FastClip(convnet, images, vectors=vectors)

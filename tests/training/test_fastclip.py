@@ -1,4 +1,4 @@
-"""The training hook: norms held under any optimizer, proved at the end, and nothing else changed."""
+"""The training hook: norms kept near max_norm under any optimizer, proved at the end, and nothing else changed."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -24,7 +24,7 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 
 
 @every_optimizer
-def test_the_norms_are_held_while_any_optimizer_trains(make: Callable, convnet: nn.Module, images: Tensor) -> None:
+def test_norms_are_kept_near_max_norm_while_any_optimizer_trains(make: Callable, convnet: nn.Module, images: Tensor) -> None:
     optimizer = make(convnet.parameters())
     clipper = rs.FastClip(convnet, images, max_norm=1.0)
     clipper.finish()
@@ -35,7 +35,7 @@ def test_the_norms_are_held_while_any_optimizer_trains(make: Callable, convnet: 
 
 
 @every_optimizer
-def test_without_the_hook_the_same_training_runs_away(make: Callable, convnet: nn.Module, images: Tensor) -> None:
+def test_without_the_hook_the_norms_grow_in_the_same_training(make: Callable, convnet: nn.Module, images: Tensor) -> None:
     rs.FastClip(convnet, images, max_norm=1.0).finish()
     train(convnet, make(convnet.parameters()), images, 15)
     assert max(true_norms(convnet)) > 1.6
@@ -54,7 +54,7 @@ def test_after_finish_every_norm_is_proved(make: Callable, convnet: nn.Module, i
         assert true in result.after
 
 
-def test_finish_twice_changes_nothing_more(convnet: nn.Module, images: Tensor) -> None:
+def test_a_second_finish_changes_nothing(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.finish()
     before = snapshot(convnet)
@@ -62,7 +62,7 @@ def test_finish_twice_changes_nothing_more(convnet: nn.Module, images: Tensor) -
     assert same_bits(before, snapshot(convnet))
 
 
-def test_a_change_behind_the_back_of_autograd_is_seen(convnet: nn.Module, images: Tensor) -> None:
+def test_a_change_of_weights_that_autograd_does_not_record_is_detected(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     clipper.finish()
     convnet[8].weight.data.mul_(10)
@@ -71,11 +71,11 @@ def test_a_change_behind_the_back_of_autograd_is_seen(convnet: nn.Module, images
     assert norm(convnet[8], (32,)) <= 0.5005
 
 
-def test_layers_take_turns_where_each_is_due_once_in_so_many_steps(convnet: nn.Module, images: Tensor) -> None:
+def test_with_the_option_every_a_layer_is_clipped_once_in_that_many_steps(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     clipper = rs.FastClip(convnet, images, max_norm=0.1, every=3)
     clipper.attach(optimizer)
-    for last in (2, 1, 0):  # at step n the layers whose place plus n divides by 3
+    for last in (2, 1, 0):  # at step n the layers whose index plus n is a multiple of 3
         before = snapshot(convnet)
         train(convnet, optimizer, images, 1)
         weights = [layer.module.weight for layer in clipper.layers]
@@ -139,7 +139,7 @@ def test_a_convolution_that_feeds_two_normalisations_meets_the_target_with_each(
     assert norm(nn.Sequential(model.conv, model.second), (3, 6, 6)) <= 1.001
 
 
-def test_the_norms_seen_in_training_are_estimates_from_below(convnet: nn.Module, images: Tensor) -> None:
+def test_the_norms_in_training_are_estimates_from_below(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=100.0)
     for _ in range(40):
         clipper.step()
@@ -176,7 +176,7 @@ def test_the_average_of_clipped_dense_weights_stays_within_the_target() -> None:
     assert max(norm(average.module[0], (6,)), norm(average.module[2], (6,))) <= 1.001
 
 
-def test_a_timm_resnet_is_clipped_whole() -> None:
+def test_every_layer_of_a_timm_resnet_is_clipped() -> None:
     model = timm.create_model("test_resnet", pretrained=False, num_classes=4).eval()
     x = torch.randn(2, 3, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -193,15 +193,15 @@ def test_a_layer_that_is_due_gets_as_many_power_steps_as_sweeps(sweeps: int, con
     clipper = rs.FastClip(convnet, images, sweeps=sweeps)
     with mock.patch.object(TrackedLayer, "next_step", autospec=True, side_effect=TrackedLayer.next_step) as steps:
         clipper.step()
-    assert steps.call_count == 3 + sweeps + 2  # at the start one each; two of the three get a closer look behind a single one
+    assert steps.call_count == 3 + sweeps + 2  # one each at the start; two of the three take a single one, then a search
 
 
-def test_a_layer_far_above_its_target_is_there_after_one_step(convnet: nn.Module, images: Tensor) -> None:
+def test_a_layer_far_above_its_target_meets_it_after_one_step(convnet: nn.Module, images: Tensor) -> None:
     rs.FastClip(convnet, images, max_norm=0.2).step()
     assert max(true_norms(convnet)) <= 0.2 * 1.01
 
 
-def test_what_power_steps_miss_is_learned_from_a_closer_look() -> None:
+def test_the_ratio_by_which_power_steps_fall_short_is_learned_from_a_krylov_search() -> None:
     model = nn.Linear(300, 300, bias=False)
     nn.init.orthogonal_(model.weight)
     clipper = rs.FastClip(model, torch.zeros(1, 300))
@@ -211,14 +211,14 @@ def test_what_power_steps_miss_is_learned_from_a_closer_look() -> None:
         tracked.vectors, tracked.left = torch.eye(300)[None, :1], None
         model.weight += torch.linalg.svd(model.weight)[0][:, 7:8] @ torch.linalg.svd(model.weight)[2][7:8] * 2
     clipper.step()
-    assert tracked.missed == pytest.approx(1.1)  # not all of it: a vector gone cold says little of warm ones
+    assert tracked.missed == pytest.approx(1.1)  # less than the full ratio: an outdated vector says little of good ones
     assert norm(model, (300,)) <= 1.03
     for _ in range(200):
         clipper.step()
     assert tracked.missed == pytest.approx(1.0, abs=1e-3)
 
 
-def test_one_large_group_does_not_take_the_others_down() -> None:
+def test_clipping_one_large_group_leaves_the_other_groups_unchanged() -> None:
     model = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
     with torch.no_grad():
         for channel in model.weight:
@@ -230,14 +230,14 @@ def test_one_large_group_does_not_take_the_others_down() -> None:
     assert norm(model, (4, 6, 6)) <= 1.01
 
 
-def test_norms_after_finish_are_those_after_finish(convnet: nn.Module, images: Tensor) -> None:
+def test_norms_after_finish_are_at_most_the_target(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5)
     assert max(clipper.norms().values()) > 0.6
     clipper.finish()
     assert max(clipper.norms().values()) <= 0.5005
 
 
-def test_a_step_holds_the_true_norm_within_two_percent_at_every_epochs_end() -> None:
+def test_norms_exceed_their_target_by_at_most_two_percent_after_every_epoch() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(256, 3, 12, 12), torch.randint(5, (256,))
     model = nn.Sequential(

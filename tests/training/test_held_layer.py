@@ -1,4 +1,4 @@
-"""What a training step does to hold norms: smaller maps, closer looks, and what is learned from them."""
+"""Clipping after training steps: smaller feature maps, constant inputs, short Krylov searches and their schedule."""
 
 import copy
 from unittest import mock
@@ -34,7 +34,7 @@ from robust_spectral.training.smaller_inputs import on_small_map
         (nn.Linear(7, 3), (7,), (7,)),
     ],
 )
-def test_a_large_map_has_a_smaller_twin_on_which_strides_fall_alike(module, before, after):
+def test_a_large_feature_map_has_a_smaller_counterpart_with_the_same_stride_pattern(module, before, after):
     assert on_small_map(LinearLayer("", module, before)).in_shape == after
 
 
@@ -55,7 +55,7 @@ CIRCULAR = {"padding": 1, "padding_mode": "circular", "dtype": torch.float64}
         (nn.Linear(7, 3, dtype=torch.float64), (4, 7)),
     ],
 )
-def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_the_map(module, in_shape):
+def test_slow_directions_find_the_largest_gain_on_inputs_constant_over_the_map(module, in_shape):
     layer = LinearLayer("", module, in_shape)
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
     for _ in range(200):
@@ -67,7 +67,7 @@ def test_slow_directions_find_the_largest_gain_on_inputs_that_are_constant_over_
     assert gain <= norm(module, in_shape) * (1 + 1e-9)
 
 
-def test_a_slow_direction_fades_towards_borders_with_zeros_behind_them():
+def test_a_slow_direction_tapered_at_zero_padded_borders_attains_the_norm():
     layer = LinearLayer("", nn.Conv2d(3, 4, 3, padding=1), (3, 14, 14))
     layer.module.weight.data.copy_(torch.rand_like(layer.module.weight))
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
@@ -77,8 +77,8 @@ def test_a_slow_direction_fades_towards_borders_with_zeros_behind_them():
     assert float(image.norm()) == pytest.approx(norm(layer.module, layer.in_shape), rel=1e-3)
 
 
-def test_slow_directions_of_a_stride_that_wraps_unevenly_are_those_without_it():
-    layer = LinearLayer("", nn.Conv2d(5, 8, (1, 3), 2, **CIRCULAR | {"padding": (0, 1)}), (5, 5, 6))  # 3 of 5 rows are seen
+def test_slow_directions_ignore_a_circular_stride_that_does_not_divide_the_input():
+    layer = LinearLayer("", nn.Conv2d(5, 8, (1, 3), 2, **CIRCULAR | {"padding": (0, 1)}), (5, 5, 6))  # 3 of 5 rows are sampled
     slow = slow_directions(layer, False, torch.zeros(1, dtype=torch.float64), seed=0)
     for _ in range(200):
         gain = settle([slow], [slow.turn()])[0]
@@ -86,7 +86,7 @@ def test_slow_directions_of_a_stride_that_wraps_unevenly_are_those_without_it():
     assert float(images.norm()) == pytest.approx(gain * (3 / 5) ** 0.5, rel=1e-6)
 
 
-def test_slow_directions_of_a_composite_count_the_scale_of_the_normalisation():
+def test_slow_directions_of_a_composite_include_the_scale_of_the_normalisation():
     convolution, batchnorm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()
     nn.init.uniform_(batchnorm.weight, 1.0, 2.0)
     layer = LinearLayer("", convolution, (3, 4, 4), batchnorm)
@@ -103,7 +103,7 @@ def test_a_parametrised_layer_has_no_slow_directions():
 
 @pytest.fixture(autouse=True)
 def _small_maps_pay(monkeypatch):
-    """Of layers as small as those of these tests, too."""
+    """Let layers as small as those of these tests be measured on smaller feature maps."""
     monkeypatch.setattr(held_layer, "_CHEAP", 1e5)
 
 
@@ -116,7 +116,7 @@ def convolutions(seed=0):
     return net, clipper
 
 
-def test_a_layer_that_is_followed_on_a_small_map_is_held_on_the_whole():
+def test_a_layer_measured_on_a_small_map_is_kept_near_max_norm_on_the_whole_map():
     net, clipper = convolutions()
     assert all(held.small is not held.whole for held in clipper._held.values())
     for _ in range(60):
@@ -135,7 +135,7 @@ def constant_over_the_map():
     return torch.outer(u, v)[:, :, None, None] / 9
 
 
-def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
+def test_a_growing_direction_other_than_the_tracked_one_is_found():
     net, clipper = convolutions()
     for _ in range(10):
         clipper.step()
@@ -147,14 +147,14 @@ def test_a_direction_that_grows_beside_the_one_that_is_followed_is_found():
     assert norm(net[0], (8, 16, 16)) <= 1.015
 
 
-def test_a_direction_that_is_constant_over_the_map_gets_a_look_at_the_whole_map_at_once():
+def test_a_growing_direction_constant_over_the_map_starts_a_search_on_the_whole_map():
     net, clipper = convolutions()
     for _ in range(12):
         clipper.step()
     held = clipper._held["0"]
     with torch.no_grad():
         net[0].weight.add_(0.8 * constant_over_the_map())
-    for _ in range(3):  # within which the gain is found anew
+    for _ in range(3):  # within which the gain is measured again
         clipper.step()
         if held.compared > 12:
             break
@@ -162,14 +162,14 @@ def test_a_direction_that_is_constant_over_the_map_gets_a_look_at_the_whole_map_
 
 
 @pytest.mark.parametrize(("channels", "size", "groups", "alone"), [(8, 24, 1, True), (64, 24, 1, False), (32, 64, 32, False)])
-def test_only_what_is_cheap_as_it_is_has_no_small_map(channels, size, groups, alone, monkeypatch):
+def test_only_cheap_layers_have_no_small_map(channels, size, groups, alone, monkeypatch):
     monkeypatch.undo()
     convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=groups)
     held = rs.FastClip(convolution, torch.rand(1, channels, size, size))._held[""]
     assert (held.small is held.whole) == alone
 
 
-def test_a_look_takes_in_what_the_last_one_found_next_to_its_vector():
+def test_a_krylov_search_includes_the_further_vectors_of_the_last_search():
     torch.manual_seed(0)
     tracked = TrackedLayer.of(LinearLayer("", nn.Linear(400, 300), (400,)), vectors=1, composite=False, seed=3)
     answered(look(tracked, 7, 0))
@@ -177,14 +177,14 @@ def test_a_look_takes_in_what_the_last_one_found_next_to_its_vector():
     weight = tracked.layer.module.weight
     U, values, Vh = torch.linalg.svd(weight.detach().double())
     tracked.next[0, 1], tracked.vectors[0, 0] = Vh[40].float(), Vh[50].float()
-    with torch.no_grad():  # a direction that the next one would not see grows past all others
+    with torch.no_grad():  # a direction that the next search would miss grows past all others
         weight.add_((1.05 * values[0] - values[40]) * torch.outer(U[:, 40], Vh[40]))
     assert answered(look(tracked, 2, 1)) == pytest.approx(1.05 * float(values[0]), rel=1e-5)
     assert abs(float(tracked.vectors[0, 0].double() @ Vh[40])) > 1 - 1e-5
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_look_at_a_tiny_layer_finds_what_is_far_from_the_direction_it_starts_from(seed, monkeypatch):
+def test_a_krylov_search_of_a_tiny_layer_finds_a_direction_far_from_its_start(seed, monkeypatch):
     monkeypatch.undo()
     torch.manual_seed(seed)
     net, size = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1, bias=False)), 4 * 14 * 14
@@ -195,7 +195,7 @@ def test_a_look_at_a_tiny_layer_finds_what_is_far_from_the_direction_it_starts_f
     assert answered(look(held.small, held.steps, 3)) >= 0.983 * float(squares[-1]) ** 0.5  # seven steps find 0.98 at most
 
 
-def test_a_norm_that_jumps_is_down_after_the_step():
+def test_a_norm_that_jumps_is_clipped_within_two_steps():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
     clipper = rs.FastClip(net, torch.rand(1, 60), 1.0)
@@ -204,12 +204,12 @@ def test_a_norm_that_jumps_is_down_after_the_step():
     with torch.no_grad():
         for module in net:
             module.weight.mul_(1.5)
-    for _ in range(2):  # a layer at rest is looked at in the second
+    for _ in range(2):  # a layer that leaves out the first is measured in the second
         clipper.step()
     assert all(norm(module, (module.in_features,)) <= 1.01 for module in net)
 
 
-def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
+def test_every_cheap_layer_is_searched_however_fast_another_grows():
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(9)])
     clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
     with mock.patch.object(schedule, "looks", side_effect=schedule.looks) as looks:
@@ -222,7 +222,7 @@ def test_every_cheap_layer_gets_its_turn_however_fast_another_grows():
 
 
 def settled(count, values=(0.995,), steps=30, **options):
-    """Dense layers with these singular values and their clipper, after some turns."""
+    """Dense layers with the singular values given, and their clipper after some steps."""
     torch.manual_seed(0)
     net = orthogonal(count, 16, values)
     clipper = rs.FastClip(net, torch.randn(4, 16), **options)
@@ -232,20 +232,20 @@ def settled(count, values=(0.995,), steps=30, **options):
 
 
 @pytest.mark.parametrize("sweeps", [1, 2])
-def test_layers_that_grow_do_not_rest(sweeps):
+def test_growing_layers_leave_out_no_power_steps(sweeps):
     net, clipper = settled(8, sweeps=sweeps)
     for step in range(80):
         with torch.no_grad():
             for layer in net[:4]:
                 layer.weight.mul_(1.02)
         clipper.step()
-        if step >= 2:  # they were at rest before
+        if step >= 2:  # before, they may leave out power steps
             assert max(norm(layer, (16,)) for layer in net) <= 1.011
             assert not any(held.resting for held in list(clipper._held.values())[:4])
 
 
-def test_layers_do_not_rest_while_their_target_falls(monkeypatch):
-    monkeypatch.setattr(held_layer, "_CHEAP", 0.0)  # of what is not cheap more steps in a row are left out
+def test_layers_that_may_leave_out_power_steps_stay_near_a_falling_target(monkeypatch):
+    monkeypatch.setattr(held_layer, "_CHEAP", 0.0)  # layers that are not cheap leave out more power steps in a row
     net, clipper = settled(12, torch.linspace(10, 3, 16).tolist(), steps=2, warmup_steps=20)
     for index, layer in enumerate(net):
         layer.weight.data.mul_(0.97 - 0.05 * index)
@@ -255,7 +255,7 @@ def test_layers_do_not_rest_while_their_target_falls(monkeypatch):
         assert max(norm(layer, (16,)) for layer in net) <= 1.02 * allowed
 
 
-def test_a_look_ends_a_rest():
+def test_a_krylov_search_ends_the_omission_of_power_steps():
     net, clipper = settled(1)
     held = clipper._held["0"]
     held.resting = 1
@@ -266,7 +266,7 @@ def test_a_look_ends_a_rest():
     assert norm(net[0], (16,)) <= 1.006
 
 
-def test_a_direction_of_a_tiny_layer_that_grows_beside_the_one_that_is_followed_is_found_at_once():
+def test_a_growing_direction_of_a_tiny_layer_other_than_the_tracked_one_is_clipped_at_once():
     net, clipper = settled(24, [0.99, 0.98, *[0.5] * 14])
     for layer in net:
         with torch.no_grad():
@@ -276,7 +276,7 @@ def test_a_direction_of_a_tiny_layer_that_grows_beside_the_one_that_is_followed_
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-def test_a_step_that_is_taken_under_autocast_is_clipped_in_full_precision(vectors):
+def test_a_step_under_autocast_is_clipped_in_full_precision(vectors):
     net, _ = convolutions()
     clipper = rs.FastClip(net, torch.randn(1, 8, 16, 16), vectors=vectors)
     for _ in range(30):
@@ -296,7 +296,7 @@ def test_a_step_that_is_taken_under_autocast_is_clipped_in_full_precision(vector
     [(nn.Linear(6, 5), (6,)), (nn.Conv2d(4, 4, 3, padding=1), (4, 8, 8)), (nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))],
     ids=["dense", "convolution", "grouped"],
 )
-def test_a_layer_that_starts_at_zero_is_held_once_it_is_not(module, in_shape, size):
+def test_a_layer_that_starts_at_zero_is_kept_near_max_norm_once_it_has_grown(module, in_shape, size):
     module = copy.deepcopy(module)
     start = module.weight.detach().clone()
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_layer_that_starts_at_zero_is_held_once_it_is_not(module, in_shape, si
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_group_that_is_zero_stays_so_beside_one_with_many_values_at_its_target(seed):
+def test_a_zero_group_stays_zero_while_another_group_is_clipped(seed):
     torch.manual_seed(seed)
     module = nn.Conv2d(32, 32, 1, groups=2, bias=False)
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_a_warm_up_starts_at_each_layers_own_norm(wrapped, every):
 
 
 @pytest.mark.parametrize(("on_gpu", "most", "most_in_a_step"), [(False, 6, 6), (True, 16, 32)])
-def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most, most_in_a_step):
+def test_a_step_searches_few_of_many_layers_however_many_are_far_from_their_target(on_gpu, most, most_in_a_step):
     net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(40)])
     with mock.patch.object(held_layer.HeldLayer, "on_gpu", on_gpu):
         clipper = rs.FastClip(net, torch.rand(1, 6), 1.0)
@@ -354,14 +354,14 @@ def test_a_turn_looks_at_few_layers_of_many_however_many_are_far(on_gpu, most, m
                     module.weight.mul_(1.02 if on_gpu else 1.0)
             with mock.patch.object(schedule, "looks", side_effect=schedule.looks) as looks:
                 clipper.step()
-            if step:  # at the start all may be far
+            if step:  # in the first step all layers may be searched
                 of_turns += [len(call.args[0]) for call in looks.call_args_list]
                 of_steps.append(sum(len(call.args[0]) for call in looks.call_args_list))
-    assert max(of_turns) == most and max(of_steps) <= most_in_a_step  # a late turn, and that of the layers that hurry
+    assert max(of_turns) == most and max(of_steps) <= most_in_a_step  # scheduled layers and those clipped right after the step
 
 
 class Computations(TorchDispatchMode):
-    """Counts what is computed while it is on, views aside."""
+    """Counts the operations that are run while it is active, except views."""
 
     count = 0
 
@@ -370,8 +370,8 @@ class Computations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_what_follows_a_step_starts_few_computations():
-    """On a GPU the host needs as long to start a small one as a large one, and it is what training has to spare."""
+def test_measuring_and_clipping_a_layer_launch_few_operations():
+    """On a GPU the host takes as long to launch a small operation as a large one, and training leaves it little time."""
     layer = LinearLayer("", nn.Conv2d(8, 8, 3, padding=1), (8, 6, 6))
     tracked = TrackedLayer.of(layer, vectors=1, composite=False, seed=0)
     many = [TrackedLayer.of(layer, vectors=1, composite=False, seed=seed) for seed in range(8)]
@@ -388,7 +388,7 @@ def test_what_follows_a_step_starts_few_computations():
     assert counts[0] <= 4 and counts[1] <= 6 and counts[2] <= 8 * 100 and counts[3] <= 24
 
 
-def test_norms_that_are_asked_for_before_a_layers_first_turn_are_those_of_its_first_look():
+def test_norms_read_before_the_first_step_are_those_of_a_krylov_search():
     net, clipper = convolutions()
     norms = clipper.norms()
     assert all(
@@ -398,7 +398,7 @@ def test_norms_that_are_asked_for_before_a_layers_first_turn_are_those_of_its_fi
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
-def test_a_layer_whose_norm_changes_by_orders_is_held_on_the_whole_map(size):
+def test_a_layer_whose_norm_changes_by_orders_of_magnitude_is_kept_near_max_norm(size):
     net, clipper = convolutions()
     start = net[0].weight.detach().clone()
     with torch.no_grad():
@@ -410,7 +410,7 @@ def test_a_layer_whose_norm_changes_by_orders_is_held_on_the_whole_map(size):
     assert 0.9 < norm(net[0], (8, 16, 16)) <= 1.02
 
 
-def test_directions_found_by_a_block_are_unit_vectors_where_its_space_is_spent():
+def test_vectors_of_a_block_search_have_unit_length_where_its_space_is_exhausted():
     weight = torch.diag(torch.tensor([1.0] * 5 + [1e-3] + [0.0] * 4))
     for seed in range(20):
         layer = nn.Linear(10, 10, bias=False)
@@ -422,7 +422,7 @@ def test_directions_found_by_a_block_are_unit_vectors_where_its_space_is_spent()
         torch.testing.assert_close(tracked.found.right[0, kept].norm(dim=1), torch.ones(int(kept.sum())))
 
 
-def test_what_is_held_goes_on_from_a_saved_state():
+def test_clipping_on_small_maps_continues_from_a_saved_state():
     net, clipper = convolutions()
     for _ in range(7):
         with torch.no_grad():

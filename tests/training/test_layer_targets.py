@@ -1,4 +1,4 @@
-"""Which layers are held, and at what: by pattern, relative, with a warm-up, for a whole network; and wrong choices."""
+"""The layers that a clipper controls, and their targets: by pattern, relative, with a warm-up, for a whole network."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from robust_spectral.clipping.moved_parameters import MoveGamma
 
 
 @pytest.mark.parametrize("target", [0.2, 1.0])
-def test_a_target_for_the_whole_network_is_met_after_finish(target: float, convnet: nn.Module, images: Tensor) -> None:
+def test_a_lipschitz_target_for_the_network_is_met_after_finish(target: float, convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.AdamW(convnet.parameters(), lr=0.003)
     clipper = rs.FastClip(convnet, images, max_norm=math.inf, lipschitz_target=target)
     clipper.attach(optimizer)
@@ -26,7 +26,7 @@ def test_a_target_for_the_whole_network_is_met_after_finish(target: float, convn
     assert 0.8 * target <= bound <= target
 
 
-def test_a_target_that_the_network_is_below_already_clips_nothing(convnet: nn.Module, images: Tensor) -> None:
+def test_a_lipschitz_target_above_the_bound_of_the_network_clips_nothing(convnet: nn.Module, images: Tensor) -> None:
     before = snapshot(convnet)
     rs.FastClip(convnet, images, max_norm=math.inf, lipschitz_target=1e6).finish()
     assert same_bits(before, snapshot(convnet))
@@ -41,7 +41,7 @@ class Skipping(nn.Module):
         return x + self.inner(x)
 
 
-def test_a_target_out_of_reach_or_without_a_bound_is_an_error(images: Tensor) -> None:
+def test_a_lipschitz_target_out_of_reach_or_without_a_bound_is_an_error(images: Tensor) -> None:
     same_size = nn.Conv2d(3, 3, 3, padding=1)
     with pytest.raises(ValueError, match="clip more layers"):
         rs.FastClip(Skipping(same_size), images, lipschitz_target=0.9).finish()
@@ -74,7 +74,7 @@ def test_the_target_falls_from_each_layers_own_norm() -> None:
         assert [norm(layer, (4,)) for layer in model] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_finish_goes_to_the_last_target_whatever_the_warmup(convnet: nn.Module, images: Tensor) -> None:
+def test_finish_clips_to_the_final_target_whatever_the_warmup(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images, max_norm=0.5, warmup_steps=1000)
     clipper.step()
     clipper.finish()
@@ -106,7 +106,7 @@ def test_a_model_without_linear_layers_is_an_error(images: Tensor) -> None:
         rs.FastClip(nn.Sequential(nn.ReLU()), images)
 
 
-def test_norms_are_set_by_name_and_layers_without_one_are_left_alone(convnet: nn.Module, images: Tensor) -> None:
+def test_targets_are_set_by_layer_name_and_layers_without_one_are_left_alone(convnet: nn.Module, images: Tensor) -> None:
     before = snapshot(convnet)
     clipper = rs.FastClip(convnet, images, max_norm={"0": 0.3, "[1-7]": 0.5})
     clipper.finish()
@@ -140,7 +140,7 @@ def test_layers_are_chosen_by_pattern(chosen: dict, names: list[str], convnet: n
     ],
     ids=str,
 )
-def test_a_choice_that_makes_no_sense_is_an_error(wrong: dict, words: str, convnet: nn.Module, images: Tensor) -> None:
+def test_an_invalid_option_is_an_error(wrong: dict, words: str, convnet: nn.Module, images: Tensor) -> None:
     before = snapshot(convnet)
     with pytest.raises(ValueError, match=words):
         rs.FastClip(convnet, images, **wrong)
@@ -155,7 +155,7 @@ def test_a_relative_target_is_a_multiple_of_each_layers_own_norm(convnet: nn.Mod
     assert [row["target"] for row in clipper.report()] == pytest.approx([0.5 * value for value in own], rel=2e-2)
 
 
-def test_a_bound_is_not_spread_over_layers_that_a_normalisation_can_undo(convnet: nn.Module, images: Tensor) -> None:
+def test_a_lipschitz_target_is_refused_where_a_normalisation_can_undo_the_clip(convnet: nn.Module, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"lipschitz_target=2.*2 layers.*eval mode"):
         rs.FastClip(convnet.train(), images, math.inf, lipschitz_target=2.0).finish()
     with pytest.raises(ValueError, match="2 layers"):
@@ -165,7 +165,7 @@ def test_a_bound_is_not_spread_over_layers_that_a_normalisation_can_undo(convnet
 
 
 @pytest.mark.parametrize("call", [rs.FastClip.norms, rs.FastClip.step, rs.FastClip.finish])
-def test_a_bound_for_the_network_is_spread_under_autocast_too(
+def test_a_lipschitz_target_is_spread_over_the_layers_under_autocast(
     call: Callable[[rs.FastClip], object], convnet: nn.Module, images: Tensor
 ) -> None:
     clipper = rs.FastClip(convnet, images, 10.0, lipschitz_target=0.5)
@@ -183,7 +183,7 @@ def test_a_zero_layer_has_no_relative_target() -> None:
     assert [row["target"] is None for row in clipper.report()] == [True, False]
 
 
-def test_what_is_no_batch_no_optimizer_or_no_state_is_refused_with_what_came(convnet: nn.Module, images: Tensor) -> None:
+def test_a_wrong_batch_optimizer_or_state_is_an_error_that_names_what_was_given(convnet: nn.Module, images: Tensor) -> None:
     with pytest.raises(TypeError, match="a tensor; got tuple"):
         rs.FastClip(convnet, tuple(images.shape))  # type: ignore[arg-type]
     clipper = rs.FastClip(convnet, images)

@@ -1,4 +1,4 @@
-"""Optimizers that call a clipper, or no longer do."""
+"""Optimizers that call a clipper, and warnings where they do not."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ def test_a_skipped_step_of_a_gradient_scaler_skips_the_clip(convnet: nn.Module, 
     assert clipper.steps == 0
 
 
-def test_to_attach_twice_is_to_attach_once(convnet: nn.Module, images: Tensor) -> None:
+def test_attaching_twice_is_attaching_once(convnet: nn.Module, images: Tensor) -> None:
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (convnet[:3], convnet[3:])]
     clipper = rs.FastClip(convnet, images)
     handles = [clipper.attach(optimizer) for optimizer in (*optimizers, *optimizers)]
@@ -60,7 +60,7 @@ def test_an_optimizer_inside_a_wrapper_without_hooks_is_found(convnet: nn.Module
     assert clipper.steps == 1
 
 
-def test_a_second_clipper_on_the_same_layers_is_refused_until_the_first_is_gone(convnet: nn.Module, images: Tensor) -> None:
+def test_a_second_clipper_of_the_same_layers_is_refused_until_the_first_is_removed(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     handle = rs.FastClip(convnet, images).attach(optimizer)
     with pytest.raises(ValueError, match="'0' is controlled by another clipper"):
@@ -70,7 +70,7 @@ def test_a_second_clipper_on_the_same_layers_is_refused_until_the_first_is_gone(
     rs.FastClip(convnet, images).attach(optimizer)
 
 
-def test_clippers_of_different_layers_go_together(convnet: nn.Module, images: Tensor) -> None:
+def test_clippers_of_different_layers_can_share_an_optimizer(convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.0)
     rs.FastClip(convnet, images, 0.3, include="0").attach(optimizer)
     rs.FastClip(convnet, images, 0.6, exclude="0").attach(optimizer)
@@ -78,7 +78,7 @@ def test_clippers_of_different_layers_go_together(convnet: nn.Module, images: Te
 
 @pytest.mark.parametrize("how", ["deepcopy", "replaced", "pickled"])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_hook_that_no_longer_fires_is_noticed(steps: int, how: str, convnet: nn.Module, images: Tensor) -> None:
+def test_a_hook_that_no_longer_fires_gives_a_warning(steps: int, how: str, convnet: nn.Module, images: Tensor) -> None:
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.01)
     clipper = rs.FastClip(convnet, images)
     clipper.attach(optimizer)
@@ -93,7 +93,7 @@ def test_a_hook_that_no_longer_fires_is_noticed(steps: int, how: str, convnet: n
         other.param_groups[0]["params"] = list(convnet.parameters())
     train(convnet, other, images, 4)
     assert clipper.steps == steps
-    clipper.norms()  # a look at them does not pass for the hook
+    clipper.norms()  # reading norms does not count as a call of the hook
     with pytest.warns(UserWarning, match=f"3 layers .* since step {steps} .* does not call the clipper") as caught:
         clipper.finish()
     assert [warning.filename for warning in caught] == [__file__]
@@ -101,7 +101,7 @@ def test_a_hook_that_no_longer_fires_is_noticed(steps: int, how: str, convnet: n
 
 
 @pytest.mark.parametrize(("steps", "cleared"), [(4, False), (20, True)])
-def test_a_clipper_that_was_never_attached_is_noticed_after_training(
+def test_a_clipper_that_was_never_attached_gives_a_warning_after_training(
     steps: int, cleared: bool, convnet: nn.Module, images: Tensor
 ) -> None:
     clipper = rs.FastClip(convnet, images)
@@ -113,7 +113,7 @@ def test_a_clipper_that_was_never_attached_is_noticed_after_training(
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_weights_that_were_loaded_or_drawn_are_not_taken_for_training(
+def test_loaded_or_newly_initialised_weights_are_not_mistaken_for_training(
     attached: bool, convnet: nn.Module, images: Tensor
 ) -> None:
     clipper = rs.FastClip(convnet, images)
@@ -125,7 +125,7 @@ def test_weights_that_were_loaded_or_drawn_are_not_taken_for_training(
     clipper.finish()
 
 
-def test_a_clipper_whose_optimizer_is_gone_is_not_attached(convnet: nn.Module, images: Tensor) -> None:
+def test_a_clipper_whose_optimizer_was_deleted_is_not_attached(convnet: nn.Module, images: Tensor) -> None:
     clipper = rs.FastClip(convnet, images)
     assert not clipper.attached
     optimizer = torch.optim.SGD(convnet.parameters(), lr=0.01)

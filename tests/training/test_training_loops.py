@@ -1,4 +1,4 @@
-"""The hook in the loops people train with: whatever they do, the norms stay held, and the loops need not know."""
+"""The hook in common training loops, which need no change, with common optimizers, and under DDP."""
 
 import copy
 import pickle
@@ -112,14 +112,14 @@ def averaging(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     x, y = batches(device_of(model))[0]
     loss(model, x, y).backward()
     optimizer.step()
-    averages = ModelEmaV3(model, decay=0.9), torch.optim.swa_utils.AveragedModel(model)  # of weights that are held already
+    averages = ModelEmaV3(model, decay=0.9), torch.optim.swa_utils.AveragedModel(model)  # of weights that are clipped already
     for x, y in batches(device_of(model)):
         optimizer.zero_grad()
         loss(model, x, y).backward()
         optimizer.step()
         averages[0].update(model)
         averages[1].update_parameters(model)
-    for average in averages:  # norms are convex, so that an average of held weights is held
+    for average in averages:  # norms are convex, so an average of clipped weights is within the target
         assert max(true_norms(average.module)) <= HELD
     return 17
 
@@ -138,7 +138,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_the_norms_are_held_in(loop: Callable[[nn.Module, torch.optim.Optimizer], int], device: str) -> None:
+def test_norms_are_kept_near_the_target_in_every_training_loop(
+    loop: Callable[[nn.Module, torch.optim.Optimizer], int], device: str
+) -> None:
     model = convnet().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8, device=device))
@@ -162,7 +164,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_norms_are_held_with(make: Callable[..., torch.optim.Optimizer], device: str) -> None:
+def test_norms_are_kept_near_the_target_with_every_optimizer(make: Callable[..., torch.optim.Optimizer], device: str) -> None:
     model = convnet().to(device)
     optimizer = make(list(model.parameters()))
     clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8, device=device))
@@ -171,7 +173,7 @@ def test_the_norms_are_held_with(make: Callable[..., torch.optim.Optimizer], dev
     assert max(true_norms(model)) <= HELD
 
 
-def test_lookahead_moves_the_weights_after_the_hook_and_finish_proves_them_all_the_same() -> None:
+def test_finish_proves_the_norms_although_lookahead_moves_the_weights_after_the_hook() -> None:
     model = convnet()
     optimizer = timm.optim.create_optimizer_v2(model, "lookahead_adamw", lr=2e-3)
     clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8))
@@ -182,7 +184,7 @@ def test_lookahead_moves_the_weights_after_the_hook_and_finish_proves_them_all_t
     assert max(true_norms(model)) <= PROVED
 
 
-def test_a_model_in_channels_last_is_held_and_stays_so() -> None:
+def test_a_model_in_channels_last_is_clipped_and_keeps_its_memory_format() -> None:
     model = convnet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rs.FastClip(model, torch.zeros(1, 3, 8, 8)).attach(optimizer)
@@ -191,7 +193,7 @@ def test_a_model_in_channels_last_is_held_and_stays_so() -> None:
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_frozen_layers_are_held_and_stay_frozen() -> None:
+def test_frozen_layers_are_clipped_and_stay_frozen() -> None:
     model = convnet()
     model[0].requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
@@ -201,13 +203,13 @@ def test_frozen_layers_are_held_and_stay_frozen() -> None:
     assert not model[0].weight.requires_grad and model[0].weight.grad is None
 
 
-def test_a_lazy_model_is_settled_by_the_first_look_at_it() -> None:
+def test_a_lazy_model_is_initialised_and_clipped() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
     rs.FastClip(model, torch.zeros(1, 2, 6, 6), max_norm=0.1).finish()
     assert norm(copy.deepcopy(model[0]), (2, 6, 6)) <= 0.1 * PROVED
 
 
-def test_a_model_without_values_is_refused() -> None:
+def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten())
         example = torch.zeros(1, 2, 6, 6)
@@ -215,7 +217,7 @@ def test_a_model_without_values_is_refused() -> None:
         rs.FastClip(model, example)
 
 
-def test_a_model_moved_to_another_type_is_followed_there() -> None:
+def test_a_model_cast_to_another_dtype_is_still_clipped() -> None:
     model = convnet()
     clipper = rs.FastClip(model, torch.zeros(1, 3, 8, 8), max_norm=0.3)
     clipper.step()
@@ -227,7 +229,7 @@ def test_a_model_moved_to_another_type_is_followed_there() -> None:
 
 
 def one_rank(rank: int, folder: str) -> None:
-    """Train under DDP, with and without its buffers sent around, then try FSDP2; what came of it goes into files."""
+    """Train under DDP, with and without broadcast buffers, then try FSDP2, and write the outcome to files."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for broadcast in (True, False):
         model = convnet()

@@ -30,7 +30,7 @@ def source_of(walk: LipschitzWalk, n: fx.Node) -> fx.Node:
     """The one argument that depends on the network's input.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there is not exactly one.
     """
     depending = [node for node in n.all_input_nodes if walk.depends(node)]
     if len(depending) != 1:

@@ -17,9 +17,10 @@ from .node_arguments import axes_named, axes_of, given, source_of
 
 @rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def max_pool(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Max-pooling has constant sqrt(k) if an element lies in at most k windows: ceil(window / stride) along each axis.
+    """Max-pooling has constant sqrt(k) if an element lies in at most k windows.
 
-    Each output changes by no more than one of the elements in its window (the whole window counts if it is dilated).
+    Each output changes by no more than one of the elements in its window. Along each axis an element lies in at most
+    ceil(window / stride) windows, or as many as a window has elements if windows are dilated.
     """
     module: Any = walk.called(n)
     overlap = _overlap(axes_named(type(module).__name__), module.kernel_size, module.stride, module.dilation)
