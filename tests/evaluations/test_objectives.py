@@ -226,7 +226,7 @@ def test_idx_files_are_read_from_a_folder_and_from_an_archive(tmp_path):
         (lambda files: files.pop("train-labels-idx1-ubyte"), "no IDX file there is called train-labels"),
         (lambda files: files.update({"train-labels-idx1-ubyte": b"\x1f\x8b garbage"}), "is not an IDX file of bytes"),
         (lambda files: files.update({"t10k-labels-idx1-ubyte": idx(np.zeros(4, np.uint8))}), "as many images as labels"),
-        (lambda files: files.update({"t10k-labels-idx1-ubyte": idx(np.zeros(5, np.uint8))[:-1]}), "holds 4 values"),
+        (lambda files: files.update({"t10k-labels-idx1-ubyte": idx(np.zeros(5, np.uint8))[:-1]}), "contains 4 values"),
     ],
 )
 def test_idx_files_that_are_missing_or_broken_are_named(change, message, tmp_path):
