@@ -184,6 +184,6 @@ def _label(index: int, target: ArrayLike, classes: int) -> int:
     if scores.shape != (classes,) or int((scores == scores.max()).sum()) != 1:
         raise ValueError(
             f"CertifiedAccuracy.update: target {index} of the batch has shape {tuple(scores.shape)}; give ({classes},) scores "
-            "with one largest, such as a one-hot vector"
+            "of which one is the largest, such as a one-hot vector"
         )
     return int(scores.argmax())

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from pyautoattack import AutoAttack as Official
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
+from torchattacks.attacks.square import Square
 
 from robust_spectral.evaluations.attacks import HARNESS, Noise, describe, make_attack, run_attack, seeded, size_of
 from robust_spectral.plugins import autoattack
@@ -50,6 +52,21 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return model, images[right], labels[right]
 
 
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square attacks of 500 queries, a tenth of the usual number, by AutoAttack and torchattacks alike."""
+    for kind in (SquareAttack, Square):
+        monkeypatch.setattr(kind, "attack_single_run", with_queries(kind.attack_single_run, 500))
+
+
+def with_queries(attack_single_run, count: int):
+    def attack(self, x: Tensor, y: Tensor):
+        self.n_queries = count
+        return attack_single_run(self, x, y)
+
+    return attack
+
+
 @pytest.mark.parametrize("norm, eps", [("l2", 1.5), ("linf", 0.2)])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state_unchanged(name, norm, eps, trained) -> None:
@@ -68,12 +85,14 @@ def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state_un
     assert name in ("noise", "torchattacks-cw") or bool((verdict.predicted != labels).any())  # every other attack succeeds
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("name", ["pgd", "autoattack", "square", "torchattacks-autoattack-10", "noise"])
 def test_the_same_seed_gives_the_same_adversarial_images(name, trained) -> None:
     first, again = (run_attack(make_attack(name, "linf", 0.1), *trained, seed=3) for _ in range(2))
     assert torch.equal(first.adversarial, again.adversarial)
 
 
+@pytest.mark.usefixtures("few_queries")
 @pytest.mark.parametrize("norm, eps", [("l2", 0.6), ("linf", 0.1)])
 def test_autoattack_gives_the_predictions_of_the_official_code(norm, eps, trained) -> None:
     model, images, labels = trained
@@ -86,6 +105,7 @@ def test_autoattack_gives_the_predictions_of_the_official_code(norm, eps, traine
     assert 0 < int((ours.predicted != labels).sum()) < len(labels)
 
 
+@pytest.mark.usefixtures("few_queries")
 def test_autoattack_gives_each_warning_once_and_not_for_every_block(trained, caplog) -> None:
     model, images, labels = trained
     autoattack._said.clear()

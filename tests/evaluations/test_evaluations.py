@@ -32,7 +32,7 @@ from robust_spectral.evaluations.run_folder import read_json, write_atomically, 
 from robust_spectral.evaluations.wording import percent
 from robust_spectral.plugins.timm import load
 
-SMALL = {"model": "test_resnet", "data": "digits", "image_size": 16, "freeze_bn": True, "batch_size": 128}
+SMALL = {"model": "test_resnet", "data": "first:512:digits", "image_size": 16, "freeze_bn": True, "batch_size": 128}
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +273,10 @@ def test_non_finite_losses_are_skipped_and_counted_and_ten_in_a_row_are_an_error
         return cross_entropy(logits, labels) * (float("nan") if calls[0] in (2, 3) or calls[0] > 14 else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", sometimes)
-    _, _, run = load_run(finetune(FinetuneConfig(**SMALL, epochs=1), tmp_path / "two"))
+    _, _, run = load_run(finetune(FinetuneConfig(**SMALL | {"data": "digits"}, epochs=1), tmp_path / "two"))
     assert run["skipped"] == 2
     with pytest.raises(ValueError, match="10 steps in a row"):
-        finetune(FinetuneConfig(**SMALL, epochs=3), tmp_path / "many")
+        finetune(FinetuneConfig(**SMALL | {"data": "digits"}, epochs=3), tmp_path / "many")
 
 
 def test_resume_with_another_configuration_is_refused(tmp_path):
@@ -346,7 +346,13 @@ def test_a_network_with_squeeze_and_excite_has_a_bound_in_the_pixel_box_in_the_r
 
 
 def test_training_in_mixed_precision_ends_with_every_norm_at_most_the_target(tmp_path):
-    config = FinetuneConfig(**SMALL | {"image_size": 48}, epochs=1, max_norm=2.0, amp=True, amp_dtype="bfloat16")
+    config = FinetuneConfig(
+        **SMALL | {"data": "held-out:1200:digits", "image_size": 32, "batch_size": 64},
+        epochs=1,
+        max_norm=2.0,
+        amp=True,
+        amp_dtype="bfloat16",
+    )
     _, _, run = load_run(finetune(config, tmp_path / "amp"))
     assert max(row["upper"] for row in run["layers"]) <= 2 * 1.001
 

@@ -24,7 +24,7 @@ from robust_spectral.evaluations.records.units import Record, read_record, refus
 from robust_spectral.evaluations.reporting.report import accuracy_rows, write_report
 from robust_spectral.evaluations.run_folder import open_run, read_json, write_json
 
-PLANS = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.05,), 24)]
+PLANS = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.5,), 24)]
 OPTIONS = {"block": 8, "gate_samples": 8, "say": lambda text: None}
 
 
@@ -119,7 +119,7 @@ def test_an_evaluation_killed_at_any_moment_resumes_and_loses_at_most_one_block(
         from pathlib import Path
         from robust_spectral.evaluations.attacking import AttackPlan, evaluate
         torch.set_num_threads(1)
-        plans = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.05,), 24)]
+        plans = [AttackPlan("pgd", "l2", (0.3, 0.6), 40), AttackPlan("square", "linf", (0.5,), 24)]
         evaluate(Path({str(fresh)!r}), plans, block=8, gate_samples=8, say=lambda text: None)
     """)
     for records in (3, 9):
@@ -194,7 +194,7 @@ def test_a_failed_attack_is_invalid_in_table_and_report(fresh: Path, monkeypatch
 
 
 def test_a_failed_attack_is_repeated_by_the_next_evaluation(fresh: Path) -> None:
-    plans = [AttackPlan("square", "l2", (0.3,), 8)]
+    plans = [AttackPlan("square", "l2", (8.0,), 8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("robust_spectral.plugins.autoattack.AutoAttack.__call__", lambda *_: 1 / 0)
         evaluate(fresh, plans, **OPTIONS)

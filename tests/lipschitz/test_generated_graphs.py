@@ -54,6 +54,7 @@ def test_no_sampled_gain_exceeds_the_bound_of_a_random_network(seed: int, local:
     check(random.Random(seed), local)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_no_sampled_gain_exceeds_the_bound_of_a_network_that_hypothesis_draws(draw: random.Random, local: bool) -> None:

@@ -19,6 +19,7 @@ ONCE_WRONG = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kind", KIND_NUMBERS, ids=list(KINDS))
 def test_every_bound_encloses_the_norm_of_random_layers(kind: int) -> None:
@@ -37,6 +38,7 @@ def test_every_bound_encloses_the_norm_of_the_regression_seeds(seed: int) -> Non
     assert (found.refusal, found.failures) == (None, ()), str(layer)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hypothesis_finds_no_layer_outside_a_bound(kind: str) -> None:

@@ -57,6 +57,7 @@ def test_the_norm_of_a_circular_convolution_is_computed_from_its_symbols(module:
     assert found.lower <= norm(module, in_shape) <= found.upper <= found.lower * (1 + 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
@@ -154,6 +155,7 @@ def test_kernel_bounds_hold_where_a_circular_stride_does_not_divide_the_input(si
         assert min(kernel_bound(name, A) for name in ("schur", "symbol", "frobenius")) >= norm(module, (2, size))
 
 
+@pytest.mark.slow
 def test_a_wide_convolution_keeps_a_symbol_bound_on_a_coarser_grid() -> None:
     module = nn.Conv2d(256, 256, 3, padding=1, bias=False)
     A = rs.linear_operator(module, (256, 3, 3), torch.float64)
@@ -170,6 +172,7 @@ def test_the_largest_singular_value_agrees_with_a_decomposition(shape: tuple[int
     assert round_down(value, operations) <= true <= round_up(value, operations) <= true * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_layers_measured_together_get_intervals_as_narrow_as_alone() -> None:
     shapes = [(4, 16, 16), (4, 16, 16), (9, 16, 16), (4, 16, 16)]
     modules = [nn.Conv2d(c, 9, 3, padding=1, groups=1, bias=False) for c, *_ in shapes]
@@ -309,6 +312,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spectrum, steps, groups",
     [("one large value", 1, 1), ("one large value", 3, 1), ("equispaced", 3, 1), ("close pair", 3, 1), ("equispaced", 3, 3)],
@@ -321,6 +325,7 @@ def test_the_lanczos_bound_fails_no_more_often_than_its_failure_probability(spec
     assert failures / runs <= probability + 3 * math.sqrt(probability * (1 - probability) / runs)
 
 
+@pytest.mark.slow
 def test_the_lanczos_bound_fails_as_often_as_stated_where_one_singular_value_dominates() -> None:
     """With one step the bound fails almost exactly when the start misses the top singular vector."""
     runs, spread = 1500, 3 * math.sqrt(0.2 * 0.8 / 1500)

@@ -161,7 +161,7 @@ def test_bjorck_makes_dense_layers_orthogonal_or_names_the_missing_package():
 @pytest.mark.parametrize("name", ["miyato", "gouk", "delattre", "senderovich"])
 def test_a_competing_defence_fine_tunes_and_is_named_in_the_run(name, tmp_path):
     config = FinetuneConfig(
-        model="test_resnet", data="digits", image_size=16, batch_size=128, epochs=1, max_norm=1.0, defence=name
+        model="test_resnet", data="first:512:digits", image_size=16, batch_size=128, epochs=1, max_norm=1.0, defence=name
     )
     model, data, run = load_run(finetune(config, tmp_path / "run"))
     assert run["defence"] == name
@@ -169,7 +169,9 @@ def test_a_competing_defence_fine_tunes_and_is_named_in_the_run(name, tmp_path):
 
 
 def test_an_interrupted_run_with_a_competing_defence_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    config = FinetuneConfig(model="test_resnet", data="digits", image_size=16, batch_size=128, epochs=2, defence="gouk")
+    config = FinetuneConfig(
+        model="test_resnet", data="first:512:digits", image_size=16, batch_size=128, epochs=2, defence="gouk"
+    )
     whole, _, _ = load_run(finetune(config, tmp_path / "whole"))
     from robust_spectral.evaluations.finetuning import training as module
 

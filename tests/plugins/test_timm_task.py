@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robust_spectral import linear_layers
 from robust_spectral.plugins.timm_task import FastClipTask, main
 
-EXAMPLE = torch.zeros(1, 3, 16, 16)
+EXAMPLE = torch.zeros(1, 3, 12, 12)
 HELD, PROVED = 1.02, 1.001
 
 
@@ -34,7 +34,7 @@ def net() -> nn.Module:
 
 def batches(chosen: range) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(24, 8, 3, 16, 16, generator=generator)
+    images = torch.randn(24, 8, 3, 12, 12, generator=generator)
     return list(zip(images, torch.randint(5, (24, 8), generator=generator), strict=True))[chosen.start : chosen.stop]
 
 

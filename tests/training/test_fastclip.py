@@ -237,6 +237,7 @@ def test_norms_after_finish_are_at_most_the_target(convnet: nn.Module, images: T
     assert max(clipper.norms().values()) <= 0.5005
 
 
+@pytest.mark.slow
 def test_norms_exceed_their_target_by_at_most_two_percent_after_every_epoch() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(256, 3, 12, 12), torch.randint(5, (256,))

@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import robust_spectral as rs
-from robust_spectral.clipping.tracked_layer import TrackedLayer
 from robust_spectral.layers.discovery import LinearLayer
 from robust_spectral.singular_values.krylov import apply_grouped
 from robust_spectral.training import held_layer, schedule
 from robust_spectral.training.constant_inputs import settle, slow_directions
 from robust_spectral.training.device_reads import answered
+from robust_spectral.training.followed_layer import FollowedLayer
 from robust_spectral.training.measurements import look, looks
 from robust_spectral.training.smaller_inputs import on_small_map
 
@@ -116,6 +116,7 @@ def convolutions(seed=0):
     return net, clipper
 
 
+@pytest.mark.slow
 def test_a_layer_measured_on_a_small_map_is_kept_near_max_norm_on_the_whole_map():
     net, clipper = convolutions()
     assert all(held.small is not held.whole for held in clipper._held.values())
@@ -135,6 +136,7 @@ def constant_over_the_map():
     return torch.outer(u, v)[:, :, None, None] / 9
 
 
+@pytest.mark.slow
 def test_a_growing_direction_other_than_the_tracked_one_is_found():
     net, clipper = convolutions()
     for _ in range(10):
@@ -147,6 +149,7 @@ def test_a_growing_direction_other_than_the_tracked_one_is_found():
     assert norm(net[0], (8, 16, 16)) <= 1.015
 
 
+@pytest.mark.slow
 def test_a_growing_direction_constant_over_the_map_starts_a_search_on_the_whole_map():
     net, clipper = convolutions()
     for _ in range(12):
@@ -171,7 +174,7 @@ def test_only_cheap_layers_have_no_small_map(channels, size, groups, alone, monk
 
 def test_a_krylov_search_includes_the_further_vectors_of_the_last_search():
     torch.manual_seed(0)
-    tracked = TrackedLayer.of(LinearLayer("", nn.Linear(400, 300), (400,)), vectors=1, composite=False, seed=3)
+    tracked = FollowedLayer.of(LinearLayer("", nn.Linear(400, 300), (400,)), vectors=1, composite=False, seed=3)
     answered(look(tracked, 7, 0))
     assert tracked.next is not None and tracked.next.shape == (1, 3, 400)
     weight = tracked.layer.module.weight
@@ -231,6 +234,7 @@ def settled(count, values=(0.995,), steps=30, **options):
     return net, clipper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_growing_layers_leave_out_no_power_steps(sweeps):
     net, clipper = settled(8, sweeps=sweeps)
@@ -266,6 +270,7 @@ def test_a_krylov_search_ends_the_omission_of_power_steps():
     assert norm(net[0], (16,)) <= 1.006
 
 
+@pytest.mark.slow
 def test_a_growing_direction_of_a_tiny_layer_other_than_the_tracked_one_is_clipped_at_once():
     net, clipper = settled(24, [0.99, 0.98, *[0.5] * 14])
     for layer in net:
@@ -275,6 +280,7 @@ def test_a_growing_direction_of_a_tiny_layer_other_than_the_tracked_one_is_clipp
         assert norm(layer, (16,)) <= 1.006
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_a_step_under_autocast_is_clipped_in_full_precision(vectors):
     net, _ = convolutions()
@@ -311,6 +317,7 @@ def test_a_layer_that_starts_at_zero_is_kept_near_max_norm_once_it_has_grown(mod
     assert clipper.skipped == 0 and 0.9 < norm(module, in_shape) <= 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_zero_group_stays_zero_while_another_group_is_clipped(seed):
     torch.manual_seed(seed)
@@ -373,8 +380,8 @@ class Computations(TorchDispatchMode):
 def test_measuring_and_clipping_a_layer_launch_few_operations():
     """On a GPU the host takes as long to launch a small operation as a large one, and training leaves it little time."""
     layer = LinearLayer("", nn.Conv2d(8, 8, 3, padding=1), (8, 6, 6))
-    tracked = TrackedLayer.of(layer, vectors=1, composite=False, seed=0)
-    many = [TrackedLayer.of(layer, vectors=1, composite=False, seed=seed) for seed in range(8)]
+    tracked = FollowedLayer.of(layer, vectors=1, composite=False, seed=0)
+    many = [FollowedLayer.of(layer, vectors=1, composite=False, seed=seed) for seed in range(8)]
     counts = []
     for start in (
         tracked.power_step,
@@ -388,6 +395,7 @@ def test_measuring_and_clipping_a_layer_launch_few_operations():
     assert counts[0] <= 4 and counts[1] <= 6 and counts[2] <= 8 * 100 and counts[3] <= 24
 
 
+@pytest.mark.slow
 def test_norms_read_before_the_first_step_are_those_of_a_krylov_search():
     net, clipper = convolutions()
     norms = clipper.norms()
@@ -397,6 +405,7 @@ def test_norms_read_before_the_first_step_are_those_of_a_krylov_search():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_a_layer_whose_norm_changes_by_orders_of_magnitude_is_kept_near_max_norm(size):
     net, clipper = convolutions()
@@ -415,13 +424,14 @@ def test_vectors_of_a_block_search_have_unit_length_where_its_space_is_exhausted
     for seed in range(20):
         layer = nn.Linear(10, 10, bias=False)
         layer.weight.data.copy_(weight)
-        tracked = TrackedLayer.of(LinearLayer("", layer, (10,)), vectors=3, composite=False, seed=seed)
+        tracked = FollowedLayer.of(LinearLayer("", layer, (10,)), vectors=3, composite=False, seed=seed)
         with torch.no_grad():
             answered(looks([tracked], [7], seed, [None]))
         kept = tracked.found.values[0] > 0.5
         torch.testing.assert_close(tracked.found.right[0, kept].norm(dim=1), torch.ones(int(kept.sum())))
 
 
+@pytest.mark.slow
 def test_clipping_on_small_maps_continues_from_a_saved_state():
     net, clipper = convolutions()
     for _ in range(7):

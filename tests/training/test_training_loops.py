@@ -230,6 +230,7 @@ def test_a_model_cast_to_another_dtype_is_still_clipped() -> None:
 
 def one_rank(rank: int, folder: str) -> None:
     """Train under DDP, with and without broadcast buffers, then try FSDP2, and write the outcome to files."""
+    torch.set_num_threads(1)  # as in the tests' own processes
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for broadcast in (True, False):
         model = convnet()
@@ -255,6 +256,7 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_stay_identical_under_ddp_and_sharded_weights_are_refused(tmp_path: Path) -> None:
     mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
 
