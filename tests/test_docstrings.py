@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,13 +124,15 @@ def test_published_mathematics_names_its_source() -> None:
     assert not [name for name in _FROM_ELSEWHERE if "Source" not in (inspect.getdoc(exported()[name]) or "")]
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
+@cache
+def docstrings() -> list[tuple[str, str]]:
     """Every docstring of the three folders with its place, including those of private functions and of modules."""
-    for folder in ("robust_spectral", "plugins", "evaluations", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-                    yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", text
+    folders = ("robust_spectral", "plugins", "evaluations", "tests")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    nodes = [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [(path, node, ast.get_docstring(node)) for path, node in nodes if isinstance(node, kinds)]
+    return [(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", text) for path, node, text in found if text]
 
 
 def test_a_docstring_starts_with_a_noun_of_the_field_or_an_imperative() -> None:

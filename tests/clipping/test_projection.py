@@ -136,6 +136,7 @@ def test_with_zero_padding_the_result_is_that_of_a_larger_circular_grid(build: B
     assert torch.equal(projected_weight(module, in_shape, 0.3), projected_weight(around, larger, 0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1d, odd", "1d, more channels in", "1d, groups", "1d, depthwise", "2d, even window", "3d"])
 @pytest.mark.parametrize("fraction", [0.3, 0.8])
 def test_the_result_agrees_with_dense_alternating_projections(name: str, fraction: float) -> None:

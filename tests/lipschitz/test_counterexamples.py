@@ -42,6 +42,7 @@ class Scores(nn.Module):
         return self.net(x).flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:certified_radius. rounding")  # rounding leaves some of these networks no radius
 @pytest.mark.parametrize("seed", range(100))
 def test_no_radius_reaches_a_point_of_another_class(seed: int) -> None:

@@ -48,6 +48,7 @@ def check(draw: random.Random, local: bool) -> None:
         assert sampled(net, size * torch.randn(6, *SHAPE, dtype=torch.float64)) <= found.value * (1 + 1e-9), where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
 @pytest.mark.parametrize("seed", range(60))
 def test_no_sampled_gain_exceeds_the_bound_of_a_random_network(seed: int, local: bool) -> None:

@@ -136,6 +136,7 @@ LOOPS = [ordinary, accumulating, half_precision, timms_scaler, sharpness_aware, 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_norms_are_kept_near_the_target_in_every_training_loop(
@@ -162,6 +163,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_norms_are_kept_near_the_target_with_every_optimizer(make: Callable[..., torch.optim.Optimizer], device: str) -> None:
