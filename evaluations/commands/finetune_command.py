@@ -117,9 +117,11 @@ def finetune(
     from ..finetuning import finetune_twins, ranks
 
     if twin:
+        defence = config.defence if config.fastclip else "none"  # without a max_norm FastClip is off, others are not
         plain = replace(
-            config, max_norm=None, lipschitz_target=None, logit_scale=1.0, objective="accuracy", margin_eps=0.0, lift=False
-        )
+            config, defence=defence, max_norm=None, lipschitz_target=None, logit_scale=1.0, objective="accuracy",
+            margin_eps=0.0, lift=False,
+        )  # fmt: skip
         finetune_twins({"plain": plain, "clipped": config}, out, resume=resume)
     else:
         run(config, out, resume=resume)

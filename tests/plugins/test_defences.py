@@ -9,12 +9,14 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from commands import call
 from torch import nn
 
 import robust_spectral as rs
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.finetuning.training import finetune
 from robust_spectral.evaluations.models.loading import load_run
+from robust_spectral.evaluations.run_folder import read_json
 from robust_spectral.plugins.defences.base import NoDefence
 from robust_spectral.plugins.defences.rivals import Bjorck, Delattre, Gouk, Miyato, Senderovich, clip_symbols_, gram_bound
 from robust_spectral.plugins.registry import find, names
@@ -166,6 +168,15 @@ def test_a_competing_defence_fine_tunes_and_is_named_in_the_run(name, tmp_path):
     model, data, run = load_run(finetune(config, tmp_path / "run"))
     assert run["defence"] == name
     assert {row["name"] for row in run["layers"]} == {layer.name for layer in rs.linear_layers(model, data.example())}
+
+
+def test_the_plain_twin_of_a_competing_defence_is_trained_without_it(tmp_path):
+    assert (
+        call(f"finetune --model maxmin_mlp --data digits --image-size 28 --epochs 0 --defence gouk --twin --out {tmp_path}")
+        == 0
+    )
+    records = {name: read_json(tmp_path / name / "run.json") for name in ("plain", "clipped")}
+    assert {name: record["defence"] for name, record in records.items()} == {"plain": "none", "clipped": "gouk"}
 
 
 def test_an_interrupted_run_with_a_competing_defence_resumes_to_the_same_weights(tmp_path, monkeypatch):
