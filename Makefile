@@ -3,6 +3,7 @@ BIN := .venv/bin
 RS := $(BIN)/robust-spectral
 RUN := runs/demo
 PHOTOS := runs/demo-pretrained
+TWO := -n 2 --dist loadfile --no-loadscope-reorder  # a module's fixtures are made in one process only
 CORE_TESTS := $(addprefix tests/,operators singular_values norms layers clipping lipschitz training)
 
 CERTIFIED := --model maxmin_mlp --batch-size 256 --opt muon --lr 2e-2 --max-norm 1 --spectral-warmup 0 --lift --objective certified --logit-scale 5
@@ -29,10 +30,10 @@ types: env  ## the package as it is installed
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p robust_spectral
 
 quick: env lint  ## while you work: style, layering and the fast tests of the core; under 90 seconds on two cores
-	$(BIN)/pytest -n 2 -m 'not slow' tests/test_layering.py tests/test_docstrings.py tests/test_public_names.py $(CORE_TESTS)
+	$(BIN)/pytest $(TWO) -m 'not slow' tests/test_layering.py tests/test_docstrings.py tests/test_public_names.py $(CORE_TESTS)
 
 test: env lint types  ## the whole check; about ten minutes on two cores
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest $(TWO)
 
 test-extras: env  ## every extra alone in a clean environment; about two minutes each
 	$(BIN)/python tests/extras.py
