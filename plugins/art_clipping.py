@@ -34,8 +34,8 @@ class FastClipTrainer(Trainer):
 
     Raises:
         TypeError: the estimator is not a ``PyTorchClassifier``.
-        ValueError: the classifier has no optimizer, its model is on another device than its own, or ``max_norm`` is not
-            positive.
+        ValueError: the classifier has no optimizer, its model is on another device than its ``device_type``, or
+            ``max_norm`` is not positive.
     """
 
     def __init__(self, classifier: Any, max_norm: float = 1.0, **options: Any) -> None:

@@ -32,12 +32,12 @@ def find(kind: Kind, name: str) -> Any:
         near = difflib.get_close_matches(name, names(kind), n=2, cutoff=0.3) or names(kind)
         raise ValueError(f"{kind} {name!r}: unknown; near: {', '.join(near)}")
     if len({point.value for point in points}) > 1:
-        raise ValueError(f"{kind} {name!r}: entered by {' and '.join(sorted(map(_package, points)))}; uninstall one of them")
+        raise ValueError(f"{kind} {name!r}: registered by {' and '.join(sorted(map(_package, points)))}; uninstall one of them")
     try:
         return points[0].load()
     except (ImportError, AttributeError) as error:
         entry = f"{kind} {name!r} of {_package(points[0])}"
-        raise ValueError(f"{entry}: cannot be imported, {error}; install what it needs") from error
+        raise ValueError(f"{entry}: cannot be imported, {error}; install the packages that it needs") from error
 
 
 def _package(point: EntryPoint) -> str:

@@ -34,12 +34,14 @@ def singular_values(module: nn.Module, in_shape: Sequence[int]) -> Tensor:
 
 
 def norm(module: nn.Module, in_shape: Sequence[int]) -> float:
-    """The spectral norm, to some roundings: from the eigenvalues of the smaller Gram matrix, or by ARPACK where that is large.
+    """The spectral norm, by a singular value decomposition or, of a large matrix, from its smaller Gram matrix or by ARPACK.
 
-    A full singular value decomposition gives the same value, relative to 1e-14, in three times the seconds.
+    All three give the same value, relative to 1e-14; from 300 rows on the first takes three times the seconds of the second.
     """
     matrix, size = _scaled(module, in_shape)
-    if min(matrix.shape) < 2500 or size == 0:
+    if min(matrix.shape) < 300 or size == 0:
+        return float(torch.linalg.svdvals(matrix)[0]) * size
+    if min(matrix.shape) < 2500:
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()) * size
     start = np.random.default_rng(0).standard_normal(min(matrix.shape))

@@ -161,6 +161,13 @@ def test_no_module_has_the_name_of_an_export_of_its_package() -> None:
     assert not [name for name in MODULES if name.rpartition(".")[2] in offered.get(name.rpartition(".")[0], ())]
 
 
+def test_importing_the_command_line_imports_no_library_that_only_some_commands_need() -> None:
+    heavy = ["timm", "torchvision", "art", "scipy", "pyarrow", "matplotlib", "sklearn"]
+    code = f"import robust_spectral.evaluations.commands, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("name", of("robust_spectral"))
 def test_the_core_imports_only_numerical_libraries(name: str) -> None:
     assert third_party(name) == set()

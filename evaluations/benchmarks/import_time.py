@@ -3,7 +3,7 @@
     python evaluations/benchmarks/import_time.py --out evaluations/benchmarks/results/import_time.json
 
 Each process measures its own import, without the start of Python. The ratio is the median over the pairs. The core imports
-numpy and scipy as well, but no host library.
+numpy as well, but no host library.
 """
 
 from __future__ import annotations

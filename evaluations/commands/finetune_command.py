@@ -12,8 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..config import FinetuneConfig
-from ..finetuning import read_recipe, recipe_names
+from ..config import FinetuneConfig, read_recipe, recipe_names
 from ..run_folder import open_run
 from ..terminal import console, errors
 from ..wording import percent
@@ -91,7 +90,7 @@ def finetune(
     residuals: Annotated[str, typer.Option(help="summed, or averaged: halve each residual block's output.")] = "summed",
     freeze_bn: Annotated[bool, typer.Option(help="Freeze the running statistics of batch normalisations.")] = False,
     twin: Annotated[
-        bool, typer.Option(help="Also train a twin: the same start and budget without clipping, loss on unscaled logits.")
+        bool, typer.Option(help="Also train a twin: the same start and budget without the defence, loss on unscaled logits.")
     ] = False,
     amp: Annotated[bool, typer.Option(help="Automatic mixed precision.")] = False,
     amp_dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from ..attacking import CHECKS, AttackPlan, check_options, evaluate, sizes
-from ..config import FinetuneConfig
-from ..finetuning import config_of, finetune, read_toml
+from ..config import FinetuneConfig, config_of, read_toml
+from ..finetuning import finetune
 from ..run_folder import make_folder, read_json, write_json
 from .frontier import Frontier, frontier_of, row_of
 

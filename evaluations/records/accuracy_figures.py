@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binomtest
-
 Row = dict[str, Any]
 
 
@@ -179,6 +177,8 @@ def _share(flags: list[bool]) -> float:
 
 def _with_interval(flags: list[bool]) -> Row:
     """Accuracy with its 95 % Wilson interval."""
+    from scipy.stats import binomtest  # takes as long as all other imports of the pages
+
     if not flags:
         return {"accuracy": 0.0, "ci": [0.0, 1.0]}
     interval = binomtest(sum(flags), len(flags)).proportion_ci(method="wilson")

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -94,6 +93,8 @@ def _cell(entry: Figures) -> str:
 
 def _certify_alike(models: dict[str, Figures], runs: dict[str, Run]) -> None:
     """Recompute certified accuracy on a common grid of sizes for all models, from their verdicts per sample."""
+    import pyarrow.parquet as pq  # the leaderboard, which imports the charts of this package, does without
+
     for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
         grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
         for name, figures in models.items():

@@ -1,10 +1,12 @@
 """Clipping of one layer's spectral norm, in place, until the norm is proved to be small enough.
 
 `clip_` clips a layer; `projected_weight` returns the nearest weight that obeys a norm. A `Move` says which parameters change.
-`TrackedLayer` keeps a layer's top singular directions, along which clips and the training hook act.
+`TrackedLayer` keeps a layer's top singular directions, along which clips and the training hook act. `Transform`, `by_entries`,
+`cut` and `kernel_map` are Fourier symbols of kernels and their clips, for defences that clip on a grid of frequencies.
 """
 
 from .clip import ClipResult as ClipResult
+from .clip import Method as Method
 from .clip import check_max_norm as check_max_norm
 from .clip import clip_ as clip_
 from .clip import clip_until_proved_ as clip_until_proved_

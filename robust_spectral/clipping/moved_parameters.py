@@ -90,7 +90,7 @@ class MoveGamma:
 
 @dataclass(frozen=True)
 class MoveWeightAndGamma:
-    """A move of weight and γ together, the weight only across its filters. For composites that train on batch statistics.
+    """A move of γ and of the weight orthogonally to its filters, for composites that train on batch statistics.
 
     The running variance follows a change along a filter and so undoes it; γ makes that change instead. A change orthogonal to
     the filter rotates it, which the normalisation does not undo.

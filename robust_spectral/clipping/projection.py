@@ -162,5 +162,5 @@ def _check_plain(module: nn.Module) -> None:
     plain = kind is not None and all(getattr(own, call) is getattr(kind, call) for call in calls)
     if not plain or has_forward_hooks(module):
         raise NotImplementedError(
-            f"projected_weight: {module} is not an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
+            f"projected_weight: {module} is not a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
         )

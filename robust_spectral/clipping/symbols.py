@@ -59,12 +59,12 @@ class Transform:
 
 
 def penalty(symbols: Tensor, limit: float, spread: float) -> float:
-    """The penalty of the method of multipliers. Any positive number converges, this one fast.
+    """The penalty of the method of multipliers, which converges for any positive penalty, and fast for this one.
 
     ``spread`` is the number of grid positions per entry of the window. A single frequency determines 1 / spread of the window's
     entries, and the multipliers relate in size to the kernel as the part of the symbols removed by a clip to the part left; the
     exponents are fitted to counted rounds. In a window that fills the grid the first round clips the symbols directly, and is
-    exact if the penalty is just ``spread``.
+    exact if the penalty equals ``spread``.
     """
     if spread <= 1:
         return spread

@@ -2,10 +2,12 @@
 
 `lipschitz_bound` applies one rule to each operation of a network; `lipschitz_estimate` is a lower bound from sampled Jacobians.
 The decorators `rule`, `interval` and `rounds` register rules for layers of other packages. The rules of torch's own layers that
-such rules may build on are exported as well.
+such rules may build on are exported as well. `traced_at` and `LipschitzWalk` are the graph and the walk that bounds come from;
+`JOINERS` registers a batch normalisation that is joined with the layer before it.
 """
 
 from .bound import LipschitzBound as LipschitzBound
+from .bound import NodeBound as NodeBound
 from .bound import lipschitz_bound as lipschitz_bound
 from .boxes import Box as Box
 from .certificates import certified_radius as certified_radius

@@ -115,7 +115,7 @@ def lipschitz_bound(
     model = uncompiled(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"lipschitz_bound: '{name}' has NaN or infinite values")
+            raise ValueError(f"lipschitz_bound: '{name}' contains NaN or infinite values")
     example = pair_of(example_input)
     with evaluating(model), full_precision_no_grad():
         try:

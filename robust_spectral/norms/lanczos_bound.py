@@ -41,8 +41,8 @@ def lanczos_intervals(
 ) -> list[tuple[float, float]]:  # fmt: skip
     """`lanczos_interval` of several operators of equal shapes and groups, in one run until all are narrow enough.
 
-    The relative width, at most ``rtol`` at the end unless ``max_steps`` are reached, is that up to the smaller of the Lanczos
-    bound and the upper bound ``known`` for the operator (inf if none is).
+    The run stops when min(Lanczos bound, ``known``) / lower end - 1 is at most ``rtol`` for every operator, or after
+    ``max_steps``; ``known`` is another upper bound of each operator, inf if there is none.
     """
     from scipy.special import betaincinv  # takes a tenth of this package's import time
 

@@ -326,7 +326,7 @@ def _check_weights(module: nn.Module) -> None:
         if tensor.is_complex():
             raise NotImplementedError(f"{where} is complex; only real layers are covered")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{where} holds NaN or infinite values")
+            raise ValueError(f"{where} contains NaN or infinite values")
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,7 +1,8 @@
 """Singular values of operators: the largest ones as estimates from below, and whole spectra of circular convolutions.
 
 `top_singular` runs a solver: `Lanczos`, or `PowerQR`, the block power method of Ebrahimpour Boroojeny et al. (2024). Single
-Krylov and power steps are available too, for norm bounds and for training, which updates singular vectors step by step.
+Krylov and power steps and dense decompositions with their cost are available too, for norm bounds and for training, which
+updates singular vectors step by step.
 """
 
 from .circular_convolution import DuplicateStructure as DuplicateStructure
@@ -24,6 +25,7 @@ from .solvers import Found as Found
 from .solvers import Lanczos as Lanczos
 from .solvers import PowerQR as PowerQR
 from .solvers import SingularTriplets as SingularTriplets
+from .solvers import Solver as Solver
 from .solvers import dense_blocks as dense_blocks
 from .solvers import dense_ritz as dense_ritz
 from .solvers import dense_work as dense_work

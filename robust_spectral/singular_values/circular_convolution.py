@@ -41,7 +41,7 @@ class DuplicateStructure:
 
 @dataclass(frozen=True)
 class RepresentationGap:
-    """The gap between a circular convolution with all singular values clipped and those with the module's window.
+    """The gap between a circular convolution with clipped singular values and the convolutions with the module's window.
 
     Attributes:
         energy_outside: Frobenius norm of the clipped kernel's entries outside the window, divided by that of the whole kernel.
@@ -174,7 +174,7 @@ def _kernel_on_grid(call: str, module: nn.Module, in_shape: Sequence[int]) -> tu
     if weight.is_complex():
         raise NotImplementedError(f"{call}: the weight of {module} is complex; only real layers are covered")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{call}: the weight of {module} holds NaN or infinite values")
+        raise ValueError(f"{call}: the weight of {module} contains NaN or infinite values")
     scale = power_of_two(float(weight.abs().max()))
     kernel = _wrap(weight.double() / scale, convolution.dilation, grid)
     return convolution, kernel, _wrap(torch.ones_like(weight[0, 0]).double(), convolution.dilation, grid) > 0, scale

@@ -33,7 +33,7 @@ _MOST_FORESEEN, _MOST_SPARED = 0.05, 0.01  # largest growth allowed for: in a cl
 _CAUTION = 1.5  # multiple of the growth expected, which comes in bursts
 _MOST_RESTS = 3  # power steps left out in a row, at most, on a layer that is not cheap; 1 on a cheap one
 _FAR, _COSTLY_FAR = 1.005, 1.03  # multiples of its target above which a layer is searched at once, if cheap and if not
-_RUNNING_AWAY, _CALM = 1.03, 8  # multiple of its target above which a norm runs away, and rounds below until it is calm
+_RUNNING_AWAY, _CALM = 1.03, 8  # multiple of its target above which a norm cannot wait, and rounds below until it can again
 _STATE = ("bias", "rate", "foreseen", "looked", "compared", "allowed", "goal", "level", "resting", "share", "sensed", "hurried")
 
 
@@ -61,7 +61,7 @@ class HeldLayer:
         slow: The directions of inputs that are constant over the map, if the kernel is known.
         sensed: The layer's gain on those inputs.
         share: The norm divided by that gain, at most 1.
-        hurried: Number of coming rounds in which the layer is clipped right after the step, as its norm runs away or may do so.
+        hurried: Number of coming rounds in which the layer is clipped right after the step, because its norm may grow fast.
     """
 
     number: int

@@ -13,7 +13,7 @@ from .measurements import looks, measured, not_finite
 
 _COSTLY_EVERY, _WHOLE_EVERY = 8, 4  # steps between searches of layers that are not cheap, and between searches on whole maps
 _CHEAP_EVERY, _MOST = 5, 6  # steps between searches of a cheap layer, on average; scheduled searches in a step at most
-_GPU_EVERY, _GPU_MOST = 2, 8  # likewise on a GPU; also the most layers that are searched at once because they are far above
+_GPU_EVERY, _GPU_MOST = 2, 8  # likewise on a GPU; also the most layers searched at once because far above their target
 
 
 def hold(layers: Sequence[HeldLayer], step: int, every: int, sweeps: int, target: Target) -> Asking[None]:
@@ -91,12 +91,12 @@ def sense(layers: Sequence[HeldLayer]) -> Asking[None]:
 
 
 def _in_turn(layers: Sequence[HeldLayer], step: int, every: int, last: str) -> list[HeldLayer]:
-    """The layer that has waited longest since its step ``last``, once in ``every`` steps; none at the other steps."""
+    """The layer with the smallest value of the attribute named ``last``, once in ``every`` steps; none at the other steps."""
     return [min(layers, key=lambda held: getattr(held, last))] if layers and step % every == 0 else []
 
 
 def _most_due(layers: Sequence[HeldLayer], step: int) -> list[HeldLayer]:
-    """The layers to search in this step: half have waited longest for one, the norms of the others may have grown most."""
+    """The layers to search in this step: half by the age of their last search, the others by the growth expected since."""
     every, most = (_GPU_EVERY, _GPU_MOST) if layers and layers[0].on_gpu else (_CHEAP_EVERY, _MOST)
     usual, count = _mean_rate(layers) + 1e-12, min(max(2, math.ceil(len(layers) / every)), most)
     first = sorted(layers, key=lambda held: held.looked)[: math.ceil(count / 2)]

@@ -2,7 +2,7 @@
 
 A round (`Turns` counts them) is the measurements and clips of one step of the schedule. On a GPU, computations that only read
 weights are started before an optimizer step rather than after the last one: the weights are the same then, and the computations
-run concurrently with the backward pass. Layers whose norms run away, as they may at the start of training, are still clipped
+run concurrently with the backward pass. Layers whose norms grow fast, as they may at the start of training, are still clipped
 right after the step: a clip one step later would let the excess pass through all layers once more.
 """
 
@@ -126,7 +126,7 @@ class Turns:
         return self.__dict__ | {"_under_way": None, "_waits": False, "_started": False}
 
     def _hurried_and_late(self) -> tuple[list[HeldLayer], list[HeldLayer]]:
-        """Split the layers into those clipped right after the step (norms run away, or a layer is on the CPU) and the rest."""
+        """Split the layers into those clipped right after the step (norms grow fast, or a layer is on the CPU) and the rest."""
         late = [held for held in self._layers if not held.hurried] if all(held.on_gpu for held in self._layers) else []
         return [held for held in self._layers if held.hurried or not late], late
 

@@ -14,7 +14,7 @@ from commands import call
 from robust_spectral import lipschitz_bound
 from robust_spectral.evaluations.attacking.evaluation import evaluate
 from robust_spectral.evaluations.attacking.work import AttackPlan
-from robust_spectral.evaluations.finetuning.recipes import config_of
+from robust_spectral.evaluations.config.recipes import config_of
 from robust_spectral.evaluations.models.loading import adopt, load_run
 from robust_spectral.evaluations.run_folder import read_json, write_json
 

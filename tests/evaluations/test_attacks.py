@@ -61,6 +61,7 @@ def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_queries(attack_single_run, count: int):
     def attack(self, x: Tensor, y: Tensor):
+        assert self.n_queries in (5000, count)  # the budget of the standard version, or of an earlier call here
         self.n_queries = count
         return attack_single_run(self, x, y)
 

@@ -14,8 +14,8 @@ import torch
 
 from robust_spectral.evaluations.commands.cli import app
 from robust_spectral.evaluations.config import FinetuneConfig
+from robust_spectral.evaluations.config.recipes import FOLDER, config_of, read_recipe, recipe_names
 from robust_spectral.evaluations.data.image_data import data_hash, load_data
-from robust_spectral.evaluations.finetuning.recipes import FOLDER, config_of, read_recipe, recipe_names
 from robust_spectral.evaluations.finetuning.training import finetune
 from robust_spectral.evaluations.grids.frontier import Frontier, frontier_of
 from robust_spectral.evaluations.grids.grid import read_grid, run_grid, write_rows
@@ -69,7 +69,7 @@ def test_every_recipe_of_the_package_is_a_valid_configuration(name):
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "start" not in name])
 def test_the_model_of_every_recipe_takes_its_images(name):
     config = replace(config_of(read_recipe(name), name), pretrained_path=None, initial_checkpoint=None)
-    data = load_data("digits", config.image_size)  # one channel and ten classes as the recipes' data
+    data = load_data("digits", config.image_size or 28)  # one channel and ten classes as the recipes' data
     assert create_model(config, data).eval()(data.example()).shape == (1, 10)
 
 

@@ -236,7 +236,7 @@ def test_a_defence_of_another_package_is_found_once_it_is_installed(tmp_path):
     ).stdout.splitlines()
     assert shown[0] == "Tiny True"
     assert "'gone' of tiny-defence: cannot be imported" in shown[1]
-    assert "entered by robust-spectral and tiny-defence" in shown[2]
+    assert "registered by robust-spectral and tiny-defence" in shown[2]
     assert "near: tiny" in shown[3]
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import FinetuneConfig
+from .finetune_config import FinetuneConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
