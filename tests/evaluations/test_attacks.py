@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from convnets import fitted
 from pyautoattack import AutoAttack as Official
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
@@ -26,13 +27,7 @@ def net(classes: int = 4) -> nn.Module:
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(128, classes),
     )  # fmt: skip
-    images, labels = spots(256, classes)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    return model.eval()
+    return fitted(model, *spots(256, classes))
 
 
 def spots(count: int, classes: int = 4) -> tuple[Tensor, Tensor]:

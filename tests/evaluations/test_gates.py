@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from convnets import fitted
 from torch import Tensor, nn
 
 from robust_spectral.evaluations.attacking.gates import _sweep, check_attacks, check_model
@@ -14,13 +15,7 @@ def trained(normalised: bool = False) -> nn.Module:
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8) if normalised else nn.Identity(), nn.ReLU(),
         nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4),
     )  # fmt: skip
-    images, labels = bars(256)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    return model.eval()
+    return fitted(model, *bars(256))
 
 
 def bars(count: int) -> tuple[Tensor, Tensor]:
