@@ -2,7 +2,7 @@
 
 `load` puts a model's input normalisation into a submodule before the model, so that perturbation sizes and Lipschitz bounds
 are in units of pixels in [0, 1], and 1 / std is part of every bound. The inner model is timm's own: its state dict has timm's
-keys. Importing this module also registers the Lipschitz rules of timm's layers.
+keys.
 """
 
 from __future__ import annotations
@@ -14,33 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import timm.layers
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, fx, nn
-
-from robust_spectral.lipschitz import (
-    JOINERS,
-    Box,
-    LipschitzWalk,
-    RoundingWalk,
-    Terms,
-    activation_box,
-    activation_slope,
-    affine_layer,
-    batchnorm_bound,
-    batchnorm_box,
-    batchnorm_rounding,
-    increasing_box,
-    interval,
-    linear_box,
-    linear_rounding,
-    not_rounded,
-    root_mean_square_bound,
-    rounds,
-    rule,
-)
-from robust_spectral.numerics import product_up
+from torch import Tensor, nn
 
 from . import timm_maxmin  # noqa: F401 (registers its models with timm)
 
@@ -187,54 +163,3 @@ def unreadable(error: Exception, path: str | Path) -> str:
             return "is a web page, not weights; download the file itself"
         return "contains more than tensors; save model.state_dict()"
     return "not readable as a checkpoint, it is damaged or cut off"
-
-
-rule(
-    timm.layers.Conv2dSame, timm.layers.StdConv2d, timm.layers.StdConv2dSame, timm.layers.ScaledStdConv2d,
-    timm.layers.ScaledStdConv2dSame, timm.layers.BlurPool2d,
-)(affine_layer)  # fmt: skip
-
-
-rule(timm.layers.RmsNorm, timm.layers.RmsNorm2d)(root_mean_square_bound)
-
-
-@rule(timm.layers.DropPath)
-def drop_path(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The identity in eval mode."""
-    return walk.bound(n.args[0])
-
-
-@rule(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def batchnorm_then_activation(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The bound of the batch normalisation, joined with a convolution before it, times the slope of the activation."""
-    module: Any = walk.called(n)
-    slopes = [activation_slope(part) for part in (module.drop, module.act)]
-    return product_up(walk.bound_of(batchnorm_bound(walk, n)), *slopes)
-
-
-interval(timm.layers.DropPath, timm.layers.BlurPool2d)(increasing_box)  # a blur has no negative weights
-interval(timm.layers.Conv2dSame)(linear_box)
-
-
-@interval(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def batchnorm_then_activation_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The box after the batch normalisation, mapped by the activation."""
-    module: Any = walk.called(n)
-    return activation_box(module.act, activation_box(module.drop, batchnorm_box(walk, n)))
-
-
-rounds(timm.layers.DropPath)(not_rounded)
-rounds(timm.layers.Conv2dSame)(linear_rounding)
-
-
-@rounds(timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d)
-def normalised_then_activated(walk: RoundingWalk, n: fx.Node) -> Terms:
-    """The terms of the batch normalisation, followed by those of an activation with a slope of at most 2."""
-    module: Any = walk.called(n)
-    terms, total = batchnorm_rounding(walk, n)
-    if not activation_slope(module.act) <= 2:
-        raise ValueError("a slope above 2")
-    return 2 * terms + 32, 3 * total + math.sqrt(walk.elements(n))
-
-
-JOINERS.update(dict.fromkeys((timm.layers.BatchNormAct2d, timm.layers.FrozenBatchNormAct2d), JOINERS[nn.BatchNorm2d]))

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from timm.models import register_model
-from torch import Tensor, fx, nn
-
-from robust_spectral.lipschitz import LipschitzWalk, increasing_box, interval, not_rounded, rounds, rule
+from torch import Tensor, nn
 
 
 class MaxMin(nn.Module):
@@ -42,16 +40,6 @@ class ChannelShift(nn.Module):
         fifth = x.shape[1] // 5
         kept, up, down, left, right = x.split([x.shape[1] - 4 * fifth, *[fifth] * 4], 1)
         return torch.cat([kept, up.roll(-1, 2), down.roll(1, 2), left.roll(-1, 3), right.roll(1, 3)], 1)
-
-
-@rule(MaxMin, ChannelShift)
-def rearranged(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Constant 1 for a permutation of elements, and for a sort of each pair, which never increases a distance."""
-    return walk.bound(n.args[0])
-
-
-interval(MaxMin, ChannelShift)(increasing_box)
-rounds(MaxMin, ChannelShift)(not_rounded)
 
 
 def maxmin_mlp(

@@ -57,10 +57,13 @@ def largest_singular_value(matrices: Tensor) -> tuple[float, float]:
 
 
 def product_up(*factors: float) -> float:
-    """Product of non-negative numbers, rounded up; 0 times anything is 0."""
+    """Product of non-negative numbers, rounded up; 0 times anything is 0, and a factor of 1 changes nothing."""
     if 0 in factors:
         return 0.0
     product = 1.0
     for factor in factors:
-        product = math.nextafter(product * factor, math.inf)
+        if 1.0 in (product, factor):
+            product *= factor
+        else:
+            product = math.nextafter(product * factor, math.inf)
     return product

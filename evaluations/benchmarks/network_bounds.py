@@ -25,11 +25,10 @@ from torch import nn
 from training_overhead import resident_peak
 
 import robust_spectral as rs
-import robust_spectral.plugins.timm
 from robust_spectral.evaluations.run_folder import environment, write_json
-from robust_spectral.lipschitz import Affine, LipschitzWalk, pair_of, traced_at
+from robust_spectral.lipschitz import Affine, LipschitzWalk, graph_of, pair_of, preserved
 from robust_spectral.numerics import product_up
-from robust_spectral.operators import evaluating
+from robust_spectral.operators import full_precision_no_grad
 
 MODELS = {
     "test_resnet": 64, "resnet18": 64, "resnet50": 64, "dla34": 64, "mobilenetv2_035": 64, "densenet121": 64,
@@ -42,15 +41,16 @@ class Apart(LipschitzWalk):
 
     def bound_of(self, last: float | Affine) -> float:
         """The norm of the last step times the bound of its input."""
-        return last if isinstance(last, float) else product_up(self.bound(last.source), self._norm(last))
+        return last if isinstance(last, float) else product_up(self.bound(last.source), self.step_norm(last))
 
 
 def naive_bound(model: nn.Module, example: torch.Tensor) -> float:
     """The product of the norms of separate layers."""
     pair = pair_of(example)
-    with evaluating(model), torch.no_grad():
-        walk = Apart(traced_at(model, pair), 1e-9)
-        walk.run(pair)
+    with preserved(model), full_precision_no_grad():
+        graph = graph_of(model, pair)
+        walk = Apart(graph, graph.values(pair), 1e-9)
+        walk.run()
     return walk.value
 
 

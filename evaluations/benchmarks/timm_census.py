@@ -55,8 +55,6 @@ def shape_of(model: Any) -> tuple[int, ...]:
 
 def entry(name: str) -> dict[str, Any]:
     """The row of one model: for each part its result, or the error it ended with."""
-    import robust_spectral.plugins.timm  # noqa: F401 - rules of timm's layers
-
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()

@@ -1,38 +1,40 @@
 """A Lipschitz bound of a whole network, computed from its graph: proved, or infinite with the name of the unbounded node.
 
-The model is traced with torch.fx, and its graph is run once on an example input. Each node gets a number L such that its value
-is L-Lipschitz as a function of the network's input (L2 to L2): norms multiply along a chain, the branches' constants add at a
-sum, and their squares add at a concatenation. Each type of module or function has one registered rule, found by exact type; a
-node without a rule makes the bound infinite and is named in its ``reason``. `lipschitz_estimate` is the sampled lower bound.
+`torch.export` gives the graph of the operations that the model runs on an example. Each node gets a number L such that its
+value is L-Lipschitz as a function of the network's input (L2 to L2): norms multiply along a chain, the branches' constants
+add at a sum, and their squares add at a concatenation. Each operation has a row in one table; one without a row makes the bound
+infinite and is named in its ``reason``. `lipschitz_estimate` is the sampled lower bound.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..layers import uncompiled
-from ..numerics import product_up
-from ..operators import evaluating, full_precision_no_grad
+from ..operators import full_precision_no_grad
 from ..user_warnings import warn_user
 from . import rules as rules
+from .agreement import alike_in_double, difference
+from .graph import Graph, graph_of, module_of, pair_of, preserved
+from .precision import full_precision
 from .rounding_walk import forward_error
-from .tracing import pair_of, traced_at
-from .walk import LipschitzWalk, composed, where
+from .table import NoClaim, operation_of
+from .walk import LipschitzWalk, composed
 
 _NO_WALK = "rounding errors are bounded only for a network with a Lipschitz bound for all inputs"
+_OTHER_IN_DOUBLE = "a copy of the model in float64 computes something else: a cast or a constant in it is in float32"
 _MOST_IN_HEAD = 1e8  # most elements in the matrix of the last affine stretch for which pairs of classes are bounded
 
 
 @dataclass(frozen=True)
 class NodeBound:
-    """A node, the kind of its module or function, and its Lipschitz bound as a function of the network's input."""
+    """A node by its module or name, its operation, and its Lipschitz bound as a function of the network's input."""
 
     name: str
     kind: str
@@ -73,92 +75,142 @@ class LipschitzBound:
             pairs = f", smallest pair={float(self.pairs[~torch.eye(len(self.pairs), dtype=torch.bool)].min())}"
         return f"LipschitzBound(value={self.value}, local={self.local}{pairs}, reason={self.reason!r})"
 
-    def behind(self, constant: float, errors: Mapping[torch.dtype, float] | None = None) -> LipschitzBound:
-        """The bound of the composition x -> network(f(x)) for a function f with a known Lipschitz constant, rounded up.
-
-        Args:
-            constant: The Lipschitz constant of f, which must map the intended inputs into the box of this bound.
-            errors: By dtype, a bound of the L2 distance between f's values computed and in real arithmetic; default 0.
-        """
-        up = math.nextafter(constant, math.inf)
-        pairs = None if self.pairs is None else self.pairs * up * (1 + 1e-15)
-        both = {
-            dtype: (e + product_up(self.value, (errors or {}).get(dtype, 0.0))) * (1 + 1e-15)
-            for dtype, e in self.errors.items()
-        }
-        return replace(
-            self, value=product_up(self.value, constant), local=product_up(self.local, constant), pairs=pairs, errors=both
-        )
-
 
 def lipschitz_bound(
     model: nn.Module, example_input: Tensor, failure_probability: float = 1e-9, box: tuple[float, float] | None = (0.0, 1.0)
 ) -> LipschitzBound:
     """A proved upper bound of a network's Lipschitz constant, L2 to L2, in eval mode.
 
+    The bound is of the operations that `torch.export` records on two copies of the example. It holds for a model whose forward
+    pass is a function of its input alone. A model that is seen to be none, on samples of other batch sizes and in both gradient
+    modes, gets no bound; so does one that changes its own state.
+
     Args:
-        model: A model that torch.fx can trace, whose output for an image does not depend on the other images of its batch.
+        model: A model whose output for an image does not depend on the other images of its batch; unchanged afterwards.
         example_input: A batch for the model, (n, ...). Only its shape matters; values outside the box cause a warning.
         failure_probability: Allowed for each layer's norm bound; the result has the sum. 0 for deterministic bounds only.
         box: Least and largest value of an input's elements, for ``local`` and ``errors``; None for unlimited inputs.
 
     Returns:
-        LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no rule or no global constant, the model
-        cannot be traced, or images of a batch interact. Products of two functions of the input (gating, attention) have a
-        constant only on inputs in the box, in ``local``.
+        LipschitzBound: with ``value = inf`` and a ``reason`` where an operation has no row or no global constant, or
+        `torch.export` cannot follow the model. Products of two functions of the input (gating, attention) have a constant only
+        on inputs in the box, in ``local``. Of several outputs all are bounded together.
 
     Raises:
-        ValueError: a weight is not finite, the model does not take the input, or the box is empty.
+        ValueError: a weight is not finite or has no value, the model does not take the input, or the box is empty.
+        TypeError: the example is not a tensor.
     """
-    if box is not None and not -math.inf < box[0] < box[1] < math.inf:
+    if box is not None and (len(box) != 2 or not -math.inf < box[0] < box[1] < math.inf):
         raise ValueError(f"lipschitz_bound(box={box}): give a least and a larger value, both finite")
     model = uncompiled(model)
+    _check(model, example_input)
+    with torch.inference_mode(False), preserved(model), full_precision_no_grad():
+        example = pair_of(example_input.detach()).clone()
+        _check_input(model, example, example_input)
+        try:
+            found = _bounded(model, graph_of(model, example), example, failure_probability, box)
+        except NoClaim as refused:
+            return LipschitzBound(math.inf, reason=str(refused), errors_reason=_NO_WALK)
+    if box is not None and math.isfinite(found.local):
+        _warn_if_outside(example_input, *box)
+    return found
+
+
+@torch.no_grad()
+def _check(model: nn.Module, example_input: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lipschitz_bound: takes a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(
+            f"lipschitz_bound: example_input must be a batch that the model takes, a tensor; got {type(example_input).__name__}"
+        )
+    if example_input.layout != torch.strided or example_input.is_quantized:
+        raise ValueError("lipschitz_bound: example_input must be a dense batch; got a sparse or quantised tensor")
+    if example_input.ndim == 0 or example_input.numel() == 0:
+        raise ValueError(
+            f"lipschitz_bound: the example has shape {tuple(example_input.shape)}; give a batch (n, ...) of inputs"
+        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"lipschitz_bound: '{name}' has no values (meta device or lazy); load or initialise the weights first"
+            )
+        if tensor.is_inference():
+            raise ValueError(f"lipschitz_bound: '{name}' was made inside torch.inference_mode(); make the model outside")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"lipschitz_bound: '{name}' contains NaN or infinite values")
-    example = pair_of(example_input)
-    with evaluating(model), full_precision_no_grad():
-        try:
+
+
+def _check_input(model: nn.Module, example: Tensor, example_input: Tensor) -> None:
+    try:
+        with preserved(model):
             model(example.clone())
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shape = tuple(example_input.shape)
-            raise ValueError(
-                f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, tested with "
-                f"the first input twice: {error}"
-            ) from error
-        try:
-            traced = traced_at(model, example)
-        except ValueError as error:
-            return LipschitzBound(math.inf, reason=str(error), errors_reason=_NO_WALK)
-        walk = LipschitzWalk(traced, failure_probability)
-        walk.run(example)
-        output = next(node for node in reversed(list(traced.graph.nodes)) if node.op == "output")
-        value = local = walk.value
-        reason = walk.reason if math.isinf(value) else None
-        if math.isfinite(value) and _mixes_the_batch(model, example):
-            mixed = f"the output of {type(model).__name__} for an input depends on the other inputs of its batch"
-            return LipschitzBound(math.inf, reason=mixed, errors_reason=_NO_WALK)
-        errors: dict[torch.dtype, float] = {}
-        errors_reason = _NO_WALK if math.isinf(value) else None
-        if box is not None and math.isinf(value) and isinstance(walk.env.get(output), Tensor):
-            local, locally = _local_bound(traced, example, walk, *box)
-            reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {locally}" if locally is not None else reason
-        if box is not None and math.isfinite(value):
-            errors, errors_reason = _errors(traced, example, walk, *box)
-        if box is not None and math.isfinite(local):
-            _warn_if_outside(example_input, *box)
-        pairs = None if math.isinf(value) else _pairs(walk, output.args[0])
-    rows = tuple(
-        NodeBound(where(node), walk.kinds[node], walk.bounds[node])
-        for node in traced.graph.nodes
-        if node in walk.bounds and node.op not in ("placeholder", "output", "get_attr")
+    except Exception as error:  # whatever the model's own code raises
+        shape = tuple(example_input.shape)
+        raise ValueError(
+            f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, tested with "
+            f"the first input twice: {error}"
+        ) from error
+
+
+def _bounded(
+    model: nn.Module, graph: Graph, example: Tensor, failure_probability: float, box: tuple[float, float] | None
+) -> LipschitzBound:
+    """The bound of a graph, and where it is finite the comparison of the graph with the model."""
+    low, high = box or (0.0, 0.0)
+    values = graph.values(torch.full_like(example, (low + high) / 2) if example.is_floating_point() else example)
+    walk = LipschitzWalk(graph, values, failure_probability)
+    walk.run()
+    value = local = walk.value
+    reason = (walk.reason or "the output is not made of floating-point numbers") if math.isinf(value) else None
+    errors: dict[torch.dtype, float] = {}
+    errors_reason = _NO_WALK if math.isinf(value) else None
+    if box is not None and math.isinf(value):
+        local, locally = _local_bound(walk, values, *box)
+        if locally is not None and locally != reason:
+            reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {locally}"
+    if box is not None and math.isfinite(value):
+        errors, errors_reason = _errors(walk, values, example, *box)
+    if math.isfinite(local):
+        inputs = _sampled(example, box)
+        with full_precision(example.device):
+            differs = difference(model, graph, inputs, 2 * errors.get(example.dtype, math.inf))
+        if differs is not None:
+            raise NoClaim(differs)
+        if example.dtype == torch.float32 and not alike_in_double(model, graph, inputs, errors.get(torch.float64, math.inf)):
+            errors[torch.float64], errors_reason = math.inf, _OTHER_IN_DOUBLE
+    pairs = None if math.isinf(value) else _pairs(walk)
+    return LipschitzBound(value, _rows(walk), reason, walk.failure_probability, local, pairs, errors, errors_reason)
+
+
+def _sampled(example: Tensor, box: tuple[float, float] | None) -> Tensor:
+    """Inputs to compare the model with its graph on: in the box, some at its corners; without a box of several sizes."""
+    if not example.is_floating_point():
+        return example
+    drawn = torch.rand(7, *example.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if box is None:
+        drawn = (2 * drawn - 1) * 4.0 ** (torch.arange(7) - 3).reshape(-1, *[1] * (example.ndim - 1))
+    else:
+        drawn[::3] = drawn[::3].round()
+        drawn = box[0] + drawn * (box[1] - box[0])
+    return drawn.to(example)
+
+
+def _rows(walk: LipschitzWalk) -> tuple[NodeBound, ...]:
+    """The bounds of operations, without affine ones inside a longer stretch."""
+    return tuple(
+        NodeBound(
+            module_of(node)[0] or node.name, getattr(operation_of(node.target), "__name__", str(node.target)), walk.bounds[node]
+        )
+        for node in walk.graph.nodes
+        if node in walk.graph.moving and node in walk.bounds and node is not walk.graph.input
     )
-    return LipschitzBound(value, rows, reason, walk.failure_probability, local, pairs, errors, errors_reason)
 
 
 def _warn_if_outside(example_input: Tensor, low: float, high: float) -> None:
     """Warn if values of the example lie outside the box. Integer inputs (indices) are not checked."""
-    least, largest = (float(end) for end in example_input.aminmax()) if example_input.is_floating_point() else (low, high)
+    values = example_input.detach()
+    least, largest = (float(end) for end in values.aminmax()) if values.is_floating_point() else (low, high)
     if not low <= least <= largest <= high:
         warn_user(
             f"lipschitz_bound(box=({low:g}, {high:g})): the example has values from {least:g} to {largest:g}, and `local` and "
@@ -166,45 +218,34 @@ def _warn_if_outside(example_input: Tensor, low: float, high: float) -> None:
         )
 
 
-def _mixes_the_batch(model: nn.Module, example: Tensor) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(example[1:].shape, generator=generator).to(example)
-    alone, beside = model(example.clone())[0], model(torch.cat([example[:1], noise]))[0]
-    return not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
-
-
-def _local_bound(
-    traced: fx.GraphModule, example: Tensor, walk: LipschitzWalk, lowest: float, highest: float
-) -> tuple[float, str | None]:
-    """The Lipschitz bound between inputs in a box, in float64 with the norms already known, and why it is infinite."""
-    exact = copy.deepcopy(traced).double()
-    low, high = (torch.full_like(example, end, dtype=torch.float64) for end in (lowest, highest))
-    radius = math.sqrt(example.numel()) * (highest - lowest) / 2 * (1 + 1e-14)
-    local = LipschitzWalk(exact, walk.each, walk.norms, (low, high), radius)
-    try:
-        local.run((low + high) / 2)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return math.inf, f"the network does not run in float64 ({error})"
+def _local_bound(walk: LipschitzWalk, values: Mapping[fx.Node, Any], lowest: float, highest: float) -> tuple[float, str | None]:
+    """The Lipschitz bound between inputs in a box, with the norms already known, and why it is infinite."""
+    centre = values[walk.graph.input]
+    low, high = (torch.full_like(centre, end) for end in (lowest, highest))
+    radius = math.sqrt(centre.numel()) * (highest - lowest) / 2 * (1 + 1e-14)
+    local = LipschitzWalk(walk.graph, values, walk.each, walk.norms, (low, high), radius)
+    local.run()
     return local.value, local.reason if math.isinf(local.value) else None
 
 
 def _errors(
-    traced: fx.GraphModule, example: Tensor, walk: LipschitzWalk, low: float, high: float
+    walk: LipschitzWalk, values: Mapping[fx.Node, Any], example: Tensor, low: float, high: float
 ) -> tuple[dict[torch.dtype, float], str | None]:
     """Bounds of the forward pass's rounding error in float32 and float64, and why they are infinite."""
-    exact = copy.deepcopy(traced).double()
     errors, reason = {}, None
     for dtype in (torch.float32, torch.float64):
-        errors[dtype], reason = forward_error(walk, exact, dtype, low, high, example.shape)
+        errors[dtype], why = forward_error(walk, values, dtype, low, high)
+        reason = reason or why
     if example.device.type != "cpu":  # convolutions may be Winograd's, which no rule covers
         errors[torch.float32] = math.inf
     return errors, reason
 
 
-def _pairs(walk: LipschitzWalk, last: Any) -> Tensor | None:
+def _pairs(walk: LipschitzWalk) -> Tensor | None:
     """‖Aᵀ(e_i - e_j)‖ times the bound of the input of the last affine stretch A, for all outputs i, j; rounded up."""
+    last = walk.graph.outputs[0]
     step = walk.affine.get(last)
-    if step is None or last in walk.changed or len(walk.shape(last)) != 1:
+    if step is None or len(walk.graph.outputs) > 1 or len(walk.shape(last)) != 1:
         return None
     root, steps = walk.stretch(step)
     classes, size = walk.shape(last)[0], math.prod(walk.shape(root))

@@ -12,10 +12,10 @@ Box = tuple[Any, Any]  # lowest and highest values, tensors or tuples of them
 
 
 def of_each_part(function: Callable[[Tensor], Box], value: Any) -> Box:
-    """The box that a function gives for a tensor, or for each tensor of a tuple."""
+    """The box that a function gives for a tensor, or for each tensor of a tuple; whole numbers keep their values."""
     if isinstance(value, Tensor):
-        return function(value)
-    lows, highs = zip(*(function(part) for part in value), strict=True)
+        return function(value) if value.is_floating_point() else (value, value)
+    lows, highs = zip(*(of_each_part(function, part) for part in value), strict=True)
     return tuple(lows), tuple(highs)
 
 
@@ -26,12 +26,6 @@ def pairwise(function: Callable[..., Tensor], *values: Any) -> Any:
     return tuple(function(*parts) for parts in zip(*values, strict=True))
 
 
-def widened(box: Box, by: Box) -> Box:
-    """The box after elements were overwritten, at unknown places, by elements of a tensor in the box ``by``."""
-    lowest, highest = (float(end.min() if end is by[0] else end.max()) for end in by)
-    return box[0].clamp_max(lowest), box[1].clamp_min(highest)
-
-
 def box_intersection(one: Box, other: Box) -> Box:
     """The box of values that lie in both boxes."""
     return pairwise(torch.maximum, one[0], other[0]), pairwise(torch.minimum, one[1], other[1])
@@ -39,5 +33,9 @@ def box_intersection(one: Box, other: Box) -> Box:
 
 def rounded_outward(box: Box) -> Box:
     """The box enlarged by more than float64 rounding errors; rules account for cancellation themselves."""
-    low = pairwise(lambda x: x - 1e-12 * x.abs() - 1e-300, box[0])
-    return low, pairwise(lambda x: x + 1e-12 * x.abs() + 1e-300, box[1])
+    return pairwise(lambda x: _moved(x, -1), box[0]), pairwise(lambda x: _moved(x, 1), box[1])
+
+
+def _moved(x: Tensor, sign: int) -> Tensor:
+    """Numbers moved outward; infinite and whole numbers stay."""
+    return torch.where(x.isinf(), x, x + sign * (1e-12 * x.abs() + 1e-300)) if x.is_floating_point() else x

@@ -7,25 +7,25 @@ Consecutive affine nodes (an affine stretch) are one operator, whose norm is com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..norms import NormInterval, spectral_norm
 from ..numerics import product_up
-from ..operators import LinearOperator, Shape, compose, has_forward_hooks
-from .boxes import Box, box_intersection, of_each_part, rounded_outward, widened
-from .registry import INTERVALS, JOINERS, RULES
+from ..operators import LinearOperator, Shape, compose
+from .boxes import Box, box_intersection, of_each_part, rounded_outward
+from .graph import Graph, where
+from .table import PATTERNS, TABLE, NoClaim, Row, operation_of
 
 _LARGEST_STRETCH = 3e5  # most elements in a step's argument for which a stretch of several layers is bounded as a whole
+aten = torch.ops.aten
 Key = tuple[Any, ...]
-
-
 Build = Callable[[], LinearOperator]
 
 
@@ -38,106 +38,126 @@ class Affine:
         key: Identifies the operator, so that its norm is computed once.
         build: Makes the operator at the node's full shape, without the batch axis.
         norm: The operator's norm, rounded up, if it is known; or a key and a builder of a smaller operator of the same norm.
-        module: The layer, so that the batch normalisation that follows it can be joined with it.
+        layers: Names of the modules that the operator is made of: a layer, or one with the batch normalisation that follows.
+        joined: Makes one operator of this one and the one before it, where that has tighter bounds; None where it has none.
+        part: The module or padding of this step, for ``joined`` of the next one.
+        uneven: Whether it multiplies elements by numbers of several sizes, so that its norm is more than it does to some.
+        picks: The function itself, where it only selects elements, copies them, or adds constants; else None.
     """
 
     source: fx.Node
     key: Key
     build: Build
     norm: float | tuple[Key, Build] | None = None
-    module: nn.Module | None = None
+    layers: tuple[str, ...] = ()
+    joined: Callable[[Affine], Affine | None] | None = field(default=None, compare=False)
+    part: Any = field(default=None, compare=False)
+    uneven: bool = False
+    picks: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
 
 
-class LipschitzWalk(fx.Interpreter):
-    """An interpreter that runs the graph on the example and computes every node's Lipschitz bound from the network's input.
+class LipschitzWalk:
+    """A traversal of a graph that computes the Lipschitz bound of every node from the network's input.
 
-    With a ``box`` of inputs the walk is local: the example is the centre of the box, ``radius`` is half its diagonal, and every
-    node has a box that contains its values, so that rules may use their size.
+    With a ``box`` of inputs the walk is local: the values are those at the centre of the box, ``radius`` is half its diagonal,
+    and every node has a box that contains its values, so that rules may use their size.
+
+    Args:
+        graph: The network's graph.
+        values: The value of each node, in float64.
+        failure_probability: Allowed for each computed norm.
+        norms: Norms that are known already, by key; the walk adds those that it computes.
+        box: Lowest and highest values of the input.
+        radius: Half the diagonal of the box of one input.
     """
 
     def __init__(
-        self, module: fx.GraphModule, failure_probability: float, norms: dict[Key, NormInterval] | None = None,
-        box: Box | None = None, radius: float = math.inf,
+        self, graph: Graph, values: Mapping[fx.Node, Any], failure_probability: float,
+        norms: dict[Key, NormInterval] | None = None, box: Box | None = None, radius: float = math.inf,
     ) -> None:  # fmt: skip
-        super().__init__(module, garbage_collect_values=False)
+        self.graph, self.env = graph, values
         self.bounds: dict[fx.Node, float] = {}
         self.affine: dict[fx.Node, Affine] = {}
-        self.kinds: dict[fx.Node, str] = {}
         self.boxes: dict[fx.Node, Box] = {}
-        self.changed: dict[fx.Node, list[fx.Node]] = {}  # nodes changed in place later on -> the nodes that did so
         self.reason: str | None = None
         self.norms = {} if norms is None else norms
         self.local = box is not None
         self.each = failure_probability  # of each norm
         self._input_box, self._radius = box, radius
+        self._half = any(is_half(values[node]) for node in graph.moving)  # then no pattern applies: a step of it may round
+
+    def run(self) -> None:
+        """Bound every node, in order."""
+        for node in self.graph.nodes:
+            if node is not self.graph.input and node not in self.graph.moving:
+                self.bounds[node] = self._constant(node)
+                continue
+            if self.env[node] is None:  # an assertion
+                self.bounds[node] = 0.0
+                continue
+            found = self._bound(node)
+            if isinstance(found, Affine):
+                self.affine[node] = found
+            else:
+                self.bounds[node] = found
+            if self.local and is_numbers(self.env[node]):
+                self.boxes[node] = self._box(node)
 
     @property
     def failure_probability(self) -> float:
         """A bound of the probability that any of the norms used is wrong."""
         return sum(interval.failure_probability for interval in self.norms.values())
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node, bound it, and record every earlier value that it changed in place."""
-        before = {node: value._version for node, value in self.env.items() if isinstance(value, Tensor)}
-        result = self.env[n] = super().run_node(n)
-        self.kinds[n] = n.op
-        found = self._bound(n, result)
-        if isinstance(found, Affine):
-            self.affine[n] = found
-        else:
-            self.bounds[n] = found
-        if self.local and self.depends(n) and _all_tensors(result):
-            self.boxes[n] = self._box(n, result)
-        for node, version in before.items():
-            if self.env[node]._version != version:
-                self.changed.setdefault(node, []).append(n)
-                if self.local and self.depends(node):
-                    self.boxes[node] = widened(self.boxes.get(node, (self.env[node],) * 2), self.boxes[n])
-        return result
+    @property
+    def value(self) -> float:
+        """Bound of the network's output, all its tensors together."""
+        bounds = [self.bound(node) for node in self.graph.outputs]
+        return bounds[0] if len(bounds) == 1 else math.nextafter(math.hypot(*bounds), math.inf)
 
     def depends(self, value: Any) -> bool:
         """Whether an argument depends on the network's input."""
         if isinstance(value, tuple | list):
             return any(self.depends(part) for part in value)
-        if not isinstance(value, fx.Node):
-            return False
-        return value in self.affine or self.bounds[value] != 0 or any(self.depends(n) for n in self.changed.get(value, ()))
+        return isinstance(value, fx.Node) and (value in self.affine or self.bounds.get(value, 0.0) != 0)
 
     def bound(self, value: Any) -> float:
         """Bound of an argument: its node's bound, or 0 for a constant."""
         if not isinstance(value, fx.Node):
             return 0.0
         if value not in self.bounds:
-            try:
-                self.bounds[value] = self.bound_at(value)
-            except (NotImplementedError, ValueError, RuntimeError) as error:
-                self.bounds[value] = self._unknown(value, f"this call of {self.kinds[value]} ({error})")
-        return max(self.bounds[value], *(self.bound(n) for n in self.changed.get(value, ())), 0.0)
+            self.bounds[value] = self._claimed(value, lambda: self.bound_at(value))
+        return self.bounds[value]
 
     def bound_at(self, node: fx.Node) -> float:
         """Compute the bound of an affine node."""
         return self.bound_of(self.affine[node])
 
-    @property
-    def value(self) -> float:
-        """Bound of the network's output; inf where the walk did not reach it."""
-        output = next(node for node in reversed(list(self.graph.nodes)) if node.op == "output")
-        return self.bounds.get(output, math.inf)
-
     def shape(self, node: Any) -> Shape:
         """Shape of a node's value, without the batch axis."""
         return tuple(self.env[node].shape[1:])
+
+    def constant(self, value: Any) -> Tensor:
+        """The value of an argument that does not depend on the input, in float64.
+
+        Raises:
+            NoClaim: it is not finite.
+        """
+        found = torch.as_tensor(self.env[value] if isinstance(value, fx.Node) else value)
+        if found.is_complex() or not bool(torch.isfinite(found).all()):
+            raise NoClaim("with a constant that is complex or not finite")
+        return found.detach().double()
 
     def box(self, value: Any) -> Box:
         """Lowest and highest values of an argument's elements; only in a local walk."""
         if isinstance(value, fx.Node):
             return self.boxes[value] if value in self.boxes else (self.env[value], self.env[value])
-        return value, value
+        number = torch.as_tensor(value, dtype=torch.float64)
+        return number, number
 
     def size(self, value: Any) -> Tensor:
         """Largest absolute values of an argument's elements; only in a local walk."""
-        low, high = self.box(value)
-        return torch.maximum(torch.as_tensor(low).abs(), torch.as_tensor(high).abs()).double()
+        low, high = (torch.as_tensor(end).double().abs() for end in self.box(value))
+        return torch.maximum(low, high)
 
     def operator_norm(self, key: Key, build: Build) -> float:
         """A proved upper bound of an operator's norm, computed once for each key."""
@@ -147,20 +167,14 @@ class LipschitzWalk(fx.Interpreter):
 
     def rerun(self, n: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         """Compute a node's value for other values of its arguments."""
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), value_of)
-        return getattr(self, n.op)(n.target, args, kwargs)
-
-    def called(self, node: Any) -> nn.Module | None:
-        """The module that a node calls; None if it calls none."""
-        called = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.submodules[node.target] if called else None
+        return self.graph.rerun(n, value_of)
 
     def stretch(self, last: Affine) -> tuple[fx.Node, list[Affine]]:
         """The input node of the affine stretch that ends with a step, and all steps of the stretch."""
         steps = [last]
-        while steps[0].source in self.affine and steps[0].source not in self.changed:
+        while steps[0].source in self.affine:
             steps.insert(0, self.affine[steps[0].source])
-        return steps[0].source, _joined(steps)
+        return steps[0].source, joined(steps)
 
     def bound_of(self, last: float | Affine) -> float:
         """Bound of the stretch's input times the smaller of the whole stretch's norm and the product of its steps' norms."""
@@ -168,77 +182,121 @@ class LipschitzWalk(fx.Interpreter):
             return last
         root, steps = self.stretch(last)
         alone = product_up(self.bound(root), self.product(steps))
-        layers = [step for step in steps if not isinstance(step.norm, float)]
+        layers = [step for step in steps if step.uneven or not isinstance(step.norm, float)]
         if len(layers) < 2 or max(prod(self.shape(step.source)) for step in steps) > _LARGEST_STRETCH:
             return alone
-        whole = self.operator_norm(tuple(step.key for step in steps), lambda: composed(steps))
-        return min(alone, product_up(self.bound(root), whole))
+        return min(alone, product_up(self.bound(root), self.whole_norm(steps)))
+
+    def whole_norm(self, steps: list[Affine]) -> float:
+        """The norm of a stretch of several layers as one operator."""
+        return self.operator_norm(tuple(step.key for step in steps), lambda: composed(steps))
 
     def product(self, steps: list[Affine]) -> float:
-        """Product of the norms of steps; a layer and the batch normalisation that follows it are one step."""
-        return product_up(*(self._norm(step) for step in _joined(steps)))
+        """Product of the norms of steps, joined where that is tighter."""
+        return product_up(*(self.step_norm(step) for step in joined(steps)))
 
-    def _norm(self, step: Affine) -> float:
+    def step_norm(self, step: Affine) -> float:
+        """The norm of one step."""
         return step.norm if isinstance(step.norm, float) else self.operator_norm(*(step.norm or (step.key, step.build)))
 
-    def _bound(self, n: fx.Node, result: Any) -> float | Affine:
+    def row(self, n: fx.Node) -> Row:
+        """The row of a node's operation in the table.
+
+        Raises:
+            NoClaim: the operation has none, or the node's value is no tensor of real floating-point numbers.
+        """
+        operation = operation_of(n.target)
+        row, value = TABLE.get(n.target) or TABLE.get(operation), self.env[n]
+        if is_decision(value):
+            return _DECISION
+        if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
+            raise NoClaim(f"to {value.dtype}")
+        if row is None:
+            raise NoClaim
+        return row
+
+    def _constant(self, n: fx.Node) -> float:
+        """0, or inf for random numbers and what is made of them."""
+        if n.op == "call_function" and is_random(n):
+            return self.unknown(n, _RANDOM)
+        return math.inf if any(self.bounds[a] > 0 for a in n.all_input_nodes) else 0.0
+
+    def _bound(self, n: fx.Node) -> float | Affine:
         if n.op == "placeholder":
             return 1.0
-        depends = any(self.depends(a) for a in n.all_input_nodes)
-        if n.op == "output":
-            return self.bound(n.args[0]) if isinstance(result, Tensor) else self._unknown(n, "a model with several outputs")
-        if not depends or n.op == "get_attr" or _is_shape(n):
-            return 0.0
-        module = self.called(n)
-        target = type(module) if module is not None else n.target
-        self.kinds[n] = getattr(target, "__name__", str(target))
-        rule = RULES.get(target)
-        if not _all_tensors(result):
-            return self._unknown(n, str(n.target))
-        if not all(part.dtype in (torch.float32, torch.float64) for part in _parts(result)):
-            return self._unknown(n, f"{self.kinds[n]} to {_parts(result)[-1].dtype}")
-        if rule is None:
-            return self._unknown(n, self.kinds[n])
-        if module is not None and is_overridden(module) and rule is not RULES.get(nn.Linear):
-            return self._unknown(n, f"{self.kinds[n]} with hooks or an overridden forward")
-        try:
-            value = rule(self, n)
-        except Exception as error:  # noqa: BLE001 - an unsupported call has no bound, whatever error it raises
-            return self._unknown(n, f"this call of {self.kinds[n]} ({error or type(error).__name__})")
-        return value if isinstance(value, Affine) or value < math.inf else self._unknown(n, self.kinds[n])
+        return self._claimed(n, lambda: self._found(n))
 
-    def _box(self, n: fx.Node, result: Any) -> Box:
-        """The box of a node's values, from its interval rule and from its Lipschitz bound around its value at the centre."""
+    def _found(self, n: fx.Node) -> float | Affine:
+        if is_random(n) and operation_of(n.target) not in TABLE:
+            raise NoClaim(_RANDOM)
+        if not self.depends(list(n.all_input_nodes)):
+            return 0.0
+        if operation_of(n.target) in CONSTANTS and not self.depends(list(n.args[1:])):
+            return 0.0
+        for value in map(self.env.__getitem__, n.all_input_nodes):
+            if isinstance(value, Tensor) and value.is_complex():
+                raise NoClaim("of complex numbers")
+        if any(self.depends(a) and isinstance(self.env[a], int | float) for a in n.all_input_nodes):
+            raise NoClaim("of a number read off the input")
+        together = [] if self._half else [found for p in self.patterns(n) if (found := p(self, n)) is not None]
+        try:
+            value = self.row(n).bound(self, n)
+        except NoClaim:
+            if not together:
+                raise
+            return min(together)
+        if together and not isinstance(value, Affine):
+            return float(min(value, *together))
+        if not isinstance(value, Affine) and not value < math.inf and not is_decision(self.env[n]):
+            raise NoClaim("with a constant above 1e308")
+        return value
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether parts of a node's value may be followed to the value that they were selected from."""
+        return True
+
+    def patterns(self, n: fx.Node) -> list[Callable[..., float | None]]:
+        """Bounds of several operations together that may apply to a node."""
+        return [bound for bound, _ in PATTERNS.get(operation_of(n.target), ())]
+
+    def _claimed(self, n: fx.Node, found: Callable[[], Any]) -> Any:
+        try:
+            return found()
+        except NoClaim as unknown:
+            return self.unknown(n, str(unknown))
+
+    def _box(self, n: fx.Node) -> Box:
+        """The box of a node's values, from its row and from its Lipschitz bound around its value at the centre."""
         if n.op == "placeholder":
             assert self._input_box is not None
             return self._input_box
-        module = self.called(n)
-        rule = INTERVALS.get(type(module) if module is not None else n.target)
-        found = None
-        if rule is not None and n.op != "output":
+        row, found = TABLE.get(n.target) or TABLE.get(operation_of(n.target)), None
+        others = any(
+            is_half(v) or (isinstance(v, Tensor) and v.is_complex()) for v in map(self.env.get, [n, *n.all_input_nodes])
+        )
+        if row is not None and row.box is not None and not others and self.bounds.get(n) != math.inf:
             try:
-                found = rule(self, n)
-            except Exception:  # noqa: BLE001 - an unsupported call has the box of its Lipschitz bound
+                found = row.box(self, n)
+            except NoClaim:
                 found = None
-        if found is not None and (n in self.affine or not isinstance(result, Tensor)):
+        if found is not None and (n in self.affine or not isinstance(self.env[n], Tensor)):
             return rounded_outward(found)
         reach = product_up(self.bound(n), self._radius)
-        around = of_each_part(lambda value: (value - reach, value + reach), result)
+        around = of_each_part(lambda value: (value - reach, value + reach), self.env[n])
         return rounded_outward(around if found is None else box_intersection(found, around))
 
-    def _unknown(self, n: fx.Node, what: str) -> float:
+    def unknown(self, n: fx.Node, what: str) -> float:
+        """Record, if it is the first, that nothing is known of a node; returns inf."""
         if self.reason is None:
-            module = self.called(n)
-            host = type(module).__module__.split(".")[0] if module is not None else ""
-            hint = "; import robust_spectral.plugins.timm for its layers" if host == "timm" else ""
-            hint = "; use model.float()" if what.endswith(("torch.float16", "torch.bfloat16")) else hint
-            self.reason = f"no Lipschitz constant is known for {what} (at '{where(n)}'){hint}"
+            hint = "; use model.float()" if what.endswith(("torch.float16", "torch.bfloat16")) else ""
+            self.reason = f"no Lipschitz constant is known for {named(n, what)} (at {where(n)}){hint}"
         return math.inf
 
 
-def where(n: fx.Node) -> str:
-    """The name of a node in the model."""
-    return str(n.target) if n.op == "call_module" else n.name
+def named(n: fx.Node, what: str) -> str:
+    """An operation by name, and what is special about its use."""
+    name = getattr(operation_of(n.target), "__name__", str(n.target))
+    return f"{name} {what}" if what.startswith("to ") else f"{name} ({what})" if what else name
 
 
 def composed(steps: list[Affine]) -> LinearOperator:
@@ -246,32 +304,38 @@ def composed(steps: list[Affine]) -> LinearOperator:
     return reduce(compose, [step.build() for step in steps])
 
 
-def _joined(steps: list[Affine]) -> list[Affine]:
-    """The steps, with each batch normalisation joined to the layer before it where possible."""
-    joined: list[Affine] = []
+def joined(steps: list[Affine]) -> list[Affine]:
+    """The steps, with each joined to the one before it where both have tighter bounds together."""
+    found: list[Affine] = []
     for step in steps:
-        both = JOINERS.get(type(step.module), lambda *_: None)(joined[-1], step) if joined else None
-        joined[-1:] = [both] if both is not None else [*joined[-1:], step]
-    return joined
+        both = step.joined(found[-1]) if found and step.joined is not None else None
+        found[-1:] = [both] if both is not None else [*found[-1:], step]
+    return found
 
 
-def _all_tensors(result: Any) -> bool:
-    return isinstance(result, Tensor) or (
-        isinstance(result, tuple | list) and len(result) > 0 and all(isinstance(part, Tensor) for part in result)
-    )
+def is_random(n: fx.Node) -> bool:
+    """Whether an operation may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
 
 
-def _parts(result: Any) -> Sequence[Tensor]:
-    return (result,) if isinstance(result, Tensor) else result
+_RANDOM = "which may draw random numbers"
+CONSTANTS = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full)
 
 
-def is_overridden(module: nn.Module) -> bool:
-    """Whether hooks or an instance's own ``forward`` may change what a module of its type computes."""
-    return has_forward_hooks(module) or "forward" in vars(module)
+def is_decision(value: Any) -> bool:
+    """Whether a node's value is a comparison's, which jumps; operations that use it say what is not known."""
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
-def _is_shape(n: fx.Node) -> bool:
-    """Whether a node reads only the shape, dtype or device of its argument."""
-    if n.op == "call_function" and n.target is getattr:
-        return n.args[1] in ("shape", "ndim", "dtype", "device")
-    return n.op == "call_method" and n.target in ("size", "dim", "numel")
+_DECISION = Row(lambda walk, n: math.inf)
+
+
+def is_half(value: Any) -> bool:
+    """Whether a node's value is in half precision."""
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether a node's value is a tensor of floating-point numbers, or a sequence of tensors that starts with one."""
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return isinstance(first, Tensor) and first.is_floating_point()

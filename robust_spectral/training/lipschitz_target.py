@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..clipping import TOLERANCE
 from ..layers import uncompiled
-from ..lipschitz import Build, Key, LipschitzWalk, pair_of, traced_at
+from ..lipschitz import Affine, Graph, Key, LipschitzWalk, NoClaim, graph_of, pair_of, preserved
 from ..norms import NormInterval
-from ..operators import evaluating
 
 _SMALLEST = 1e-6  # smallest norm that is tried
 _HALVINGS = 30
@@ -40,13 +39,17 @@ def norm_for(
         ValueError: no norm suffices: the network has no bound, or its other layers keep the bound above the target.
     """
     example, model = pair_of(example_input), uncompiled(model)
-    with evaluating(model), torch.no_grad():
-        traced = traced_at(model, example)
+    with preserved(model), torch.no_grad():
+        try:
+            graph = graph_of(model, example)
+            values = graph.values(example)
+        except NoClaim as refused:
+            raise ValueError(f"lipschitz_target={lipschitz_target:g}: {refused}") from refused
         norms: dict[Key, NormInterval] = {}
 
         def bound(norm: float) -> float:
-            walk = _Capped(traced, failure_probability, norms, held, norm)
-            walk.run(example)
+            walk = _Capped(graph, values, failure_probability, norms, held, norm)
+            walk.run()
             if walk.reason is not None and math.isinf(walk.value):
                 raise ValueError(f"lipschitz_target={lipschitz_target:g}: {walk.reason}")
             return walk.value
@@ -75,20 +78,18 @@ class _Capped(LipschitzWalk):
     """
 
     def __init__(
-        self, module: fx.GraphModule, failure_probability: float, norms: dict[Key, NormInterval], held: Mapping[str, bool],
-        norm: float,
+        self, graph: Graph, values: Mapping[Any, Any], failure_probability: float, norms: dict[Key, NormInterval],
+        held: Mapping[str, bool], norm: float,
     ) -> None:  # fmt: skip
-        super().__init__(module, failure_probability, norms)
+        super().__init__(graph, values, failure_probability, norms)
         self._held, self._cap = {name.split("#")[0]: composite for name, composite in held.items()}, norm * (1 + TOLERANCE)
 
-    def operator_norm(self, key: Key, build: Build) -> float:
-        """The norm found by the base class, capped for the layers that the clipper controls; infinite for stretches."""
-        if isinstance(key[0], tuple):
-            return math.inf
-        norm, composite = super().operator_norm(key, build), _is_composite(key)
-        return min(norm, self._cap) if self._held.get(str(key[0])) == composite else norm
+    def step_norm(self, step: Affine) -> float:
+        """The norm found by the base class, capped for the layers that the clipper controls."""
+        norm = super().step_norm(step)
+        composite = len(step.layers) == 2
+        return min(norm, self._cap) if step.layers and self._held.get(step.layers[0]) == composite else norm
 
-
-def _is_composite(key: tuple[Any, ...]) -> bool:
-    """Whether a key names a layer together with its batch normalisation."""
-    return len(key) == 3
+    def whole_norm(self, steps: list[Affine]) -> float:
+        """Unknown: the norm of a stretch does not follow from those of its layers."""
+        return math.inf

@@ -106,7 +106,7 @@ def test_a_convolution_used_twice_counts_with_and_without_its_batchnorm() -> Non
 def test_the_bound_lists_every_node_of_the_network() -> None:
     model = seeded(NETWORKS["dense"][0])
     rows = bound(model, 6).nodes
-    assert [(row.name, row.kind) for row in rows] == [("0", "Linear"), ("1", "ReLU"), ("2", "Linear")]
+    assert [(row.name, row.kind) for row in rows] == [("0", "linear"), ("1", "relu"), ("2", "linear")]
     assert rows[0].bound == pytest.approx(norm(model[0], (6,)), rel=1e-9)
     assert rows[-1].bound == bound(model, 6).value
 
@@ -149,7 +149,7 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_pairs() -> None:
 
 
 GATED = {
-    "gate": (Call(lambda m, x: x * torch.sigmoid(x)), (6,)),
+    "gate": (Call(lambda m, x: x * torch.sigmoid(m.f(x)), f=nn.Linear(6, 6)), (6,)),
     "product": (Call(lambda m, x: m.a(x) * m.b(x), a=nn.Linear(6, 4), b=nn.Linear(6, 4)), (6,)),
     "squeeze and excite": (Call(lambda m, x: x * torch.sigmoid(m.f(x.mean((2, 3), keepdim=True))), f=nn.Conv2d(3, 3, 1)),
                            (3, 4, 4)),
@@ -157,7 +157,8 @@ GATED = {
                        k=nn.Linear(4, 4)), (5, 4)),
     "attention by hand": (Call(lambda m, x: torch.softmax(m.q(x) @ x.transpose(1, 2), -1) @ x, q=nn.Linear(4, 4)), (5, 4)),
     "normalised by hand": (Call(lambda m, x: x * torch.rsqrt(x.var(-1, keepdim=True) + 0.5)), (6,)),
-    "root mean square by hand": (Call(lambda m, x: x / (x.pow(2).mean(-1, keepdim=True) + 0.5).sqrt()), (6,)),
+    "root mean square of another": (Call(lambda m, x: x / (m.f(x).pow(2).mean(-1, keepdim=True) + 0.5).sqrt(),
+                                         f=nn.Linear(6, 6)), (6,)),
     "square": (Call(lambda m, x: torch.square(m.f(x)), f=nn.Linear(4, 4)), (4,)),
     "quotient": (Call(lambda m, x: m.f(x) / (1 + torch.relu(m.f(x))), f=nn.Linear(4, 4)), (4,)),
     "one matrix for many": (Call(lambda m, x: x @ x.mean(1, keepdim=True)), (3, 4, 4)),

@@ -65,7 +65,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.GELU(), nn.Conv2d(8, 4, 3, padding=1)),
     "circular": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.SiLU(), nn.MaxPool2d(3, 1)),
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3, 2), nn.Tanh(), nn.AvgPool2d(2)),
-    "batchnorm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), trained_like(nn.BatchNorm2d(6)), nn.Softplus(), nn.Flatten()),
+    "batchnorm": lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 3), trained_like(nn.BatchNorm2d(6)), nn.Softplus(threshold=40), nn.Flatten()
+    ),
     "pools": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.MaxPool2d(2, 1), nn.AdaptiveAvgPool2d(1)),
     "slopes": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.LeakyReLU(0.3), nn.Conv2d(6, 6, 1), nn.PReLU(), nn.ELU()),
     "branches": Branches,
@@ -147,11 +149,11 @@ def test_the_error_grows_with_the_box() -> None:
 
 def test_an_operation_of_unknown_rounding_gives_an_infinite_error_and_radius_zero() -> None:
     found = rs.lipschitz_bound(
-        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Flatten()), torch.zeros(1, *SHAPE)
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Flatten()), torch.zeros(1, *SHAPE)
     )
     assert math.isfinite(found.value) and math.isinf(found.errors[torch.float32])
-    assert found.reason is None and found.errors_reason is not None and "Upsample rounds (at '1')" in found.errors_reason
-    with pytest.warns(UserWarning, match=r"rounding of float32 \(of unknown size\) .* how Upsample rounds"):
+    assert found.reason is None and "upsample_bilinear2d rounds (at '1', Upsample)" in str(found.errors_reason)
+    with pytest.warns(UserWarning, match=r"rounding of float32 \(of unknown size\) .* how upsample_bilinear2d rounds"):
         assert float(rs.certified_radius(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), found)) == 0
 
 
@@ -183,11 +185,6 @@ def test_a_margin_within_the_rounding_error_of_float32_is_certified_in_float64_o
     exact = copy.deepcopy(net).double()(x.double())
     radius = float(rs.certified_radius(exact, label, found))
     assert 0.9 * 0.9 * 8 < radius <= 0.9 * 8  # the distance to the boundary, where all pixels are 0
-
-
-def test_composing_a_bound_with_a_preceding_function_propagates_its_errors() -> None:
-    bound = rs.LipschitzBound(3.0, errors={torch.float32: 0.5}).behind(2.0, {torch.float32: 0.1})
-    assert bound.value == pytest.approx(6.0) and bound.errors[torch.float32] == pytest.approx(0.5 + 3 * 0.1)
 
 
 def test_the_errors_of_both_forward_passes_are_subtracted_from_the_margin() -> None:

@@ -74,9 +74,11 @@ KNOWN = {
     "x times a constant": (Call(lambda m, x: x * m.c, c=torch.tensor([1.0, -5.0, 2.0])), (3,), 5.0),
     "x over a constant": (Call(lambda m, x: x / m.c, c=torch.tensor([1.0, -5.0, 0.5])), (3,), 2.0),
     "concatenation": (Call(lambda m, x: torch.cat([x, 2 * x, x], 1)), (3,), math.sqrt(6)),
-    "concatenation with a constant": (Call(lambda m, x: torch.cat((x, m.c), dim=1), c=torch.ones(2, 4)), (3,), 1.0),
+    "concatenation with a constant": (
+        Call(lambda m, x: torch.cat((x, m.c.expand(len(x), 4)), dim=1), c=torch.ones(1, 4)), (3,), 1.0,
+    ),
     "mean of the channels added to each": (Call(lambda m, x: x.mean(1, keepdim=True) + x), (4,), 2.0),
-    "mean of the channels times many": (Call(lambda m, x: x.mean(1, keepdim=True) * m.c, c=torch.ones(2, 9)), (4,), 1.5),
+    "mean of the channels times many": (Call(lambda m, x: x.mean(1, keepdim=True) * m.c, c=torch.ones(1, 9)), (4,), 1.5),
     "sum over channels": (Call(lambda m, x: x.sum(1, keepdim=True)), (9,), 3.0),
     "expanded": (Call(lambda m, x: x[:, None].expand(-1, 4, -1)), (3,), 2.0),
     "repeated": (Call(lambda m, x: x.repeat(1, 4)), (3,), 2.0),
@@ -111,7 +113,7 @@ KNOWN = {
     "dense function": (Call(lambda m, x: F.linear(x, m.c), c=torch.tensor([[3.0, 0.0], [0.0, 1.0]])), (2,), 3.0),
     "softmax of two": (nn.Softmax(1), (2,), 0.5),
     "times zero": (Call(lambda m, x: x * 0), (3,), 0.0),
-    "a constant": (Call(lambda m, x: torch.ones(2, 3)), (3,), 0.0),
+    "a constant": (Call(lambda m, x: torch.ones(len(x), 3)), (3,), 0.0),
 }  # fmt: skip
 
 
@@ -199,7 +201,7 @@ KEYWORDS = {
 @pytest.mark.parametrize("function", KEYWORDS.values(), ids=KEYWORDS)
 def test_keyword_arguments_are_understood_or_make_the_bound_infinite(function: Callable[..., Tensor]) -> None:
     model = seeded(lambda: Call(function, f=nn.Linear(4, 3)))
-    assert sampled(model, 4) <= bound(model, 4).value * (1 + 1e-12)
+    assert sampled(model, 4) <= bound(model, 4).value * (1 + 1e-11)
 
 
 def test_a_weight_normalised_by_a_hook_is_bounded_as_the_forward_pass_uses_it() -> None:

@@ -1,75 +1,182 @@
-"""Rules of elementwise functions, whose Lipschitz constant is their largest slope, and of the identity."""
+"""Elementwise functions, whose Lipschitz constant is their largest slope, and the identity."""
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from ...numerics import product_up
-from ..registry import rule
+from ..boxes import Box
+from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
-from .node_arguments import given, identity, source_of
+from .node_arguments import arguments, at_end, aten, decreasing, exact, identity, increasing, repeats, rounded_numbers
+
+_SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
 
 # Largest slopes, rounded up. GELU at √2: Φ(√2) + √2 φ(√2) = 1.128904… (tanh form 1.128993…); SiLU 1.0998393…,
-# Mish 1.0884…, SELU 1.0507 · 1.6733 = 1.7581….
-_SLOPES: dict[float, list[Any]] = {
-    1.0: [
-        nn.ReLU, nn.ReLU6, nn.Tanh, nn.Hardtanh, nn.Softsign,
-        F.relu, F.relu6, F.hardtanh, torch.relu, torch.tanh, torch.abs, torch.neg, operator.neg, torch.clamp,
-        "relu", "relu_", "tanh", "abs", "neg", "clamp",
-    ],
-    0.25: [nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"],
-    1.09984: [nn.SiLU, F.silu],
-    1.129: [nn.GELU, F.gelu],
-    1.0885: [nn.Mish, F.mish],
-    1.5: [nn.Hardswish, F.hardswish],
-    0.16667: [nn.Hardsigmoid, F.hardsigmoid],
-    1.7581: [nn.SELU, F.selu],
+# Mish 1.0884…; erf 2 / √π = 1.1283791…. Below, the smallest values, rounded down: SiLU -0.278464…, GELU -0.169971… (tanh form
+# -0.170041…), Mish -0.308840…, Hardswish -3/8.
+_SLOPES = {
+    aten.relu: 1.0, aten.relu6: 1.0, aten.tanh: 1.0, aten.hardtanh: 1.0, aten.sin: 1.0, aten.cos: 1.0, aten.abs: 1.0,
+    aten.neg: 1.0, aten.clamp: 1.0, aten.clamp_min: 1.0, aten.clamp_max: 1.0, aten.sigmoid: 0.25, aten.silu: 1.09984,
+    aten.clip: 1.0, aten.gelu: 1.129, aten.mish: 1.0885, aten.hardswish: 1.5, aten.hardsigmoid: 0.16667, aten.erf: 1.12838,
+    aten.atan: 1.0, aten.log_sigmoid: 1.0,
+    aten.softshrink: 1.0, aten.celu: 1.0, aten.softplus: 1.0, aten.asinh: 1.0, aten.selu: 1.7581,
 }  # fmt: skip
-_SLOPE_OF = {target: constant for constant, targets in _SLOPES.items() for target in targets}
-_UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_LOWEST = {aten.silu: -0.2785, aten.gelu: -0.1701, aten.mish: -0.3089, aten.hardswish: -0.375}
 
 
-def activation_slope(module: nn.Module) -> float:
-    """Largest slope of an elementwise module, rounded up; inf where it is not known."""
-    if isinstance(module, nn.PReLU):
-        return max(1.0, float(module.weight.detach().abs().max()))
-    if isinstance(module, nn.LeakyReLU):
-        return max(1.0, abs(module.negative_slope))
-    if isinstance(module, nn.ELU):
-        return max(1.0, abs(module.alpha))
-    if isinstance(module, nn.Softplus):  # jumps where it becomes linear, from 20 on by less than a float32 rounding
-        return 1.0 if module.threshold >= 20 else math.inf
-    return 1.0 if type(module) in _UNCHANGED else _SLOPE_OF.get(type(module), math.inf)
+def slope(n: fx.Node) -> float:
+    """Largest slope of an elementwise operation of one argument, rounded up.
+
+    Raises:
+        NoClaim: it is not known, or the function jumps.
+    """
+    operation, a = operation_of(n.target), arguments(n)
+    if operation is aten.leaky_relu:
+        return max(1.0, abs(float(a["negative_slope"])))
+    if operation is aten.elu:
+        if float(a["input_scale"]) < 0:
+            raise NoClaim("with a negative scale")
+        rising, scale = abs(float(a["alpha"])) * abs(float(a["input_scale"])), abs(float(a["scale"]))
+        return product_up(scale, max(1.0, rising))
+    if operation is aten.softplus and float(a["threshold"]) < 20:  # jumps where it becomes linear, by exp(-threshold) / beta
+        raise NoClaim("that becomes linear early, with a jump")
+    if operation is aten.celu and not float(a["alpha"]) > 0:
+        raise NoClaim("with a negative alpha")
+    if operation not in _SLOPES:
+        raise NoClaim
+    return _SLOPES[operation]
 
 
-@rule(*_SLOPE_OF, nn.PReLU, nn.LeakyReLU, nn.ELU, nn.Softplus)
 def elementwise(walk: LipschitzWalk, n: fx.Node) -> float:
     """An elementwise function has its largest slope as Lipschitz constant (mean value theorem)."""
-    module = walk.called(n)
-    slope = _SLOPE_OF[n.target] if module is None else activation_slope(module)
-    return product_up(walk.bound(source_of(walk, n)), slope)
+    a = arguments(n)
+    if any(walk.depends(value) for name, value in a.items() if name not in ("self", "input")):
+        raise NoClaim("with parameters that depend on the input")
+    return product_up(walk.bound(n.args[0]), slope(n), repeats(walk, n, n.args[0]))
 
 
-@rule(F.leaky_relu)
-def leaky_relu(walk: LipschitzWalk, n: fx.Node) -> float:
-    """Leaky ReLU has the larger of its two slopes as Lipschitz constant."""
-    slope = given(n, "negative_slope").get("negative_slope", 0.01)
-    return product_up(walk.bound(source_of(walk, n)), max(1.0, abs(float(slope))))
+def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """An elementary function f, computed to within some roundings of its argument and value; slope <= 2 and |f(0)| <= 1.
+
+    Softplus with beta computes log(1 + exp(beta x)) / beta, with |f(0)| = log 2 / beta. Where it turns into the identity, at
+    beta x = threshold, it jumps by less than exp(-threshold) / beta.
+    """
+    if not slope(n) <= 2:
+        raise NoClaim("with a slope above 2")
+    offset = 1.0
+    if operation_of(n.target) is aten.softplus:
+        a = arguments(n)
+        beta = float(a["beta"])
+        jump = math.exp(-float(a["threshold"])) / beta / (_SMOOTH * walk.unit)
+        offset = max(1.0, 1 / beta) + jump if beta > 0 else math.inf
+    return _SMOOTH, 3 * walk.size(n.args[0]) + offset * math.sqrt(walk.elements(n))
 
 
-@rule(*_UNCHANGED, "contiguous", "float", "double", "to")
-def unchanged(walk: LipschitzWalk, n: fx.Node) -> Affine:
-    """The identity, in eval mode; the walk refuses casts to types other than float32 and float64."""
-    return identity(walk, n, source_of(walk, n))
+def falling_then_rising(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """A function that falls and then rises is largest at an end, and no smaller than its minimum."""
+    ends = at_end(walk, n, 0), at_end(walk, n, 1)
+    return torch.minimum(*ends).clamp_max(_LOWEST[operation_of(n.target)]), torch.maximum(*ends)
 
 
-@rule(F.dropout)
-def functional_dropout(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """The identity if called with ``training=False``; otherwise no constant."""
-    return math.inf if given(n, "p", "training").get("training", True) else identity(walk, n, source_of(walk, n))
+def absolute(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """From the smallest to the largest distance to 0 in the interval."""
+    low, high = walk.box(n.args[0])
+    return torch.maximum(low, -high).clamp_min(0), torch.maximum(low.abs(), high.abs())
+
+
+def waves(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """Sine and cosine lie between -1 and 1."""
+    ones = torch.ones_like(walk.env[n])
+    return -ones, ones
+
+
+def limited(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """No rounding but that of the limits, which are elements of the result."""
+    limits = [value for value in (*n.args[1:], *n.kwargs.values()) if isinstance(value, int | float) and math.isfinite(value)]
+    largest = max(map(abs, limits), default=0.0)
+    return rounded_numbers(*limits), walk.size(n.args[0]) * repeats(walk, n, n.args[0]) + largest * math.sqrt(walk.elements(n))
+
+
+rule(aten.relu, aten.relu6, box=increasing, rounding=exact)(elementwise)
+rule(aten.hardtanh, aten.clamp, aten.clip, aten.clamp_min, aten.clamp_max, box=increasing, rounding=limited)(elementwise)
+rule(
+    aten.tanh, aten.sigmoid, aten.hardsigmoid, aten.softplus, aten.erf, aten.atan, aten.log_sigmoid, aten.celu, aten.softshrink,
+    aten.asinh, aten.selu, box=increasing, rounding=smooth,
+)(elementwise)  # fmt: skip
+rule(*_LOWEST, box=falling_then_rising, rounding=smooth)(elementwise)
+rule(aten.abs, box=absolute, rounding=exact)(elementwise)
+rule(aten.sin, aten.cos, box=waves, rounding=smooth)(elementwise)
+rule(aten.neg, box=decreasing, rounding=exact)(elementwise)
+
+
+def rising_slopes(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """Leaky ReLU and ELU rise where no slope is negative."""
+    a = arguments(n)
+    if min(float(a.get(name, 0.0)) for name in ("negative_slope", "alpha", "scale", "input_scale")) < 0:
+        raise NoClaim("with a negative slope")
+    return increasing(walk, n)
+
+
+def slope_times(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """One product with a slope."""
+    return 2, walk.size(n.args[0]) * slope(n)
+
+
+rule(aten.leaky_relu, box=rising_slopes, rounding=slope_times)(elementwise)
+rule(aten.elu, box=rising_slopes, rounding=smooth)(elementwise)
+
+
+def prelu_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """One product with a slope."""
+    return 2, walk.size(n.args[0]) * repeats(walk, n, n.args[0]) * max(1.0, float(walk.constant(n.args[1]).abs().max()))
+
+
+def prelu_box(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """A PReLU rises where no slope is negative."""
+    if float(walk.constant(n.args[1]).min()) < 0:
+        raise NoClaim("with a negative slope")
+    return increasing(walk, n)
+
+
+@rule(aten.prelu, aten._prelu_kernel, box=prelu_box, rounding=prelu_rounding)
+def prelu(walk: LipschitzWalk, n: fx.Node) -> float:
+    """A PReLU has the largest of its slopes as Lipschitz constant."""
+    if walk.depends(n.args[1]):
+        raise NoClaim("with slopes that depend on the input")
+    largest = max(1.0, float(walk.constant(n.args[1]).abs().max()))
+    return product_up(walk.bound(n.args[0]), largest, repeats(walk, n, n.args[0]))
+
+
+@rule(aten.dropout, aten.alpha_dropout, aten.feature_dropout, box=increasing, rounding=exact)
+def dropout(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
+    """The identity in eval mode."""
+    a = arguments(n)
+    if a["train"] and a["p"] > 0:
+        raise NoClaim("that draws random numbers")
+    return identity(walk, n, n.args[0])  # type: ignore[arg-type]
+
+
+def cast_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """One rounding, to another floating-point type."""
+    return 1, walk.size(n.args[0])
+
+
+def same_values(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """The values of the first argument; `cast_rounding` accounts for the rounding of a cast."""
+    low, high = walk.box(n.args[0])
+    return low.expand_as(walk.env[n]), high.expand_as(walk.env[n])
+
+
+@rule(aten._to_copy, aten.to, aten.type_as, box=same_values, rounding=cast_rounding)
+def cast(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
+    """The identity, between float32 and float64; the walk refuses other types."""
+    if not walk.depends(n.args[0]):
+        return 0.0
+    if not walk.env[n.args[0]].is_floating_point():  # type: ignore[index]
+        raise NoClaim
+    return identity(walk, n, n.args[0])  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+"""Patterns of several operations: the constant of the whole, finite for all inputs, and none for what only looks like them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Call, sampled, seeded
+from reference import gain
+from torch import Tensor, nn
+
+import robust_spectral as rs
+
+Build = Callable[[], nn.Module]
+
+
+def of(function: Callable[..., Any], **parts: nn.Module | Tensor) -> Build:
+    return lambda: Call(function, **parts)
+
+
+def bounded(model: nn.Module, *shape: int) -> rs.LipschitzBound:
+    return rs.lipschitz_bound(model, torch.zeros(1, *shape, dtype=torch.float64))
+
+
+def layer_norm(m: nn.Module, x: Tensor) -> Tensor:
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / torch.sqrt(var + 0.1)
+
+
+def channel_norm(m: nn.Module, x: Tensor) -> Tensor:
+    u = x.mean(1, keepdim=True)
+    s = (x - u).pow(2).mean(1, keepdim=True)
+    return m.w[:, None, None] * ((x - u) / torch.sqrt(s + 0.1))
+
+
+def norm_by_power(m: nn.Module, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + 0.1).pow(-0.5)
+
+
+ROOT, W = math.sqrt(10), torch.tensor([1.0, -2.0, 0.5, 1.5])
+PATTERNS: dict[str, tuple[Build, tuple[int, ...], float]] = {
+    "x sigmoid(x)": (of(lambda m, x: x * torch.sigmoid(x)), (6,), 1.09984),
+    "sigmoid(x) x": (of(lambda m, x: x.sigmoid() * x), (6,), 1.09984),
+    "x sigmoid(1.7 x)": (of(lambda m, x: x * torch.sigmoid(1.7 * x)), (6,), 1.09984),
+    "hard-swish": (of(lambda m, x: x * F.relu6(x + 3) / 6), (6,), 1.5),
+    "hard-swish, gate first": (of(lambda m, x: x * (F.relu6(x + 3) / 6)), (6,), 1.5),
+    "hard-swish by clamp": (of(lambda m, x: x * (x + 3).clamp(0, 6) / 6), (6,), 1.5),
+    "hard-swish by hardsigmoid": (of(lambda m, x: x * F.hardsigmoid(x)), (6,), 1.5),
+    "mish": (of(lambda m, x: x * torch.tanh(F.softplus(x))), (6,), 1.0885),
+    "gelu": (of(lambda m, x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), (6,), 1.129),
+    "gelu, half last": (of(lambda m, x: x * (1 + torch.erf(x / math.sqrt(2))) * 0.5), (6,), 1.129),
+    "softsign": (of(lambda m, x: x / (1 + x.abs())), (6,), 1.0),
+    "softsign of the library": (nn.Softsign, (6,), 1.0),
+    "softsign with 2": (of(lambda m, x: x / (2 + torch.abs(x))), (6,), 0.5),
+    "leaky ReLU": (of(lambda m, x: torch.where(x > 0, x, 0.1 * x)), (6,), 1.0),
+    "steep leaky ReLU": (of(lambda m, x: torch.where(x >= 0, x, 3 * x)), (6,), 3.0),
+    "ReLU": (of(lambda m, x: torch.where(x > 0, x, 0.0)), (6,), 1.0),
+    "layer norm": (of(layer_norm), (6,), ROOT), "channel norm": (of(channel_norm, w=W), (4, 2, 2), 2 * ROOT),
+    "layer norm by a power": (of(norm_by_power), (6,), ROOT),
+    "root mean square": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1)), (6,), ROOT),
+    "root mean square by quotient": (of(lambda m, x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()), (6,), ROOT),
+    "unit length": (of(lambda m, x: F.normalize(x, eps=0.1)), (6,), 10.0),
+    "unit length by hand": (of(lambda m, x: x / x.norm(dim=1, keepdim=True).clamp_min(0.1)), (6,), 10.0),
+    "centred": (of(lambda m, x: x - x.mean(-1, keepdim=True)), (6,), 1.0),
+}  # fmt: skip
+
+
+def steepest(model: nn.Module, *shape: int) -> float:
+    """Largest slope along lines through the origin, from 1e-3 to 20 away, and other samples."""
+    sizes = torch.cat([torch.logspace(-3, 1.3, 60), torch.linspace(-8, 8, 801)]).double()
+    lines = [torch.ones(1, *shape, dtype=torch.float64), torch.randn(1, *shape, dtype=torch.float64)]
+    points = torch.cat([sizes.reshape(-1, *[1] * len(shape)) * line / line.norm() for line in lines])
+    ways = torch.randn_like(points)
+    each = [gain(model, points, points + 1e-6 * way) for way in (ways, torch.ones_like(ways))]
+    return max(sampled(model, *shape), *each)
+
+
+@pytest.mark.parametrize("build, shape, constant", PATTERNS.values(), ids=PATTERNS)
+def test_a_pattern_has_its_constant_for_all_inputs(build: Build, shape: tuple[int, ...], constant: float) -> None:
+    model = seeded(build)
+    found = bounded(model, *shape)
+    assert found.reason is None and found.value == pytest.approx(constant, rel=2e-4)
+    assert 0.8 * constant <= steepest(model, *shape) <= found.value * (1 + 1e-6)
+
+
+def other_axis(m: nn.Module, x: Tensor) -> Tensor:
+    return (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(2, keepdim=True) + 0.1)
+
+
+NEAR: dict[str, tuple[Build, tuple[int, ...]]] = {
+    "gate of another value": (of(lambda m, x: x * torch.sigmoid(m.f(x)), f=nn.Linear(6, 6)), (6,)),
+    "gate of the reversed": (of(lambda m, x: x * torch.sigmoid(x.flip(1))), (6,)),
+    "gate of the unscaled": (of(lambda m, x: m.f(x) * torch.sigmoid(x), f=nn.Linear(6, 6)), (6,)),
+    "tanh of softplus of another": (of(lambda m, x: x * torch.tanh(F.softplus(x.flip(1)))), (6,)),
+    "tanh of a steep softplus": (of(lambda m, x: x * torch.tanh(F.softplus(x, 3.0))), (6,)),
+    "clamp at other places": (of(lambda m, x: x * F.relu6(x + 1) / 6), (6,)),
+    "clamp of another": (of(lambda m, x: x * F.relu6(x.flip(1) + 3) / 6), (6,)),
+    "erf at another scale": (of(lambda m, x: 0.5 * x * (1 + torch.erf(x / 3))), (6,)),
+    "square root without eps": (of(lambda m, x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True))), (6,)),
+    "eps = 0": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.0)), (6,)),
+    "negative eps": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 0.1)), (6,)),
+    "variance along another axis": (of(other_axis), (3, 4)),
+    "energy of another value": (of(lambda m, x: m.f(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1),
+                                   f=nn.Linear(6, 6)), (6,)),
+    "not centred": (of(lambda m, x: x / torch.sqrt(x.var(-1, keepdim=True) + 0.1)), (6,)),
+    "third power": (of(lambda m, x: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 0.1)), (6,)),
+    "length at most": (of(lambda m, x: x / x.norm(dim=1, keepdim=True).clamp_max(0.1)), (6,)),
+    "length without a limit": (of(lambda m, x: x / x.norm(dim=1, keepdim=True)), (6,)),
+    "length of another": (of(lambda m, x: m.f(x) / x.norm(dim=1, keepdim=True).clamp_min(0.1), f=nn.Linear(6, 6)), (6,)),
+    "sum of absolute values": (of(lambda m, x: F.normalize(x, p=1.0, eps=0.1)), (6,)),
+    "softsign of another": (of(lambda m, x: x / (1 + x.flip(1).abs())), (6,)),
+    "softsign with 0": (of(lambda m, x: x / x.abs()), (6,)),
+    "softsign with less than 1": (of(lambda m, x: x / torch.add(x.abs(), 1.0, alpha=1e-3)), (6,)),
+    "jump": (of(lambda m, x: torch.where(x > 0.5, x, 0.1 * x)), (6,)),
+    "jump at 0": (of(lambda m, x: torch.where(x > 0, x + 1, x)), (6,)),
+    "condition on another": (of(lambda m, x: torch.where(x.flip(1) > 0, x, 0.1 * x)), (6,)),
+    "maximum and minimum of others": (
+        of(lambda m, x: torch.cat([torch.maximum(x[:, :2], x[:, 2:4]), torch.minimum(x[:, :2], x[:, 4:])], 1)), (6,)),
+    "maximum twice": (of(lambda m, x: torch.cat([torch.maximum(x[:, :3], x[:, 3:])] * 2, 1)), (6,)),
+    "minus another mean": (of(lambda m, x: x - x.flip(1).mean(1, keepdim=True)), (3, 2)),
+    "minus twice the mean": (of(lambda m, x: torch.sub(x, x.mean(1, keepdim=True), alpha=5)), (6,)),
+    "plus the mean": (of(lambda m, x: x + x.mean(1, keepdim=True)), (6,)),
+    "one patch twice": (of(lambda m, x: torch.cat([x[:, ::2, ::2]] * 2, -1)), (4, 4, 3)),
+    "quotient rounded down": (
+        of(lambda m, x: torch.div(x, (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt(), rounding_mode="floor")), (6,)),
+    "unit length rounded": (
+        of(lambda m, x: torch.div(x, x.norm(dim=1, keepdim=True).clamp_min(0.1), rounding_mode="trunc")), (6,)),
+    "unit length copied": (
+        of(lambda m, x: x[:, None] / x[:, None].norm(dim=-1, keepdim=True).clamp_min(0.1).expand(-1, 5, 6)), (6,)),
+    "ReLU copied": (of(lambda m, x: torch.where(x > 0, x, m.c), c=torch.zeros(6)), (1,)),
+    "largest in any order": (of(lambda m, x: torch.topk(x, 5, sorted=False)[0]), (32,)),
+    "sorted along the batch": (of(lambda m, x: torch.msort(x)), (6,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, shape", NEAR.values(), ids=NEAR)
+def test_no_sampled_gain_exceeds_the_bound_of_what_looks_alike(build: Build, shape: tuple[int, ...]) -> None:
+    model = seeded(build)
+    found = bounded(model, *shape)
+    assert found.value == math.inf or steepest(model, *shape) <= found.value * (1 + 1e-6)
+    points = torch.rand(2, 64, *shape, dtype=torch.float64)
+    assert found.local == math.inf or gain(model, points[0], points[1]) <= found.local * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+def test_a_quotient_rounded_to_whole_numbers_has_no_bound(mode: str) -> None:
+    by_length, by_square = (lambda x: x.norm(dim=1, keepdim=True).clamp_min(0.1), lambda x: (x * x).mean(1, keepdim=True) + 0.1)
+    for divisor in (by_length, lambda x: by_square(x).sqrt()):
+        model = Call(lambda m, x, divisor=divisor: torch.div(x, divisor(x), rounding_mode=mode)).double()
+        assert bounded(model, 6).value == math.inf
+
+
+@pytest.mark.usefixtures("deadline")
+def test_equal_values_are_recognised_without_comparing_every_path() -> None:
+    def deep(x: Tensor) -> Tensor:
+        for _ in range(30):
+            x = x + 0.1 * torch.relu(x)
+        return x
+
+    model = Call(lambda m, x: deep(x) * torch.sigmoid(deep(x))).double()
+    assert sampled(model, 4) <= bounded(model, 4).value
