@@ -1,7 +1,7 @@
 """Independent references: dumb, dense, float64. Nothing here uses the package under test."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,15 @@ def dense(module: nn.Module, in_shape: Sequence[int]) -> Tensor:
         columns = module(torch.eye(size, dtype=torch.float64).reshape(size, *in_shape))
         offset = module(torch.zeros(1, *in_shape, dtype=torch.float64))
     return (columns - offset).flatten(1).T.contiguous()
+
+
+def map_norm(function: Callable[[Tensor], Tensor], in_shape: Sequence[int], dtype: torch.dtype = torch.float64) -> float:
+    """The spectral norm of x -> function(x) - function(0), for any affine function of batches that computes in ``dtype``."""
+    size = int(torch.Size(in_shape).numel())
+    with torch.no_grad():
+        columns = function(torch.eye(size, dtype=dtype).reshape(size, *in_shape))
+        offset = function(torch.zeros(1, *in_shape, dtype=dtype))
+    return float(torch.linalg.matrix_norm((columns - offset).flatten(1).double(), 2))
 
 
 def without_offsets(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layers import LinearLayer
 from ..norms import NormInterval, spectral_norm
 from ..numerics import power_of_two
-from ..operators import Shape, full_precision_no_grad, is_batchnorm, is_plain
+from ..operators import Shape, checked_shape, full_precision_no_grad, is_overridden, is_plain, is_standard_batchnorm
 from .coarse_grid import coarse_start
 from .moved_parameters import MoveWeight
 from .projection import projected_weight
@@ -85,7 +85,7 @@ def clip_(
     if method not in ("update", "projection", "paper"):
         raise ValueError(f"clip_(method={method!r}): expected 'update', 'projection' or 'paper'")
     tracked = TrackedLayer.of(
-        _as_layer(module, tuple(in_shape)), vectors=1 if method == "paper" else vectors, composite=True, seed=0
+        _as_layer(module, checked_shape("clip_", in_shape)), vectors=1 if method == "paper" else vectors, composite=True, seed=0
     )
     return clip_until_proved_(tracked, max_norm, failure_probability, method)
 
@@ -113,7 +113,7 @@ def clip_until_proved_(
         return ClipResult(before, tracked.enclosure(failure_probability), _distortion(parameters, originals), rounds)
     after, more = _rescale_(tracked, max_norm, failure_probability)
     by_rescale = 1 - max_norm / before.upper
-    scales_all = len(tracked.move.rescaled(tracked.layer)) == len(parameters)
+    scales_all = len(tracked.move.rescaled(tracked.layer)) == len(parameters) and not is_overridden(tracked.layer.module)
     if scales_all and not _distortion(parameters, originals) <= by_rescale + TOLERANCE:
         _put_back_(parameters, originals)
         after, more = _rescale_(tracked, max_norm, failure_probability)
@@ -204,7 +204,7 @@ def _rescale_(tracked: TrackedLayer, max_norm: float, failure_probability: float
 
 
 def _as_layer(module: nn.Module, in_shape: Shape) -> LinearLayer:
-    if isinstance(module, nn.Sequential) and len(module) == 2 and is_batchnorm(module[1]):
+    if isinstance(module, nn.Sequential) and len(module) == 2 and is_standard_batchnorm(module[1]):
         return LinearLayer("0", module[0], in_shape, module[1], "1")
     return LinearLayer(type(module).__name__, module, in_shape)
 

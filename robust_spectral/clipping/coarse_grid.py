@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers import LinearLayer
 from ..numerics import power_of_two
-from ..operators import batchnorm_scale, bounding_kernel, has_forward_hooks, is_plain
+from ..operators import batchnorm_scale, bounding_kernel, is_plain
 from .symbols import RELAXATION, Transform, by_entries, cut, penalty, symbol_norms
 
 _ROUNDS = 12  # of the alternating direction method of multipliers; more do not improve the clips that follow
@@ -87,13 +87,13 @@ def _nearest(start: Tensor, squares: Tensor, transform: Transform, limit: float)
 def kernel_map(layer: LinearLayer, composite: bool) -> Callable[[Tensor], Tensor] | None:
     """The map from the weight to the kernel whose symbols bound the norm: the entries rearranged, times the channel's factor.
 
-    None if the kernel is unknown: for layers of derived classes, with forward hooks, or with a batch normalisation on another
-    axis than the weight's first.
+    None if the kernel is unknown: for layers of derived classes, with forward hooks or a replaced forward, or with a batch
+    normalisation on another axis than the weight's first.
     """
     module: Any = layer.module
     batchnorm = layer.batchnorm if composite else None
     on_other_axis = getattr(module, "transposed", False) or (isinstance(module, nn.Linear) and len(layer.in_shape) > 1)
-    if not is_plain(module) or has_forward_hooks(module) or (batchnorm is not None and on_other_axis):
+    if not is_plain(module) or (batchnorm is not None and on_other_axis):
         return None
 
     def to_kernel(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ says when it applies.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from ..layers import LinearLayer
-from ..operators import batchnorm_scale, convolution_settings, evaluating, is_batchnorm, is_plain, unchecked_operator
+from ..operators import batchnorm_scale, convolution_settings, forward_pass, is_batchnorm, is_plain, unchecked_operator
 
 _FIXING = ("_SpectralNorm", "_Orthogonal")  # parametrisations of torch that fix the norm of a weight
 
@@ -49,7 +50,7 @@ class MoveWeight:
 
     def gradients(self, layer: LinearLayer, X: Tensor, U: Tensor, composite: bool) -> list[Tensor]:
         """The gradients with respect to the weight, with the normalisation's factors applied to u."""
-        return weight_gradients(layer.module, X, _through_batchnorm(layer, U) if composite else U)
+        return weight_gradients(layer.applied, X, _through_batchnorm(layer, U) if composite else U, layer.name)
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
         """All parameters that move."""
@@ -80,7 +81,7 @@ class MoveGamma:
         assert layer.batchnorm is not None
         gamma = self.parameters(layer)[0].detach().double()
         inverse_std = torch.where(gamma == 0, 0.0, batchnorm_scale(layer.batchnorm) / torch.where(gamma == 0, 1.0, gamma))
-        Y = unchecked_operator(layer.module, layer.in_shape, X.dtype).matmat(X)
+        Y = unchecked_operator(layer.applied, layer.in_shape, X.dtype).matmat(X)
         return [(Y * U).reshape(*Y.shape[:2], -1).sum(2) * inverse_std.to(X.dtype)]
 
     def rescaled(self, layer: LinearLayer) -> list[nn.Parameter]:
@@ -152,21 +153,35 @@ def weight_parameters(module: nn.Module, name: str = "") -> dict[str, nn.Paramet
     return {"weight": weight}
 
 
-def weight_gradients(module: nn.Module, X: Tensor, U: Tensor) -> list[Tensor]:
-    """∂⟨u_i, module(x_i)⟩/∂p for each of a layer's `weight_parameters`, for rows of inputs X and outputs U: (k, *p's shape)."""
+def weight_gradients(module: nn.Module, X: Tensor, U: Tensor, name: str = "") -> list[Tensor]:
+    """∂⟨u_i, module(x_i)⟩/∂p for each of a layer's `weight_parameters`, for rows of inputs X and outputs U: (k, *p's shape).
+
+    Raises:
+        NotImplementedError: the forward pass does not use one of those parameters.
+    """
     parameters = weight_parameters(module)
     if is_plain(module):
         found = _plain_gradients(module, parameters["weight"].detach().to(X.dtype), X, U)
         if found is not None:
             return [found]
     variables = {key: value.detach().to(X.dtype).requires_grad_() for key, value in parameters.items()}
-    state = {key: value.detach().to(X.dtype) for key, value in module.named_parameters()} | variables
     rows = []
-    with torch.enable_grad(), evaluating(module), torch.autocast(X.device.type, enabled=False):
+    with torch.enable_grad():
         for x, u in zip(X.split(1), U.split(1), strict=True):
-            score = (torch.func.functional_call(module, state, (x,)) * u).sum()
-            rows.append(torch.autograd.grad(score, list(variables.values())))
+            score = (forward_pass(module, x, variables) * u).sum()
+            if not score.requires_grad:
+                raise _unused(module, name, variables)
+            rows.append(torch.autograd.grad(score, list(variables.values()), allow_unused=True))
+    if any(gradient is None for row in rows for gradient in row):
+        raise _unused(module, name, variables)
     return [torch.stack(by_one) for by_one in zip(*rows, strict=True)]
+
+
+def _unused(module: nn.Module, name: str, variables: Iterable[str]) -> NotImplementedError:
+    return NotImplementedError(
+        f"clipping '{name or type(module).__name__}' ({type(module).__name__}): its forward pass does not read all of "
+        f"{', '.join(variables)} from the module, and a clip would move them"
+    )
 
 
 def _plain_gradients(module: nn.Module, weight: Tensor, X: Tensor, U: Tensor) -> Tensor | None:

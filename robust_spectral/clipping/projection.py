@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..numerics import power_of_two
-from ..operators import Shape, evaluating, has_forward_hooks
+from ..operators import Shape, evaluating, is_overridden
 from ..singular_values import plain_circular
 from .symbols import RELAXATION, Transform, by_entries, cut, penalty, symbol_norms
 
@@ -160,7 +160,8 @@ def _check_plain(module: nn.Module) -> None:
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, kind)), None)
     calls = [call for call in ("forward", "_conv_forward") if hasattr(kind, call)]
     plain = kind is not None and all(getattr(own, call) is getattr(kind, call) for call in calls)
-    if not plain or has_forward_hooks(module):
+    if not plain or is_overridden(module):
         raise NotImplementedError(
-            f"projected_weight: {module} is not a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks"
+            f"projected_weight: {module} is not a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks "
+            "or a replaced forward"
         )

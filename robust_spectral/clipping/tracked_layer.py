@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..devices import to_device
 from ..layers import LinearLayer
 from ..norms import NormInterval, spectral_norm
-from ..operators import LinearOperator, is_plain
+from ..operators import LinearOperator, full_precision_no_grad, is_overridden, is_plain
 from ..singular_values import (
     Found,
     Lanczos,
@@ -73,11 +73,14 @@ class TrackedLayer:
     ) -> _Tracked:
         """Start to follow a layer from random directions; ``composite`` None leaves the choice to a later call of `resolve`."""
         move = move or MoveWeight()
-        move.parameters(layer)
-        operator = _operator(layer, bool(composite))
-        size = math.prod(layer.in_shape) // operator.groups
-        rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
-        return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
+        _check_changeable(layer, move.parameters(layer))
+        with full_precision_no_grad():
+            operator = _operator(layer, bool(composite))
+            size = math.prod(layer.in_shape) // operator.groups
+            rows = random_block(operator, min(vectors, size, math.prod(operator.out_shape) // operator.groups), seed)
+            if is_overridden(layer.module):  # whose forward pass may not use the parameters that would move
+                move.gradients(layer, from_groups(rows[:, :1], operator.in_shape), _ones(operator), bool(composite))
+            return cls(layer, move, torch.linalg.qr(rows.mT)[0].mT, composite, operator)
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes except those bound to this very module, so that a copy follows the copy of the layer."""
@@ -170,7 +173,7 @@ class TrackedLayer:
         parts = [self.layer.module, *([self.layer.batchnorm] if self.composite and self.layer.batchnorm is not None else [])]
         tensors = [t.detach() for part in parts for t in [*part.parameters(), *part.buffers()]]
         asked = self.composite, failure_probability
-        known = self._proved
+        known = None if is_overridden(self.layer.module) else self._proved  # which may read other tensors
         if known is None or known.asked != asked or known.rtol > rtol or not _same(known.tensors, tensors):
             norm = spectral_norm(self.operator, failure_probability, rtol=rtol)
             known = self._proved = _Proved(norm, rtol, asked, [t.clone() for t in tensors])
@@ -213,6 +216,18 @@ def _same(kept: list[Tensor], tensors: list[Tensor]) -> bool:
     return len(kept) == len(tensors) and all(
         a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(kept, tensors, strict=True)
     )
+
+
+def _ones(operator: LinearOperator) -> Tensor:
+    return torch.ones(1, *operator.out_shape, dtype=operator.dtype, device=operator.device)
+
+
+def _check_changeable(layer: LinearLayer, parameters: list[nn.Parameter]) -> None:
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError(
+            f"clipping '{layer.name}' ({type(layer.module).__name__}): its weights were made in torch.inference_mode() and "
+            "cannot be changed; make or load the model outside of it"
+        )
 
 
 def _operator(layer: LinearLayer, composite: bool) -> LinearOperator:

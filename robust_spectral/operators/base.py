@@ -126,7 +126,8 @@ class LinearOperator:
             return self
         if self.build is None:
             raise TypeError(f"{self!r}.to({dtype}): this operator has no `build` function for other dtypes")
-        return self.build(dtype)
+        with full_precision_no_grad():
+            return self.build(dtype)
 
     def divided_by(self, size: float) -> LinearOperator:
         """The operator divided by ``size``, exactly, as ``size`` is a power of two; without a ``kernel``.
@@ -186,8 +187,9 @@ class LinearOperator:
         return torch.cat([self.matmat(chunk).flatten(1) for chunk in eye.split(1024)]).T
 
     def _in_full_precision(self, function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
-        """Call a function on X without gradients and autocast; enter the contexts only where one of the two is enabled."""
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
+        """Call a function on X without gradients, autocast and inference mode; enter the contexts only where one is enabled."""
+        changes_results = torch.is_autocast_enabled(self.device.type) or torch.is_inference_mode_enabled()
+        if not torch.is_grad_enabled() and not changes_results:
             return function(X)
         with full_precision_no_grad():
             return function(X)
@@ -205,8 +207,14 @@ class LinearOperator:
 
 @contextmanager
 def full_precision_no_grad() -> Iterator[None]:
-    """Disable gradients and autocast, in a ``with`` block or a function decorated by ``@full_precision_no_grad()``."""
-    with torch.no_grad(), ExitStack() as stack:
+    """Disable gradients, autocast and inference mode, in a ``with`` block or a function decorated by it, called.
+
+    Outside of inference mode the results may take part in gradients later, and the operators' own gradients can be computed.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))  # enables gradients
+        stack.enter_context(torch.no_grad())
         for kind in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..numerics import power_of_two
-from ..operators import Shape, evaluating, has_forward_hooks
+from ..operators import Shape, evaluating, is_overridden
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def plain_circular(call: str, module: nn.Module, in_shape: Sequence[int]) -> _Co
     own: Any = type(module)
     kind: Any = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
     plain = kind is not None and (own.forward, own._conv_forward) == (kind.forward, kind._conv_forward)
-    if not isinstance(module, _ConvNd) or not plain or has_forward_hooks(module):
+    if not isinstance(module, _ConvNd) or not plain or is_overridden(module):
         raise NotImplementedError(f"{call}: {module} is not a plain nn.Conv1d, nn.Conv2d or nn.Conv3d without forward hooks")
     if module.padding_mode != "circular":
         raise NotImplementedError(

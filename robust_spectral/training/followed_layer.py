@@ -18,6 +18,7 @@ from ..clipping import Move, TrackedLayer, multiply_by_groups_
 from ..devices import to_device
 from ..layers import LinearLayer
 from ..numerics import power_of_two
+from ..operators import is_overridden, is_plain
 from ..singular_values import Found, KrylovSpace, krylov_space, next_block, random_block
 
 _Followed = TypeVar("_Followed", bound="FollowedLayer")
@@ -108,7 +109,7 @@ class FollowedLayer(TrackedLayer):
         Two values differ if a tensor has been replaced or, as far as torch counts it, changed in place.
         """
         module, norm = self.layer.module, self.layer.batchnorm if self.composite else None
-        parts: list[nn.Module] = [*module.modules()] if parametrize.is_parametrized(module) else [module]
+        parts: list[nn.Module] = [module] if is_plain(module) else [*module.modules()]
         parts += [] if norm is None else [norm]
         read = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
         return [(t._version, t.data_ptr()) for t in read if t is not None]
@@ -165,11 +166,11 @@ class FollowedLayer(TrackedLayer):
         """Clip the values just found to the target: most of the excess by a rescale, the rest along the directions found.
 
         The values are on the host. A norm far above the target is spread over more directions than are found, as at the start
-        of training. Each group is rescaled separately. A parametrised weight is not rescaled, as its norm may not follow its
-        parameters.
+        of training. Each group is rescaled separately. A parametrised weight, or one of several in a replaced forward pass, is
+        not rescaled, as the norm may not follow.
         """
         values = self.found.values
-        if not parametrize.is_parametrized(self.layer.module, "weight"):
+        if not (parametrize.is_parametrized(self.layer.module, "weight") or is_overridden(self.layer.module)):
             largest = values.amax(1, keepdim=True)
             factors = (target * (1 + _REACH) / largest.clamp_min(target)).clamp_max(1)  # (g, 1)
             multiply_by_groups_(self.move.rescaled(self.layer), factors)

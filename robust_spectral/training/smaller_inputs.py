@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import LinearLayer
-from ..operators import LinearOperator
+from ..operators import LinearOperator, is_overridden
 from ..singular_values import from_groups, to_groups, unit_rows
 
 _SMALL_MAP = 8  # length of a side, at least; also at least twice the window's extent
@@ -19,9 +19,12 @@ _SMOOTH = ("linear", "bilinear", "trilinear")  # modes of interpolation, by numb
 
 
 def on_small_map(layer: LinearLayer) -> LinearLayer:
-    """A convolution on a feature map of about `_SMALL_MAP` positions a side; any other layer unchanged."""
+    """A convolution on a feature map of about `_SMALL_MAP` positions a side; any other layer unchanged.
+
+    With hooks or a replaced forward pass, a convolution may take no other feature map.
+    """
     module = layer.module
-    if not isinstance(module, _ConvNd) or len(layer.in_shape) != 1 + len(module.kernel_size):
+    if not isinstance(module, _ConvNd) or is_overridden(module) or len(layer.in_shape) != 1 + len(module.kernel_size):
         return layer
     axes = []
     for size, window, stride, dilation in zip(

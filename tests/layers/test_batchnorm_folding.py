@@ -77,3 +77,22 @@ def test_a_model_that_cannot_be_folded_is_refused_and_unchanged(model: nn.Module
     with pytest.raises(NotImplementedError, match=culprit):
         rs.fold_batchnorms_(model, torch.randn(2, 3, 8, 8))
     assert same_bits(before, snapshot(model))
+
+
+@pytest.mark.parametrize("override", [
+    lambda conv: conv.register_forward_hook(lambda module, inputs, output: output + 1),
+    lambda conv: setattr(conv, "forward", lambda input: input[:, :1].expand(-1, 6, -1, -1)),
+], ids=["hook", "replaced forward"])  # fmt: skip
+def test_a_batchnorm_after_an_overridden_convolution_is_not_folded(convnet: nn.Module, images: Tensor, override) -> None:
+    override(convnet[0])
+    before = snapshot(convnet)
+    with pytest.raises(NotImplementedError, match=r"'0' .* has a forward pass of its own"):
+        rs.fold_batchnorms_(convnet, images)
+    assert same_bits(before, snapshot(convnet))
+
+
+def test_a_batchnorm_with_a_hook_is_not_folded(convnet: nn.Module, images: Tensor) -> None:
+    convnet[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    before = convnet(images)
+    assert rs.fold_batchnorms_(convnet, images) == ["4"]
+    torch.testing.assert_close(convnet(images), before, rtol=1e-5, atol=1e-6)

@@ -38,6 +38,12 @@ def test_a_large_feature_map_has_a_smaller_counterpart_with_the_same_stride_patt
     assert on_small_map(LinearLayer("", module, before)).in_shape == after
 
 
+def test_an_overridden_convolution_is_followed_on_its_own_feature_map():
+    module, offset = nn.Conv2d(3, 8, 3, padding=1), torch.randn(32, 32)
+    module.register_forward_hook(lambda module, inputs, output: output + offset)
+    assert on_small_map(LinearLayer("", module, (3, 32, 32))).in_shape == (3, 32, 32)
+
+
 CIRCULAR = {"padding": 1, "padding_mode": "circular", "dtype": torch.float64}
 
 
