@@ -161,10 +161,14 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Return the predicted classes (n,) of images.
 
     Raises:
-        ValueError: a logit is not finite.
+        ValueError: a logit is not finite, or the model gives one logit for an image.
     """
     with torch.no_grad():
         logits = torch.cat([model(batch) for batch in images.split(128)])
+    if logits.shape[1:] == (1,):
+        raise ValueError(
+            "the model gives one logit for an image, and attacks need one for each class; give two: torch.cat([-z, z], 1) / 2"
+        )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("the model's logits are NaN or infinite")
     return logits.argmax(1)

@@ -16,66 +16,141 @@ from art.metrics import clever_u, loss_sensitivity
 from art.utils import check_and_transform_label_format
 
 from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, lipschitz_estimate
+from robust_spectral.lipschitz import disagreement
+from robust_spectral.user_warnings import warn_user
 
-from .art_preprocessing import Standardised, example_of, standardisation, standardising_gain
+from .art_preprocessing import example_of, preprocessed
+
+_ROUNDING = 1e-3  # share by which a sampled slope, computed in float32, may exceed the bound
+_COMPARED = 16  # number of images on which the bound's graph is compared with the model
 
 
 class LipschitzClassifier(PyTorchClassifier):
     """A ``PyTorchClassifier`` that certifies its predictions by a Lipschitz bound of its model.
 
-    The standardisation that ART applies outside the model, ``preprocessing=(mean, std)``, is part of the bound; radii are in
-    the units of the classifier's arrays.
+    Bound, estimate and certificates are of one network, from the classifier's arrays to its logits: the model behind the
+    standardisation ``preprocessing=(mean, std)``, which ART applies outside of it. Radii are in the units of the arrays.
     """
 
     def lipschitz_bound(self, failure_probability: float = 1e-9) -> LipschitzBound:
         """Proved bound from the classifier's input to its logits, ART's standardisation included.
 
+        Its box is that of ``clip_values``, enlarged by the rounding of its ends to float32.
+
         Raises:
             NotImplementedError: the classifier has pre- or postprocessing without a known Lipschitz constant.
         """
-        gain = standardising_gain("LipschitzClassifier", self)
-        mean, std = standardisation(self)
-        low, high = (None, None) if self.clip_values is None else (np.asarray(v, dtype=np.float64) for v in self.clip_values)
-        box, errors = None, None
-        if low is not None and high is not None:
-            ends = (low - mean) / std, (high - mean) / std
-            box = float(np.minimum(*ends).min()) - 1e-6, float(np.maximum(*ends).max()) + 1e-6
-            size = math.sqrt(math.prod(self.input_shape)) * float(
-                np.max((np.abs([low, high]).max() + np.abs(mean)) / np.abs(std))
-            )
-            errors = {dtype: 4 * torch.finfo(dtype).eps * size for dtype in (torch.float32, torch.float64)}
+        network, box = preprocessed("LipschitzClassifier", self), self._box()
         example = example_of(self) if box is None else example_of(self).clamp(*box)
-        bound = lipschitz_bound(self.model, example, failure_probability, box)
-        return bound.behind(gain, errors)
+        return lipschitz_bound(network, example, failure_probability, box)
 
     def lipschitz_estimate(self, x: np.ndarray) -> float:
         """Largest Jacobian norm of the logits over images x (n, ...), with standardisation: a lower bound of the constant."""
-        images = torch.from_numpy(x.astype(np.float32)).to(self.device)
-        return lipschitz_estimate(Standardised(self.model, *standardisation(self)), images)
+        images = self._images("lipschitz_estimate", x).float().to(self.device)
+        return lipschitz_estimate(preprocessed("LipschitzClassifier", self), images)
 
     def certify(self, x: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
         """Predicted classes and the L2 radii within which they provably do not change; -1 and 0 where nothing is proved.
 
-        Both are for the forward pass in float64. Its rounding is accounted for where the classifier has ``clip_values``.
+        Both are for the network in float64: a float64 copy of the model behind ART's standardisation. (``predict`` computes in
+        float32, whose rounding may change a class inside a radius.) With ``clip_values``, the radii account for rounding, and
+        hold for images inside ``clip_values``. A model with one logit predicts class 1 where it is positive, else class 0.
 
         Args:
-            x: Images, (n, ...).
+            x: Images, (n, ...), within ``clip_values``.
             batch_size: Images in a forward pass.
 
         Raises:
-            ValueError: an image is not of the classifier's ``input_shape``.
+            TypeError: x is no array of numbers.
+            ValueError: an image is not of the classifier's ``input_shape`` or has values outside ``clip_values``, or the model
+                does not give logits: one for each class, or one for two classes.
+            NotImplementedError: as `lipschitz_bound`.
         """
-        x = np.asarray(x)
-        if tuple(x.shape[1:]) != tuple(self.input_shape):
-            raise ValueError(f"certify: takes a batch of images of shape {tuple(self.input_shape)}; got shape {tuple(x.shape)}")
-        mean, std = standardisation(self)
-        exact = copy.deepcopy(self.model).double().eval()
-        parts = torch.from_numpy((x.astype(np.float64) - mean) / std).split(batch_size)
+        return self._certify(x, self.lipschitz_bound(), batch_size)
+
+    def _certify(self, x: Any, bound: LipschitzBound, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+        images = self._images("certify", x)
+        self._check_range(images)
+        exact = copy.deepcopy(preprocessed("LipschitzClassifier", self)).double().eval()
+        if not len(images):
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
         with torch.no_grad():
-            logits = torch.cat([exact(part.to(self.device)).cpu() for part in parts])
-        prediction = logits.argmax(1)
-        radius = certified_radius(logits, prediction, self.lipschitz_bound())
+            logits = torch.cat([self._logits(exact(part.to(self.device))) for part in images.split(batch_size)])
+        prediction = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+        radius = certified_radius(logits, prediction, bound)
         return torch.where(radius > 0, prediction, -1).numpy(), radius.numpy()
+
+    def refutation(self, x: np.ndarray, bound: LipschitzBound | None = None) -> str | None:
+        """A sentence if images refute the bound or its graph, so that no certificate is valid; else None.
+
+        The largest Jacobian norm, sampled in float32, must be at most 1.001 times the bound, and the graph that the bound was
+        computed from must give the logits of the model.
+
+        Args:
+            x: Images, (n, ...).
+            bound: The result of `lipschitz_bound`; default: it is computed.
+        """
+        bound = self.lipschitz_bound() if bound is None else bound
+        box, network = self._box(), preprocessed("LipschitzClassifier", self)
+        images = self._images("refutation", x).float().to(self.device)
+        inside = box is not None and bool(((images >= box[0]) & (images <= box[1])).all())
+        proved = min(bound.value, bound.local) if inside else bound.value
+        if math.isinf(proved):
+            return None  # nothing is certified
+        sampled = lipschitz_estimate(network, images)
+        if sampled > (1 + _ROUNDING) * proved:
+            return f"a sampled Jacobian norm, {sampled:.4g}, is above the proved bound, {proved:.4g}"
+        rounding = 2 * bound.errors.get(images.dtype, math.inf) if inside else math.inf
+        return disagreement(network, images[:_COMPARED], rounding)
+
+    def _box(self) -> tuple[float, float] | None:
+        """The range of ``clip_values``, which ART rounds to float32, one float32 further out at each end."""
+        if self.clip_values is None:
+            return None
+        low, high = (np.asarray(value, dtype=np.float32) for value in self.clip_values)
+        ends = np.nextafter(low.min(), np.float32(-np.inf)), np.nextafter(high.max(), np.float32(np.inf))
+        return float(ends[0]), float(ends[1])
+
+    def _images(self, call: str, x: Any) -> torch.Tensor:
+        """A batch of images in float64; errors begin with ``call``."""
+        given = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
+        shape, batch = tuple(self.input_shape), f"(n, {', '.join(map(str, self.input_shape))})"
+        if not isinstance(given, np.ndarray) or given.dtype.kind not in "biuf":
+            kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else type(x).__name__
+            raise TypeError(f"{call}: takes an array of images {batch}, got {kind}; give one numpy array of numbers")
+        if given.shape[1:] != shape:
+            advice = "one image: give x[None]" if given.shape == shape else "images of another size: input_shape differs"
+            raise ValueError(f"{call}: takes a batch of images {batch}; got {given.shape}, {advice}")
+        return torch.from_numpy(given.astype(np.float64))
+
+    def _check_range(self, images: torch.Tensor) -> None:
+        box = self._box()
+        if box is not None and not bool(((images >= box[0]) & (images <= box[1])).all()):
+            low, high = (np.asarray(ends) for ends in self.clip_values)
+            raise ValueError(
+                f"certify: images have values from {float(images.min()):g} to {float(images.max()):g}, clip_values are from "
+                f"{low.min():g} to {high.max():g}, and radii are proved only for images inside; scale the images, or give the "
+                "classifier their range"
+            )
+
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        """The model's output as logits (n, classes) on the CPU, or (n, 1) for two classes."""
+        if not isinstance(outputs, torch.Tensor) or outputs.ndim not in (1, 2):
+            kind = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"certify: the model gives {kind}; make the classifier with a model that gives logits, (n, classes)"
+            )
+        logits = outputs.cpu().reshape(len(outputs), -1)
+        if logits.shape[1] == 1 and self.nb_classes != 2:
+            raise ValueError(
+                f"certify: the model gives one logit, nb_classes is {self.nb_classes}; one logit distinguishes two classes only"
+            )
+        if logits.shape[1] == 1 and isinstance(self.loss, torch.nn.BCELoss):
+            raise ValueError(
+                "certify: a model for BCELoss gives probabilities, whose classes are separated at 0.5; remove its sigmoid, and "
+                "make the classifier with BCEWithLogitsLoss"
+            )
+        return logits
 
 
 class LipschitzReport(Evaluation):
@@ -101,20 +176,31 @@ class LipschitzReport(Evaluation):
         Returns:
             dict: ``lipschitz_bound`` (proved, to the logits), ``lipschitz_estimate`` (sampled on these images, a lower bound),
             ``accuracy``, and by size of perturbation ``certified`` and ``attacked`` accuracies; ART's ``loss_sensitivity``
-            and ``clever`` scores (one for each of the first images).
+            and ``clever`` scores (one for each of the first images); and ``refuted``, None, or why these images refute the
+            bound (there is a warning, the bound is then infinite, and nothing is certified).
 
         Raises:
             TypeError: the classifier is not a `LipschitzClassifier`.
+            ValueError: the model gives one logit only, which ART's attacks do not know.
         """
         if not isinstance(classifier, LipschitzClassifier):
             kind = type(classifier).__name__
             raise TypeError(f"LipschitzReport.evaluate: takes a LipschitzClassifier, got {kind}; both take the same arguments")
         y = check_and_transform_label_format(y, nb_classes=classifier.nb_classes)
-        prediction, radius = classifier.certify(x)
+        if classifier.predict(x[:1]).shape[1] == 1:
+            raise ValueError(
+                "LipschitzReport.evaluate: the model gives one logit, and ART's attacks need one for each class; give a model "
+                "with two, such as torch.cat([-z, z], 1) / 2"
+            )
+        bound = classifier.lipschitz_bound()
+        if (refuted := classifier.refutation(x, bound)) is not None:
+            warn_user(f"LipschitzReport.evaluate: nothing is certified: {refuted}")
+            bound = LipschitzBound(math.inf, reason=refuted)
+        prediction, radius = classifier._certify(x, bound)
         _, attacked, accuracy = SecurityCurve(self.eps).evaluate(classifier, x, y, **{"norm": 2, "verbose": False} | pgd)
         right = prediction == y.argmax(1)
         return {
-            "lipschitz_bound": classifier.lipschitz_bound().value,
+            "lipschitz_bound": bound.value,
             "lipschitz_estimate": classifier.lipschitz_estimate(x),
             "accuracy": float(accuracy),
             "certified": {eps: float((right & (radius >= eps)).mean()) for eps in self.eps},
@@ -122,4 +208,5 @@ class LipschitzReport(Evaluation):
             "loss_sensitivity": float(loss_sensitivity(classifier, x, y)),
             "clever": [clever_u(classifier, image, 10, 64, max(self.eps), norm=2, verbose=False)
                        for image in x[: self.clever_samples]],
+            "refuted": refuted,
         }  # fmt: skip

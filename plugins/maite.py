@@ -170,6 +170,11 @@ def _logits(predictions: Sequence[ArrayLike]) -> Tensor:
     if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
         shapes = sorted({tuple(row.shape) for row in rows})
         raise ValueError(f"CertifiedAccuracy.update: predictions have shapes {shapes}; each must be (classes,)")
+    if len(rows[0]) == 1:
+        raise ValueError(
+            "CertifiedAccuracy.update: predictions have one logit each, MAITE's targets a score for each class; give a model "
+            "with two logits, such as torch.cat([-z, z], 1) / 2"
+        )
     logits = torch.stack([row.detach().cpu() for row in rows])
     if bool((logits >= 0).all() & ((logits.double().sum(1) - 1).abs() < 1e-5).all()):
         raise ValueError(

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from robust_spectral import LipschitzBound, certified_radius
 
-from ..records import FOLDER, Record, Unit, figures, read_record, refuse_foreign, seconds_of
+from ..records import FOLDER, Record, Unit, failed_proofs, figures, read_record, refuse_foreign, seconds_of
 from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
 from ..wording import not_tested, percent
 from .engine import Engine, in_this_process, run_units
-from .work import CHECKS, AttackPlan, Subject, Work, bound_of, open_subject, plan_work
+from .work import CHECKS, AttackPlan, Subject, Work, bound_of, network_gates, open_subject, plan_work
 
 Say = Callable[[str], None]
 Fallen = tuple[Tensor, Tensor]
@@ -164,7 +164,9 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     """Compute the verdicts and figures from the records of all units, and write them."""
     folder, record = subject.run.folder, subject.run.record
     lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
-    bound = bound_of(lipschitz)
+    proof = network_gates(lipschitz)
+    refuted = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in failed_proofs(proof))
+    bound = LipschitzBound(math.inf, reason=f"refuted by a check: {refuted}") if refuted else bound_of(lipschitz)
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
     on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are bounded
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
@@ -175,7 +177,7 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     rows += attacked
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
-    gates = [gate for unit in work.gates for gate in _read(folder, unit).told["gates"]]
+    gates = [*proof, *(gate for unit in work.gates for gate in _read(folder, unit).told["gates"])]
     made = figures(record, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
     _write_figures(folder, work, made, lipschitz.told["parameters"])
     _keep_examples(subject, work)
@@ -216,7 +218,8 @@ def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: i
 def _say_gates(gates: list[dict[str, Any]], images: str, say: Say) -> None:
     for gate in gates:
         if gate["status"] == "fail":
-            say(f"check failed: {gate['name']}: {gate['detail']}; no attacked accuracy is valid")
+            what = "no attacked and no certified" if failed_proofs([gate]) else "no attacked"
+            say(f"check failed: {gate['name']}: {gate['detail']}; {what} accuracy is valid")
     if untested := not_tested(gates):
         say(f"{images}: {untested}")
 

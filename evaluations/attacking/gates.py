@@ -57,6 +57,8 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Gate]:
         training = [name or "the model" for name, part in model.named_modules() if part.training]
         if not bool(torch.isfinite(logits).all()):
             return [Gate("finite logits", "fail", "some logits are NaN or infinite")]
+        if logits.shape[1:] == (1,):
+            return [Gate("a logit for each class", "fail", "one logit for an image, by which attacks cannot tell two classes")]
         gates = [
             _logits_gate(logits),
             _deterministic(model, images, logits),

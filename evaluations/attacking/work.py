@@ -20,17 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
-from robust_spectral.lipschitz import full_precision
+from robust_spectral.lipschitz import disagreement, full_precision
 
 from ..attacks import HARNESS, describe, make_attack, predict, run_attack
 from ..data import ImageData, data_hash
 from ..models import restore
-from ..records import Record, Unit
+from ..records import NETWORK_CHECKS, Record, Unit, bound_gate, graph_gate
 from ..run_folder import Run, environment, open_run
 from .gates import VERSION, check_attacks, check_model
 
-CHECKS = {"gates": VERSION, "harness": HARNESS}  # versions that a report records
+CHECKS = {"gates": VERSION, "harness": HARNESS, "network": NETWORK_CHECKS}  # versions that a report records
 _FOR_ESTIMATE = 64  # number of images at which Jacobian norms are sampled
+_FOR_GRAPH = 16  # number of images on which the graph that is bounded is compared with the model
+_PIXELS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
     ours = {"package": f"robust_spectral {__version__}", "harness": HARNESS}
     by_norm = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
     return Work(
-        unit("lipschitz", ours, 0, min(_FOR_ESTIMATE, images)),
+        unit("lipschitz", {"version": NETWORK_CHECKS, **ours}, 0, min(_FOR_ESTIMATE, images)),
         blocks("clean", ours, max(plan.samples for plan in plans)),
         [
             unit("gates", {"norm": norm, "eps": eps[len(eps) // 2], "version": VERSION, **ours}, 0, min(gate_samples, images))
@@ -168,18 +170,23 @@ def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Reco
 
 
 def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    """The bound and what may refute it: the largest Jacobian norm at the images, and how its graph differs from the model."""
     try:
-        bound = lipschitz_bound(model, images[:1])
+        bound = lipschitz_bound(model, images[:1], box=_PIXELS)
     except RuntimeError as error:
         bound = LipschitzBound(math.inf, reason=f"the network could not be bounded: {error}")
     try:
         estimate = lipschitz_estimate(model, images)
     except RuntimeError:
         estimate = math.nan  # no gradient reaches the pixels, which a check reports
+    claimed = math.isfinite(min(bound.value, bound.local))
+    boxed = bool(((images >= _PIXELS[0]) & (images <= _PIXELS[1])).all())
+    rounding = 2 * bound.errors.get(images.dtype, math.inf) if boxed else math.inf
+    differs = disagreement(model, images[:_FOR_GRAPH], rounding) if claimed else None
     errors = {str(dtype).removeprefix("torch."): repr(error) for dtype, error in bound.errors.items()}
     told = {"value": repr(bound.value), "local": repr(bound.local), "failure_probability": bound.failure_probability,
             "reason": bound.reason, "errors": errors, "errors_reason": bound.errors_reason,
-            "estimate": repr(estimate), "device": images.device.type,
+            "estimate": repr(estimate), "differs": differs, "boxed": boxed, "device": images.device.type,
             "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     return Record({} if bound.pairs is None else {"pairs": bound.pairs}, told)
 
@@ -192,6 +199,14 @@ def bound_of(record: Record) -> LipschitzBound:
         float(told["value"]), reason=told["reason"], failure_probability=told["failure_probability"],
         local=float(told["local"]), pairs=record.tensors.get("pairs"), errors=errors, errors_reason=told["errors_reason"],
     )  # fmt: skip
+
+
+def network_gates(record: Record) -> list[dict[str, Any]]:
+    """The checks of the bound in a record."""
+    told = record.told
+    bound, local, estimate = (float(told[key]) for key in ("value", "local", "estimate"))
+    claimed = math.isfinite(min(bound, local))
+    return [bound_gate(bound, local if told["boxed"] else math.inf, estimate), graph_gate(claimed, told["differs"])]
 
 
 def _gates(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:

@@ -1,7 +1,7 @@
 """Measure, bound and constrain spectral norms: spectrum, finetune, grid, evaluate, report, leaderboard, export.
 
-Exit status: 0 success; 1 an attack broke a certificate, which is a fault of this package; 2 user error, explained in one line;
-130 interrupted: run the same command again to continue, finetune with --resume.
+Exit status: 0 success; 1 an attack or a check refuted a certificate, which is a fault of this package; 2 user error, explained
+in one line; 130 interrupted: run the same command again to continue, finetune with --resume.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def evaluate(
     """
     from ..attacking import AttackPlan, check_options, make_engine, sizes
     from ..attacking import evaluate as attack_run
+    from ..records import failed_proofs
     from ..run_folder import open_run
 
     usual = eps, samples
@@ -80,7 +81,7 @@ def evaluate(
     found = {name: one.report() for name, one in open_run(folder).models.items()}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
-    if any(gate["status"] == "fail" and "certified" in gate["name"] for figures in found.values() for gate in figures["gates"]):
+    if any(failed_proofs(figures["gates"]) for figures in found.values()):
         raise typer.Exit(1)
 
 

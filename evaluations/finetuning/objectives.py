@@ -30,7 +30,12 @@ class CrossEntropy:
         """Do nothing, because this loss does not depend on the model."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch."""
+        """Return the mean loss of a batch.
+
+        Raises:
+            ValueError: the model gives one logit for an image, whose cross-entropy is 0.
+        """
+        _check_classes(logits)
         return F.cross_entropy(self.logit_scale * logits, labels)
 
 
@@ -60,6 +65,18 @@ class CertifiedCrossEntropy(CrossEntropy):
         self.head_start = min(1.0, 2 * progress) * self.eps * constants
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch."""
+        """Return the mean loss of a batch.
+
+        Raises:
+            ValueError: as `CrossEntropy`.
+        """
+        _check_classes(logits)
         start = self.head_start[labels] if isinstance(self.head_start, Tensor) else self.head_start
         return super().__call__(logits + start * (1 - F.one_hot(labels, logits.shape[1])), labels)
+
+
+def _check_classes(logits: Tensor) -> None:
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "fine-tuning needs a logit for each class, and the model gives one for an image; give two classes or more"
+        )

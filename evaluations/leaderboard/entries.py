@@ -2,7 +2,8 @@
 
 A folder counts as a run if it has a report.json. For a run with twins, the twins count and the parent does not. Keys that a
 report lacks become None, and so do numbers that are not finite, except a bound, which becomes infinite. Folders that cannot be
-read are reported and left out. A run that failed a check has no valid figure of an attack, whichever version wrote it.
+read are reported and left out. A run that failed a check has no valid figure of an attack, whichever version wrote it, and a
+run whose certificates were refuted has no certified figure and no bound.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..records import bound_gate, failed_proofs
 from ..run_folder import begun, open_run, read_json
 from ..wording import portable
 
@@ -64,16 +66,24 @@ def completed(report: Figures) -> Figures:
         raise ValueError("not evaluated: no figures of an attack in its report.json; run `robust-spectral evaluate` on it")
     clean = {**report["accuracy"], "accuracy": report["accuracy"]["clean"], "valid": True}
     gates = [{key: str(gate.get(key, "unknown")) for key in ("name", "status", "detail")} for gate in report.get("gates") or []]
+    lipschitz = _lipschitz(report.get("lipschitz"))
+    gates += _refuted_bound(lipschitz, [gate["name"] for gate in gates])
     failed = [gate for gate in gates if gate["status"] not in NOT_FAILED]
     proof_failed = [gate for gate in failed if "certified" in gate["name"]]
+    if proof_failed and report.get("lipschitz"):
+        lipschitz |= {
+            "bound": math.inf,
+            "bound_in_pixel_box": math.inf,
+            "reason": f"refuted by a check: {_in_words(proof_failed)}",
+        }
     proved = [_attack({"attack": "certified", "valid": True, **entry}) for entry in report.get("certified") or []]
     config = report.get("config") or {}
     return {
         "model": str(report["model"]), "defence": str(report.get("defence", "unknown")),
         "data": portable(report.get("data", "unknown")), "seed": report.get("seed"), "clean": _accuracy(clean),
         "robust": [_judged(_attack(entry), failed) for entry in report["robust"]],
-        "certified": [_judged(entry, proof_failed) for entry in proved], "gates": gates,
-        "lipschitz": _lipschitz(report.get("lipschitz")), "layers": [_layer(layer) for layer in report.get("layers") or []],
+        "certified": [_without_value(_judged(entry, proof_failed)) for entry in proved], "gates": gates,
+        "lipschitz": lipschitz, "layers": [_layer(layer) for layer in report.get("layers") or []],
         "config": {str(key): portable(value) for key, value in config.items() if value is not None},
         "versions": {str(key): str(value) for key, value in (report.get("versions") or {}).items()},
         "hardware": {str(key): str(value) for key, value in (report.get("hardware") or {}).items()},
@@ -126,8 +136,25 @@ def _judged(cell: Figures, failed: list[Figures]) -> Figures:
     """A figure, not valid if a check that it depends on has failed."""
     if not failed or cell["valid"] is False:
         return cell
-    seen = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in failed)
-    return {**cell, "valid": False, "reason": f"failed the check {seen}"}
+    return {**cell, "valid": False, "reason": f"failed the check {_in_words(failed)}"}
+
+
+def _without_value(cell: Figures) -> Figures:
+    """A certified figure; an invalid one has no value, because a refuted proof says nothing about the model."""
+    return {**cell, "accuracy": None, "ci": None} if cell["valid"] is False else cell
+
+
+def _refuted_bound(lipschitz: Figures, names: list[str]) -> list[Figures]:
+    """The failed check of a bound below its estimate, for reports of versions that did not make it."""
+    bound, local, estimate = (lipschitz[key] for key in ("bound", "bound_in_pixel_box", "estimate"))
+    if bound is None or estimate is None:
+        return []
+    return [gate for gate in failed_proofs([bound_gate(bound, math.inf if local is None else local, estimate)])
+            if gate["name"] not in names]  # fmt: skip
+
+
+def _in_words(gates: list[Figures]) -> str:
+    return "; ".join(f"{gate['name']}: {gate['detail']}" for gate in gates)
 
 
 def _lipschitz(found: Figures | None) -> Figures:

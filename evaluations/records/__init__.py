@@ -2,6 +2,11 @@
 
 from .accuracy_figures import certified_at as certified_at
 from .accuracy_figures import figures as figures
+from .accuracy_figures import judged_proof as judged_proof
+from .network_checks import NETWORK_CHECKS as NETWORK_CHECKS
+from .network_checks import bound_gate as bound_gate
+from .network_checks import failed_proofs as failed_proofs
+from .network_checks import graph_gate as graph_gate
 from .units import FOLDER as FOLDER
 from .units import Record as Record
 from .units import Unit as Unit

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .network_checks import failed_proofs
+
 Row = dict[str, Any]
 
 
@@ -34,18 +36,19 @@ def figures(
     all_gates = [*gates, *own, *([_autoattack_gate(attacked)] if compared else [])]
     failed = [gate for gate in all_gates if gate["status"] == "fail"]
     skipped = [gate for gate in all_gates if gate["status"] == "skip"]
-    broken = [gate for gate in failed if "certified" in gate["name"]]
-    proof = {"valid": not broken, "reason": _in_words(broken) or None}
+    broken = failed_proofs(all_gates)
+    withdrawn = {"bound": math.inf, "bound_in_pixel_box": math.inf, "reason": f"refuted by a check: {_in_words(broken)}"}
     entries = (*_per_attack(attacked), *map(_worst, sandwiches))
     judged = [_judged(entry, _in_words(failed), _in_words(skipped), errors or {}) for entry in entries]
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share(stand), "n": len(stand), "ci": _with_interval(stand)["ci"]},
         "robust": judged,
-        "certified": [entry | proof for norm in norms for entry in certified(clean, norm, attacked, pixels)],
-        "lipschitz": lipschitz,
+        "certified": [judged_proof(entry, _in_words(broken)) for norm in norms
+                      for entry in certified(clean, norm, attacked, pixels)],
+        "lipschitz": lipschitz | withdrawn if broken else lipschitz,
         "layers": run["layers"],
-        "sandwich": sandwiches,
+        "sandwich": [level | {"certified": None} if broken else level for level in sandwiches],
         "gates": all_gates,
         "config": run["config"], "model_sha256": run["model_sha256"],
         "data_sha256": run["test_data_sha256"], "versions": run["versions"], "hardware": run["hardware"],
@@ -66,6 +69,13 @@ def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) ->
     return [
         {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
     ]  # fmt: skip
+
+
+def judged_proof(entry: Row, refuted: str) -> Row:
+    """A certified accuracy with its validity; one that a check refutes has no value, so that nothing shows it as a number."""
+    if not refuted:
+        return entry | {"valid": True, "reason": None}
+    return entry | {"accuracy": None, "ci": None, "valid": False, "reason": refuted}
 
 
 def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixels: int) -> Row:

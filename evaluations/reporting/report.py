@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..records import certified_at
+from ..records import certified_at, judged_proof
 from ..run_folder import Run, open_run, write_json, write_text
 from ..wording import NORM_NAMES, interval, not_tested, number, percent, verdict
 from . import charts
@@ -75,7 +75,7 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
             if entry["attack"] != "worst case":
                 key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
                 labels.setdefault(key, {})[name] = _cell(entry)
-    proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"] > 0}
+    proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"]}
     for name, figures in models.items():
         for entry in figures["certified"]:
             if (entry["norm"], entry["eps"]) in proved:
@@ -102,9 +102,9 @@ def _certify_alike(models: dict[str, Figures], runs: dict[str, Run]) -> None:
             rows = pq.read_table(runs[name].folder / "samples.parquet").to_pylist()
             clean = [row for row in rows if row["attack"] == "none"]
             others = [e for e in figures["certified"] if e["norm"] != norm]
-            judged = {key: e[key] for e in figures["certified"] for key in ("valid", "reason") if key in e}
+            refuted = next((e["reason"] for e in figures["certified"] if e.get("valid") is False), "")
             proved = certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
-            figures["certified"] = others + [entry | judged for entry in proved]
+            figures["certified"] = others + [judged_proof(entry, refuted) for entry in proved]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from .lipschitz_target import norm_for
 from .measurements import NotFiniteError, not_finite
 from .optimizer_hooks import alive, captured, dead, hooked
 from .step_runner import Turns
+from .target_check import check_target
 
 _MOST_SKIPPED = 10  # steps in a row with weights that are not finite, before an error
 _MANY_CHANGES = 8  # in-place changes of a weight, more than initialisation and loading make
@@ -89,7 +90,8 @@ class FastClip:
         self._relative, self._warmup_steps, self._failure_probability = relative, warmup_steps, failure_probability
         if lipschitz_target is not None:
             check_max_norm("FastClip", lipschitz_target, "lipschitz_target")
-        self._lipschitz_target, self._network = lipschitz_target, (model, example_input[:1].detach().clone())
+        with full_precision_no_grad():
+            self._lipschitz_target, self._network = lipschitz_target, (model, example_input[:1].detach().clone())
         self._results: dict[str, ClipResult] = {}
         self._handles: list[RemovableHandle] = []
         targets = targets_by_name([layer.name for layer in layers], max_norm, include, exclude)
@@ -208,7 +210,7 @@ class FastClip:
         replaced or copied. If neither `attach` nor `step` was called, warns only if they have gradients or changed many times.
 
         Raises:
-            ValueError: a layer's weights are not finite.
+            ValueError: a layer's weights are not finite; or the network's bound, for a ``lipschitz_target``, is refuted.
         """
         if self.off:
             return {}
@@ -275,11 +277,14 @@ class FastClip:
         self._note_weights()
 
     def _excess(self, lipschitz_target: float) -> float:
-        """The network's bound divided by ``lipschitz_target``."""
+        """The network's bound divided by ``lipschitz_target``; a bound that meets the target is checked."""
         model, example = self._network
-        bound = lipschitz_bound(model, example.to(next(model.parameters()).device), self._failure_probability, None)
+        example = example.to(next(model.parameters()).device)
+        bound = lipschitz_bound(model, example, self._failure_probability, None)
         if math.isinf(bound.value):
             raise ValueError(f"FastClip(lipschitz_target={lipschitz_target:g}): {bound.reason}")
+        if bound.value <= lipschitz_target:
+            check_target(model, example, bound, lipschitz_target)
         return bound.value / lipschitz_target
 
     def _finish_once(self) -> dict[str, ClipResult]:

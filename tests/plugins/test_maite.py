@@ -201,3 +201,9 @@ def test_the_metric_refuses_eps_that_are_missing_or_not_positive_and_finite(eps:
 def test_the_metric_refuses_an_estimate() -> None:
     with pytest.raises(TypeError, match="lipschitz_bound"):
         CertifiedAccuracy(1.0, [0.5])
+
+
+def test_predictions_of_one_logit_are_refused() -> None:
+    metric = CertifiedAccuracy(ONE, [0.5])
+    with pytest.raises(ValueError, match=r"one logit each.*two logits, such as torch.cat\(\[-z, z\], 1\) / 2"):
+        metric.update([torch.tensor([3.0])], [torch.tensor([1.0])])
