@@ -176,6 +176,8 @@ def forward_error(
         The bound, and the reason if it is infinite.
     """
     radius = math.sqrt(2 * prod(walk.shape(walk.graph.input))) * (high - low) / 2 * (1 + 1e-14)
+    if dtype == torch.float32 and not all(map(held, walk.graph.constants.values())):
+        return math.inf, "the model has numbers that float32 does not hold: in float32 it is another network"
     if dtype == torch.float32 and (computed := computed_constant(walk)) is not None:
         return math.inf, f"it is not known how {named(computed, '')} of constants rounds (at {where(computed)})"
     rounding = RoundingWalk(walk, values, dtype, radius)

@@ -161,7 +161,7 @@ def shares_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
 @rule(aten.softmax, aten._softmax, box=shares_box, rounding=shares_rounding)
 def softmax(walk: LipschitzWalk, n: fx.Node) -> float:
     """Softmax has constant 1/2: its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2 (Gershgorin)."""
-    if arguments(n)["dim"] % walk.env[n].ndim == 0:
+    if arguments(n)["dim"] % walk.env[n].ndim == 0 and len(walk.env[n]) == 2:
         raise NoClaim("over the batch")
     return product_up(walk.bound(n.args[0]), 0.5)
 
@@ -172,7 +172,7 @@ def log_softmax(walk: LipschitzWalk, n: fx.Node) -> float:
 
     With p a distribution, ‖I - 1 pᵀ‖² is the largest eigenvalue of I - 1 pᵀ - p 1ᵀ + m p pᵀ, at most m.
     """
-    if arguments(n)["dim"] % walk.env[n].ndim == 0:
+    if arguments(n)["dim"] % walk.env[n].ndim == 0 and len(walk.env[n]) == 2:
         raise NoClaim("over the batch")
     return product_up(walk.bound(n.args[0]), math.sqrt(walk.env[n].shape[arguments(n)["dim"]]) * UP)
 
