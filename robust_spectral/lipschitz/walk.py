@@ -142,7 +142,12 @@ class LipschitzWalk:
         Raises:
             NoClaim: it is not finite.
         """
-        found = torch.as_tensor(self.env[value] if isinstance(value, fx.Node) else value)
+        held = self.env[value] if isinstance(value, fx.Node) else value
+        found = (
+            held
+            if isinstance(held, Tensor)
+            else torch.as_tensor(held, dtype=torch.float64 if isinstance(held, float) else None)
+        )
         if found.is_complex() or not bool(torch.isfinite(found).all()):
             raise NoClaim("with a constant that is complex or not finite")
         return found.detach().double()

@@ -29,6 +29,7 @@ from .from_module import is_plain as is_plain
 from .from_module import linear_operator as linear_operator
 from .from_module import norm_shape as norm_shape
 from .from_module import unchecked_operator as unchecked_operator
+from .from_module import weights_operator as weights_operator
 from .module_calls import evaluating as evaluating
 from .module_calls import forward_pass as forward_pass
 from .module_calls import is_overridden as is_overridden

@@ -56,6 +56,15 @@ def _operator(module: nn.Module, in_shape: Shape, dtype: torch.dtype, checked: b
     return module_operator(module, in_shape, dtype, checked=checked) if build is None else build(module, in_shape, dtype)
 
 
+def weights_operator(module: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None) -> LinearOperator:
+    """The operator of the weights of a dense or convolutional layer of torch.nn, as torch computes it.
+
+    Unlike in `linear_operator`, hooks and replaced methods are no part of it, not even those of all modules or of a class.
+    """
+    made = _BUILDERS[type(module)](module, tuple(in_shape), dtype or default_dtype(module))
+    return replace(made, build=lambda other: weights_operator(module, in_shape, other))
+
+
 def convolution_then_batchnorm(
     convolution: nn.Module, batchnorm: nn.Module, in_shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> LinearOperator:

@@ -1,5 +1,6 @@
 """Patterns of several operations: the constant of the whole, finite for all inputs, and none for what only looks like them."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -162,3 +163,20 @@ def test_equal_values_are_recognised_without_comparing_every_path() -> None:
 
     model = Call(lambda m, x: deep(x) * torch.sigmoid(deep(x))).double()
     assert sampled(model, 4) <= bounded(model, 4).value
+
+
+@pytest.mark.parametrize(
+    "function, shrink",
+    [(lambda m, x: m.f(x) / (1e-6 + m.f(x).abs()), 1e-6), (lambda m, x: m.f(x) * (1e6 * torch.sigmoid(m.f(x))), 1e6)],
+    ids=["steep softsign", "gate times a million"],
+)
+def test_the_rounding_of_a_pattern_is_at_most_its_bound(function: Callable[..., Tensor], shrink: float) -> None:
+    model = seeded(lambda: Call(function, f=nn.Linear(6, 6))).float()
+    with torch.no_grad():
+        model.f.weight.mul_(shrink)  # type: ignore[union-attr]
+        model.f.bias.zero_()  # type: ignore[union-attr]
+    x = torch.rand(64, 6)
+    found = rs.lipschitz_bound(model, x[:1])
+    single = model(x).double()
+    apart = (single - copy.deepcopy(model).double()(x.double())).norm(dim=1).max()
+    assert 0 < float(apart.detach()) <= found.errors[torch.float32] < math.inf

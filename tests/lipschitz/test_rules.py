@@ -147,6 +147,11 @@ def test_constants_are_rounded_up(size: int) -> None:
     assert Fraction(bound(Call(lambda m, x: torch.cat([x] * size, 1)), 2).value) ** 2 >= size
 
 
+@pytest.mark.parametrize("factor", [0.7, 0.1, 1 / 3, 123.456])
+def test_a_number_in_the_code_counts_as_it_is(factor: float) -> None:
+    assert Fraction(factor) <= Fraction(bound(Call(lambda m, x: x * factor), 2).value) <= Fraction(factor * (1 + 1e-15))
+
+
 class Paired(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return 100 * x, x

@@ -15,6 +15,7 @@ from networks import Call, sampled, seeded
 from reference import gain, map_norm
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.transforms import v2
 
 import robust_spectral as rs
@@ -153,6 +154,23 @@ PIECES = {
 def test_writes_that_count_apart_have_a_larger_bound_that_holds(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model = seeded(build)
     assert map_norm(model, shape) <= bounded(model, *shape).value <= 2.001 * map_norm(model, shape)
+
+
+def test_a_hook_on_all_modules_counts_once() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)))
+    plain = bounded(model, 6).value
+    hook = register_module_forward_hook(lambda module, args, out: 0.1 * out if isinstance(module, nn.Linear) else None)
+    try:
+        assert bounded(model, 6).value == pytest.approx(0.01 * plain, rel=1e-9)
+    finally:
+        hook.remove()
+
+
+def test_a_replaced_forward_of_a_class_of_torch_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)))
+    plain, forward = bounded(model, 6).value, nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0.1 * forward(self, x))
+    assert bounded(model, 6).value == pytest.approx(0.01 * plain, rel=1e-9)
 
 
 def test_imagenet_constants_multiply_the_norm_of_a_dense_layer_as_its_jacobian_says() -> None:

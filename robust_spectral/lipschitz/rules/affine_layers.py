@@ -20,8 +20,8 @@ from ...operators import (
     batchnorm_operator,
     batchnorm_scale,
     compose,
-    linear_operator,
     norm_shape,
+    weights_operator,
 )
 from ..boxes import Box
 from ..graph import module_of
@@ -100,8 +100,8 @@ def layer(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
         raise NoClaim("across the batch")
     key, small = (n.target, n.args[1], repr(n.args[3:])), norm_shape(module, shape)
     step = Affine(
-        source, (*key, shape), lambda: linear_operator(module, shape), ((*key, small), lambda: linear_operator(module, small)),
-        layers=() if name is None else (name,), part=module,
+        source, (*key, shape), lambda: weights_operator(module, shape),
+        norm=((*key, small), lambda: weights_operator(module, small)), layers=() if name is None else (name,), part=module,
     )  # fmt: skip
     return replace(step, joined=lambda before: _with_padding(step, before))
 
@@ -154,7 +154,7 @@ def _with_padding(step: Affine, before: Affine) -> Affine | None:
         return _padded_apart(step, before, shape)
     module.padding = tuple(map(max, reversed(widths[::2]), reversed(widths[1::2])))
     module._reversed_padding_repeated_twice = list(widths)
-    operator = lambda: linear_operator(module.eval(), shape)  # noqa: E731
+    operator = lambda: weights_operator(module.eval(), shape)  # noqa: E731
     return replace(
         step, source=before.source, key=(*step.key, *before.key), build=operator, norm=None, joined=None, part=module
     )

@@ -115,12 +115,17 @@ def unit_length(walk: LipschitzWalk, n: Any) -> float | None:
 
 
 def elementwise_rounding(walk: Any, n: Any) -> tuple[int, float]:
-    """The product or quotient of x with a function of x that is computed to within some roundings and has values up to 6."""
-    roots = [multiple(walk, value) for value in n.args[:2] if isinstance(value, fx.Node)]
-    return 64, 24 * max(abs(factor) * walk.size(x) for x, factor in roots)
+    """The product of x with a function of x that is computed to within some roundings and has values up to 6."""
+    roots = [multiple(walk, value) for value in n.args[:2]]
+    return 64, 24 * abs(roots[0][1] * roots[1][1]) * max(walk.size(x) for x, _ in roots)
 
 
-@pattern(aten.div, rounding=elementwise_rounding)
+def quotient_rounding(walk: Any, n: Any) -> tuple[int, float]:
+    """A sum and a quotient, of values between -1 and 1."""
+    return 8, math.sqrt(walk.elements(n))
+
+
+@pattern(aten.div, rounding=quotient_rounding)
 def softsign(walk: LipschitzWalk, n: Any) -> float | None:
     """x / (c + |x|) has slope c / (c + |x|)² <= 1 / c."""
     x, (size, c) = n.args[0], plus(n.args[1])
