@@ -16,12 +16,11 @@ from art.metrics import clever_u, loss_sensitivity
 from art.utils import check_and_transform_label_format
 
 from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, lipschitz_estimate
-from robust_spectral.lipschitz import disagreement
+from robust_spectral.lipschitz import ESTIMATE_ROUNDING, disagreement
 from robust_spectral.user_warnings import warn_user
 
 from .art_preprocessing import example_of, preprocessed
 
-_ROUNDING = 1e-3  # share by which a sampled slope, computed in float32, may exceed the bound
 _COMPARED = 16  # number of images on which the bound's graph is compared with the model
 
 
@@ -98,7 +97,7 @@ class LipschitzClassifier(PyTorchClassifier):
         if math.isinf(proved):
             return None  # nothing is certified
         sampled = lipschitz_estimate(network, images)
-        if sampled > (1 + _ROUNDING) * proved:
+        if sampled > (1 + ESTIMATE_ROUNDING) * proved:
             return f"a sampled Jacobian norm, {sampled:.4g}, is above the proved bound, {proved:.4g}"
         rounding = 2 * bound.errors.get(images.dtype, math.inf) if inside else math.inf
         return disagreement(network, images[:_COMPARED], rounding)

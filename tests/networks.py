@@ -1,6 +1,7 @@
 """Networks given by functions, and the proved bound and largest sampled gain of a network."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from reference import gain, jacobian_norm
@@ -41,3 +42,25 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return build().double().eval()
+
+
+class Scaled(torch.autograd.Function):
+    """A product with a number, and with another one backwards: a gradient that need not be the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, backwards: float) -> Tensor:
+        ctx.backwards = backwards
+        return factor * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backwards * gradient, None, None
+
+
+def of(function: Callable[..., Any], **parts: nn.Module | Tensor) -> Callable[[], nn.Module]:
+    return lambda: Call(function, **parts)
+
+
+def bounded(model: nn.Module, *shape: int) -> rs.LipschitzBound:
+    """The bound of a model in eval mode as it is, in float64."""
+    return rs.lipschitz_bound(model, torch.zeros(1, *shape, dtype=torch.float64))

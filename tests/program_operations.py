@@ -7,33 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from networks import Scaled
 from program_twists import Draft, Twist, matrix, square, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-
-
-class Reversal(torch.autograd.Function):
-    """Multiplication by 20, with the gradient of a gradient reversal."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 20 * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -0.1 * gradient
-
-
-class Scaling(torch.autograd.Function):
-    """Multiplication by 20, with its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 20 * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 20 * gradient
 
 
 class Rectifier(torch.autograd.Function):
@@ -63,8 +40,8 @@ class Weighted(torch.autograd.Function):
 
 
 FUNCTIONS = [
-    step("any", lambda self, x: Scaling.apply(x)),
-    step("any", lambda self, x: Reversal.apply(x)),
+    step("any", lambda self, x: Scaled.apply(x, 20, 20)),
+    step("any", lambda self, x: Scaled.apply(x, 20, -0.1)),
     step("any", lambda self, x: Rectifier.apply(x)),
     step("flat", lambda self, x: Weighted.apply(x, self.weight), weight=matrix),
 ]
@@ -74,7 +51,7 @@ class Reversed(nn.Linear):
     """A dense layer with a reversed gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return Reversal.apply(super().forward(input))
+        return Scaled.apply(super().forward(input), 20, -0.1)
 
 
 class Ungraded(nn.Conv2d):

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from robust_spectral.lipschitz import ESTIMATE_ROUNDING
+
 NETWORK_CHECKS = 1  # version of these checks, raised when their results may change
-ROUNDING = 1e-3  # share by which a sampled Jacobian norm, computed in float32, may exceed the bound
 _SLOPE, _GRAPH = "sampled slopes <= certified bound", "certified graph = model"
 Row = dict[str, Any]
 
@@ -30,8 +31,10 @@ def bound_gate(bound: float, local: float, estimate: float) -> Row:
         return _row(_SLOPE, "pass", "no bound is claimed")
     if math.isnan(estimate):
         return _row(_SLOPE, "flag", "not compared, because no gradient reaches the pixels")
-    detail = f"the largest Jacobian norm is {estimate:.4g}, the bound {proved:.4g}; {ROUNDING:.1%} are allowed for rounding"
-    return _row(_SLOPE, "pass" if estimate <= (1 + ROUNDING) * proved else "fail", detail)
+    detail = (
+        f"the largest Jacobian norm is {estimate:.4g}, the bound {proved:.4g}; {ESTIMATE_ROUNDING:.1%} are allowed for rounding"
+    )
+    return _row(_SLOPE, "pass" if estimate <= (1 + ESTIMATE_ROUNDING) * proved else "fail", detail)
 
 
 def graph_gate(claimed: bool, differs: str | None) -> Row:

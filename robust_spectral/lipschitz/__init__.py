@@ -12,6 +12,7 @@ from .bound import NodeBound as NodeBound
 from .bound import lipschitz_bound as lipschitz_bound
 from .boxes import Box as Box
 from .certificates import certified_radius as certified_radius
+from .estimate import ESTIMATE_ROUNDING as ESTIMATE_ROUNDING
 from .estimate import lipschitz_estimate as lipschitz_estimate
 from .graph import Graph as Graph
 from .graph import graph_of as graph_of

@@ -12,6 +12,7 @@ from ..operators import evaluating
 from .precision import full_precision
 
 _COMBINATIONS = 16
+ESTIMATE_ROUNDING = 1e-3  # share by which an estimate, computed in the model's dtype, may exceed a bound
 
 
 def lipschitz_estimate(model: nn.Module, images: Tensor, most_outputs: int = 1000) -> float:

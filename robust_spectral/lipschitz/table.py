@@ -1,6 +1,6 @@
 """The table of operations: for each ATen operation its Lipschitz bound, the box of its values and its rounding error.
 
-`rule` registers a row, also for operations of other packages (`torch.library`). `pattern` registers a bound of several
+`rule` registers a row, also for operations of other packages. `pattern` registers a bound of several
 operations together, recognised by the last of them. The walks look rows up here and never import them.
 """
 
@@ -63,6 +63,11 @@ def pattern(*operations: Any, rounding: Callable[..., Any] | None = None) -> Cal
         return bound
 
     return register
+
+
+def row_of(target: Any) -> Row | None:
+    """The row of an overload, or else of its operation; None if there is none."""
+    return TABLE.get(target) or TABLE.get(operation_of(target))
 
 
 def operation_of(target: Any) -> Any:

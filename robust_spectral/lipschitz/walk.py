@@ -21,7 +21,7 @@ from ..numerics import product_up
 from ..operators import LinearOperator, Shape, compose
 from .boxes import Box, box_intersection, of_each_part, rounded_outward
 from .graph import Graph, where
-from .table import PATTERNS, TABLE, NoClaim, Row, operation_of
+from .table import PATTERNS, TABLE, NoClaim, Row, operation_of, row_of
 
 _LARGEST_STRETCH = 3e5  # most elements in a step's argument for which a stretch of several layers is bounded as a whole
 aten = torch.ops.aten
@@ -143,11 +143,7 @@ class LipschitzWalk:
             NoClaim: it is not finite.
         """
         held = self.env[value] if isinstance(value, fx.Node) else value
-        found = (
-            held
-            if isinstance(held, Tensor)
-            else torch.as_tensor(held, dtype=torch.float64 if isinstance(held, float) else None)
-        )
+        found = torch.as_tensor(held, dtype=torch.float64 if isinstance(held, float) else None)
         if found.is_complex() or not bool(torch.isfinite(found).all()):
             raise NoClaim("with a constant that is complex or not finite")
         return found.detach().double()
@@ -210,8 +206,7 @@ class LipschitzWalk:
         Raises:
             NoClaim: the operation has none, or the node's value is no tensor of real floating-point numbers.
         """
-        operation = operation_of(n.target)
-        row, value = TABLE.get(n.target) or TABLE.get(operation), self.env[n]
+        row, value = row_of(n.target), self.env[n]
         if is_decision(value):
             return _DECISION
         if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
@@ -275,7 +270,7 @@ class LipschitzWalk:
         if n.op == "placeholder":
             assert self._input_box is not None
             return self._input_box
-        row, found = TABLE.get(n.target) or TABLE.get(operation_of(n.target)), None
+        row, found = row_of(n.target), None
         others = any(
             is_half(v) or (isinstance(v, Tensor) and v.is_complex()) for v in map(self.env.get, [n, *n.all_input_nodes])
         )

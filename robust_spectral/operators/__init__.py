@@ -28,6 +28,7 @@ from .from_module import convolution_then_batchnorm as convolution_then_batchnor
 from .from_module import is_plain as is_plain
 from .from_module import linear_operator as linear_operator
 from .from_module import norm_shape as norm_shape
+from .from_module import then_batchnorm as then_batchnorm
 from .from_module import unchecked_operator as unchecked_operator
 from .from_module import weights_operator as weights_operator
 from .module_calls import evaluating as evaluating

@@ -73,14 +73,21 @@ def convolution_then_batchnorm(
     If hooks or a ``forward`` of its own may change what the batch normalisation computes, its own operator is used.
     """
     first = linear_operator(convolution, in_shape, dtype)
-    second = batchnorm_operator if is_standard_batchnorm(batchnorm) else linear_operator
-    composite = compose(first, second(batchnorm, first.out_shape, first.dtype))
-    build = lambda other: convolution_then_batchnorm(convolution, batchnorm, in_shape, other)  # noqa: E731
-    if first.kernel is None or second is linear_operator or isinstance(convolution, _ConvTransposeNd):
-        return replace(composite, build=build)
+    if is_standard_batchnorm(batchnorm):
+        composite = then_batchnorm(first, batchnorm, convolution)
+    else:
+        composite = compose(first, linear_operator(batchnorm, first.out_shape, first.dtype))
+    return replace(composite, build=lambda other: convolution_then_batchnorm(convolution, batchnorm, in_shape, other))
+
+
+def then_batchnorm(first: LinearOperator, batchnorm: nn.Module, layer: nn.Module) -> LinearOperator:
+    """The operator of a layer, then of a batch normalisation, whose factors scale the kernel of a convolution."""
+    both = compose(first, batchnorm_operator(batchnorm, first.out_shape, first.dtype))
+    if first.kernel is None or isinstance(layer, _ConvTransposeNd):
+        return both
     weight = first.kernel.weight
     scaled = weight * batchnorm_scale(batchnorm).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-    return replace(composite, build=build, kernel=replace(first.kernel, weight=scaled))
+    return replace(both, kernel=replace(first.kernel, weight=scaled))
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import uncompiled
-from ..lipschitz import LipschitzBound, disagreement, lipschitz_estimate
+from ..lipschitz import ESTIMATE_ROUNDING, LipschitzBound, disagreement, lipschitz_estimate
 
-_ROUNDING = 1e-3  # share by which a sampled Jacobian norm, computed in the model's dtype, may exceed the bound
 _MOST_OUTPUTS = 100  # so that the check costs at most this many backward passes
 
 
@@ -29,7 +28,7 @@ def check_target(model: nn.Module, example: Tensor, bound: LipschitzBound, lipsc
     pair = torch.cat([example, example])
     refuted = disagreement(uncompiled(model), pair)
     sampled = _sampled(model, pair)
-    if sampled > (1 + _ROUNDING) * bound.value:
+    if sampled > (1 + ESTIMATE_ROUNDING) * bound.value:
         refuted = f"a sampled Jacobian norm, {sampled:.4g}, is above the bound of the network, {bound.value:.4g}"
     if refuted is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import mirrored
-from networks import Call, sampled, seeded
+from networks import Call, bounded, of, sampled, seeded
 from reference import gain, jacobian_norm, map_norm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -19,14 +19,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import robust_spectral as rs
 
 Build = Callable[[], nn.Module]
-
-
-def of(function: Callable[..., Any], **parts: nn.Module | Tensor) -> Build:
-    return lambda: Call(function, **parts)
-
-
-def bounded(model: nn.Module, *shape: int) -> rs.LipschitzBound:
-    return rs.lipschitz_bound(model, torch.zeros(1, *shape, dtype=torch.float64))
 
 
 def written(m: nn.Module, x: Tensor) -> Tensor:

@@ -3,26 +3,17 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Call, sampled, seeded
+from networks import Call, bounded, of, sampled, seeded
 from reference import gain
 from torch import Tensor, nn
 
 import robust_spectral as rs
 
 Build = Callable[[], nn.Module]
-
-
-def of(function: Callable[..., Any], **parts: nn.Module | Tensor) -> Build:
-    return lambda: Call(function, **parts)
-
-
-def bounded(model: nn.Module, *shape: int) -> rs.LipschitzBound:
-    return rs.lipschitz_bound(model, torch.zeros(1, *shape, dtype=torch.float64))
 
 
 def layer_norm(m: nn.Module, x: Tensor) -> Tensor:

@@ -7,23 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case
+from networks import Scaled
 from reference import map_norm
 from torch import Tensor, nn
 
 import robust_spectral as rs
 from robust_spectral.operators.through_forward import module_operator
-
-
-class Scaled(torch.autograd.Function):
-    """The identity with a gradient that is scaled: gradient reversal."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -0.1 * gradient
 
 
 class Once(torch.autograd.Function):
@@ -68,7 +57,7 @@ def with_hook(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Linear, Tensor
 
 
 FALSE = {
-    "gradient reversal": lambda fc, x: Scaled.apply(fc(x)),
+    "gradient reversal": lambda fc, x: Scaled.apply(fc(x), 1, -0.1),
     "no_grad": without_gradient,
     "data": lambda fc, x: F.linear(x.data, fc.weight),
     "part detached": lambda fc, x: fc(x) + 1e-3 * fc(x).detach(),
@@ -123,7 +112,7 @@ def test_a_backward_hook_that_changes_gradients_is_refused_and_one_that_reads_th
 
 def test_a_reversed_gradient_in_a_model_withholds_its_norms() -> None:
     layer = nn.Linear(6, 5)
-    layer.register_forward_hook(lambda module, inputs, output: Scaled.apply(output))
+    layer.register_forward_hook(lambda module, inputs, output: Scaled.apply(output, 1, -0.1))
     with pytest.raises(NotImplementedError, match=r"Linear \(with forward hooks\)"):
         rs.spectral_norms(nn.Sequential(layer), torch.zeros(1, 6))
 

@@ -12,7 +12,18 @@ from ...numerics import product_up
 from ..boxes import Box
 from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
-from .node_arguments import arguments, at_end, aten, decreasing, exact, identity, increasing, repeats, rounded_numbers
+from .node_arguments import (
+    arguments,
+    at_end,
+    aten,
+    decreasing,
+    exact,
+    identity,
+    increasing,
+    repeats,
+    rounded_numbers,
+    same_values,
+)
 
 _SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
 
@@ -164,12 +175,6 @@ def dropout(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
 def cast_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     """One rounding, to another floating-point type."""
     return 1, walk.size(n.args[0])
-
-
-def same_values(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The values of the first argument; `cast_rounding` accounts for the rounding of a cast."""
-    low, high = walk.box(n.args[0])
-    return low.expand_as(walk.env[n]), high.expand_as(walk.env[n])
 
 
 @rule(aten._to_copy, aten.to, aten.type_as, box=same_values, rounding=cast_rounding)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from ...operators import (
     LinearOperator,
@@ -21,6 +21,7 @@ from ...operators import (
     batchnorm_scale,
     compose,
     norm_shape,
+    then_batchnorm,
     weights_operator,
 )
 from ..boxes import Box
@@ -34,6 +35,7 @@ from .node_arguments import (
     exact,
     increasing,
     linear_step,
+    most_copies,
     node_function,
     root_of_count,
     rounded_numbers,
@@ -190,7 +192,7 @@ def pad(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     source, a = source_of(walk, n), arguments(n)
     mode = a.get("mode", "constant")
     value = 0.0 if a.get("value") is None else float(a["value"])
-    most = 1 if mode == "constant" else _copies(walk, n, source)
+    most = 1 if mode == "constant" else most_copies(walk, n, source)
     whole = node_function(walk, n, source)
     blank = whole(torch.zeros_like(walk.env[source][:1])) if value else None
     call = whole if blank is None else lambda X: whole(X) - blank
@@ -199,15 +201,6 @@ def pad(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     if not isinstance(found, Affine):
         return found
     return replace(found, part=_Padding((mode, [int(w) for w in a["pad"]])))
-
-
-def _copies(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> int:
-    """How often the node's value contains the element that it contains most often, counted on the numbers 1, 2, …."""
-    value = walk.env[source]
-    numbers = torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
-    found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node]).flatten()
-    places = found[(found >= 1) & (found <= value.numel())].long()  # a constant among them only raises the count
-    return int(torch.bincount(places).max()) if places.numel() else 1
 
 
 def _batchnorm(walk: LipschitzWalk, n: fx.Node) -> Any:
@@ -276,13 +269,7 @@ def _then_batchnorm(build: Build, batchnorm: nn.Module, layer: nn.Module) -> Bui
     """The operator of a layer, then of a batch normalisation, whose factors scale the convolution's kernel."""
 
     def operator() -> LinearOperator:
-        first = build()
-        both = compose(first, batchnorm_operator(batchnorm, first.out_shape, first.dtype))
-        if first.kernel is None or isinstance(layer, _ConvTransposeNd):
-            return replace(both, build=lambda _: operator())
-        weight = first.kernel.weight
-        scaled = weight * batchnorm_scale(batchnorm).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-        return replace(both, build=lambda _: operator(), kernel=replace(first.kernel, weight=scaled))
+        return replace(then_batchnorm(build(), batchnorm, layer), build=lambda _: operator())
 
     return operator
 

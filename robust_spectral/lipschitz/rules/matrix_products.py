@@ -90,7 +90,14 @@ def sum_and_product(walk: LipschitzWalk, n: fx.Node) -> float:
     return total * UP
 
 
-@rule(aten.einsum, box=lambda walk, n: einsum_box(walk, n))
+def einsum_box(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """No element exceeds that of the einsum of the largest absolute values."""
+    first, second, _ = _factors(n)
+    most = torch.einsum(n.args[0], walk.size(first), walk.size(second)) * _UP
+    return -most, most
+
+
+@rule(aten.einsum, box=einsum_box)
 def einstein_sum(walk: LipschitzWalk, n: fx.Node) -> float:
     """A matrix product for each index on the axes of both factors and the result: the bound of `matrix_product`.
 
@@ -112,13 +119,6 @@ def einstein_sum(walk: LipschitzWalk, n: fx.Node) -> float:
         alone = [walk.env[moving].shape[i] for i, axis in enumerate(names) if axis not in axes + out]
         total = math.nextafter(total + product_up(walk.bound(moving), gain, math.sqrt(math.prod(alone)) * _UP), math.inf)
     return total
-
-
-def einsum_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """No element exceeds that of the einsum of the largest absolute values."""
-    first, second, _ = _factors(n)
-    most = torch.einsum(n.args[0], walk.size(first), walk.size(second)) * _UP
-    return -most, most
 
 
 def _factors(n: fx.Node) -> tuple[Any, Any, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
@@ -85,12 +84,7 @@ def sorted_values(walk: LipschitzWalk, n: fx.Node) -> float:
     return walk.bound(n.args[0])
 
 
-def kth_box(walk: Any, n: fx.Node) -> Any:
-    """A value of given rank increases with every element."""
-    return increasing(walk, n)
-
-
-@rule(aten.kthvalue, aten.median, aten.nanmedian, box=kth_box, rounding=exact)
+@rule(aten.kthvalue, aten.median, aten.nanmedian, box=increasing, rounding=exact)
 def kth(walk: LipschitzWalk, n: fx.Node) -> float:
     """A value of given rank changes by no more than the largest change of an element."""
     axes_of(walk, n, arguments(n).get("dim"))

@@ -87,6 +87,30 @@ def root_of_count(count: float) -> float:
     return 1.0 if count <= 1 else math.nextafter(math.sqrt(count), math.inf)
 
 
+def element_numbers(walk: LipschitzWalk, node: fx.Node) -> Tensor:
+    """A tensor of the shape of a node's value with the numbers 1, 2, …."""
+    value = walk.env[node]
+    return torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
+
+
+def counts_of(found: Tensor, size: int) -> Tensor:
+    """How often each of the numbers 1 to ``size`` was found; a constant among them only raises a count."""
+    places = found[(found >= 1) & (found <= size)].long()
+    return torch.bincount(places, minlength=size + 1)
+
+
+def most_of(counts: Tensor) -> int:
+    """The largest count, at least 1."""
+    return max(1, int(counts.max()))
+
+
+def most_copies(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> int:
+    """How often a node's value contains the element of an argument that it contains most often."""
+    numbers = element_numbers(walk, source)
+    found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node])
+    return most_of(counts_of(found, numbers.numel()))
+
+
 def node_function(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> Function:
     """The node's value as a function of one argument, for any batch size; other arguments keep their values."""
 
@@ -176,6 +200,12 @@ def identity(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> float | Affine
 def increasing(walk: LipschitzWalk, n: fx.Node) -> Box:
     """The box of a function that increases with every argument: its values at the ends of their boxes."""
     return at_end(walk, n, 0), at_end(walk, n, 1)
+
+
+def same_values(walk: LipschitzWalk, n: fx.Node, index: int = 0) -> Box:
+    """The box of an argument, broadcast to the shape of the node's value."""
+    low, high = walk.box(n.args[index])
+    return low.expand_as(walk.env[n]), high.expand_as(walk.env[n])
 
 
 def decreasing(walk: LipschitzWalk, n: fx.Node) -> Box:

@@ -102,7 +102,7 @@ def _is_energy(walk: LipschitzWalk, energy: Any, z: Any) -> bool:
 def unit_length(walk: LipschitzWalk, n: Any) -> float | None:
     """x / max(‖x‖, eps) has constant 1 / eps: x / eps in the ball of radius eps; outside, a projection times 1 / ‖x‖."""
     x, length = n.args[:2]
-    while calls(length, aten.expand, aten.expand_as):
+    while calls(length, aten.expand):
         length = length.args[0]
     if not calls(length, aten.clamp_min, aten.clamp) or not calls(norm := length.args[0], aten.linalg_vector_norm):
         return None

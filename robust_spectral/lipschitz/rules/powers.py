@@ -71,20 +71,20 @@ def exponential(walk: LipschitzWalk, n: fx.Node) -> float:
     return product_up(walk.bound(n.args[0]), math.exp(largest) * UP)
 
 
-@rule(aten.log, aten.log1p, box=lambda walk, n: logarithm_box(walk, n))
+def logarithm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """A logarithm rises."""
+    if not _least(walk, n) > 0:
+        raise NoClaim("of what may be 0")
+    return increasing(walk, n)
+
+
+@rule(aten.log, aten.log1p, box=logarithm_box)
 def logarithm(walk: LipschitzWalk, n: fx.Node) -> float:
     """log x has slope 1 / l at most where x >= l > 0: local only."""
     least = _least(walk, n)
     if not walk.local or not least > 0:
         raise NoClaim("of what may be 0")
     return product_up(walk.bound(n.args[0]), UP / least)
-
-
-def logarithm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A logarithm rises."""
-    if not _least(walk, n) > 0:
-        raise NoClaim("of what may be 0")
-    return increasing(walk, n)
 
 
 def _least(walk: LipschitzWalk, n: fx.Node) -> float:

@@ -15,16 +15,20 @@ from torch import Tensor, fx
 
 from ...numerics import product_up
 from ..boxes import Box
-from ..table import TABLE, NoClaim, operation_of, rule
+from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
 from .node_arguments import (
     Function,
     arguments,
     aten,
+    counts_of,
+    element_numbers,
     exact,
     identity,
     increasing,
     linear_step,
+    most_copies,
+    most_of,
     node_function,
     root_of_count,
     same,
@@ -65,9 +69,7 @@ def copied(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     if any(walk.depends(node) for node in n.all_input_nodes if node is not source):
         raise NoClaim("at places that depend on the input")
     assert isinstance(source, fx.Node)
-    numbers = _numbers(walk, source)
-    found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node])
-    return linear_step(walk, n, source, norm=root_of_count(_most(_counts(found, numbers.numel()))), selects=True)
+    return linear_step(walk, n, source, norm=root_of_count(most_copies(walk, n, source)), selects=True)
 
 
 @rule(*_SPLITS, box=increasing, rounding=exact)
@@ -95,9 +97,11 @@ def part_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     """None for a part that is selected; that of a batch normalisation for its result."""
     whole = n.args[0]
     assert isinstance(whole, fx.Node)
-    rounding = TABLE[operation_of(whole.target)].rounding if operation_of(whole.target) in _BATCHNORMS else exact
+    if operation_of(whole.target) not in _BATCHNORMS:
+        return exact(walk, n)
+    rounding = walk.row(whole).rounding
     assert rounding is not None
-    return rounding(walk, whole if operation_of(whole.target) in _BATCHNORMS else n)
+    return rounding(walk, whole)
 
 
 @rule(operator.getitem, box=part_box, rounding=part_rounding)
@@ -155,8 +159,8 @@ def _of_one(walk: LipschitzWalk, root: fx.Node, members: list[tuple[Any, list[Fu
     apart = _root_of_squares([walk.bound(value) for value, _ in members])
     if len(members) == 1:
         return apart
-    counts = [_counts(_followed(_numbers(walk, root), functions), walk.env[root].numel()) for _, functions in members]
-    return min(apart, product_up(walk.bound(root), root_of_count(_most(torch.stack(counts).sum(0)))))
+    counts = [counts_of(_followed(element_numbers(walk, root), functions), walk.env[root].numel()) for _, functions in members]
+    return min(apart, product_up(walk.bound(root), root_of_count(most_of(torch.stack(counts).sum(0)))))
 
 
 def _root_of_squares(bounds: list[float]) -> float:
@@ -224,22 +228,6 @@ def _followed(value: Tensor, functions: list[Function]) -> Tensor:
     for function in functions:
         value = function(value)
     return value
-
-
-def _numbers(walk: LipschitzWalk, node: fx.Node) -> Tensor:
-    """A tensor of the shape of a node's value with the numbers 1, 2, …."""
-    value = walk.env[node]
-    return torch.arange(1.0, value.numel() + 1, dtype=torch.float64, device=value.device).reshape(value.shape)
-
-
-def _counts(found: Tensor, size: int) -> Tensor:
-    """How often each of the numbers 1 to ``size`` was found; a constant among them only raises a count."""
-    places = found[(found >= 1) & (found <= size)].long()
-    return torch.bincount(places, minlength=size + 1)
-
-
-def _most(counts: Tensor) -> int:
-    return max(1, int(counts.max()))
 
 
 @rule(aten.col2im)

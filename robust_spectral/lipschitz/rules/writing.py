@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ...numerics import product_up
 from ..boxes import Box
 from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
-from .node_arguments import UP, arguments, aten, exact, identity, increasing, linear_step, repeats, rounded_numbers
+from .node_arguments import UP, arguments, aten, exact, identity, increasing, linear_step, repeats, rounded_numbers, same_values
 from .rearranging import joint
 
 _WRITES = (aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter)
@@ -31,11 +32,12 @@ def _written(walk: LipschitzWalk, node: Any) -> list[Any]:
     return [node]
 
 
-@rule(
-    aten.copy,
-    box=lambda walk, n: _copied_box(walk, n),
-    rounding=lambda walk, n: (1, walk.size(n.args[1]) * repeats(walk, n, n.args[1])),
-)
+def copy_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """One rounding, to the first argument's type."""
+    return 1, walk.size(n.args[1]) * repeats(walk, n, n.args[1])
+
+
+@rule(aten.copy, box=partial(same_values, index=1), rounding=copy_rounding)
 def copied_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """The values of the second argument, in the first one's type, copied where it is broadcast."""
     source = n.args[1]
@@ -46,16 +48,23 @@ def copied_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     return product_up(walk.bound(source), repeats(walk, n, source))
 
 
-def _copied_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    low, high = walk.box(n.args[1])
-    return low.expand_as(walk.env[n]), high.expand_as(walk.env[n])
-
-
 def _constant_places(walk: LipschitzWalk, n: fx.Node, *names: str) -> dict[str, Any]:
     a = arguments(n)
     if any(walk.depends(a[name]) for name in names if name in a):
         raise NoClaim("at places that depend on the input")
     return a
+
+
+def either_box(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """By a known condition the ends of the value that it chooses, else the lowest and the highest of both."""
+    condition, one, other = n.args
+    (low, high), (other_low, other_high) = walk.box(one), walk.box(other)
+    if not walk.depends(condition):
+        return torch.where(walk.env[condition], low, other_low), torch.where(walk.env[condition], high, other_high)  # type: ignore[index]
+    shape = walk.env[n].shape
+    return torch.minimum(low.expand(shape), other_low.expand(shape)), torch.maximum(
+        high.expand(shape), other_high.expand(shape)
+    )
 
 
 def either_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
@@ -69,23 +78,12 @@ def either_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     return rounded_numbers(*n.args[1:]), sum(parts)
 
 
-@rule(aten.where, box=lambda walk, n: _either_box(walk, n), rounding=either_rounding)
+@rule(aten.where, box=either_box, rounding=either_rounding)
 def either(walk: LipschitzWalk, n: fx.Node) -> float:
     """By a constant condition each element is one of the first value or one of the second: the bound of both together."""
     a = _constant_places(walk, n, "condition")
     parts = [value for value in (a["self"], a["other"]) if walk.depends(value)]
     return product_up(joint(walk, parts), max(repeats(walk, n, value) for value in parts))
-
-
-def _either_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    condition, one, other = n.args
-    (low, high), (other_low, other_high) = walk.box(one), walk.box(other)
-    if not walk.depends(condition):
-        return torch.where(walk.env[condition], low, other_low), torch.where(walk.env[condition], high, other_high)  # type: ignore[index]
-    shape = walk.env[n].shape
-    return torch.minimum(low.expand(shape), other_low.expand(shape)), torch.maximum(
-        high.expand(shape), other_high.expand(shape)
-    )
 
 
 def filled_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
