@@ -4,10 +4,13 @@ A program is drawn from kinds of twists. The kinds in ``UNSEEN`` are the ones fo
 that a bound may be refused; the programs of all other kinds should have a finite one.
 """
 
+import contextlib
 import math
 import random
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import program_operations as operations
 import program_patches as patches
@@ -53,10 +56,11 @@ KINDS: dict[str, list[Twist]] = {
     "output in a container": patches.OUTPUTS,
     "hook on the model": patches.ROOT_HOOKS,
     "forward of the model": patches.ROOT_FORWARDS,
+    "hook on all modules": patches.EVERYWHERE,
 }
 UNSEEN = (
     "question of a tracer", "branch on the batch size", "branch on the gradient mode", "state", "branch on data", "numpy",
-    "randomness", "batch statistics", "half precision",
+    "randomness", "batch statistics", "half precision", "hook on all modules",
 )  # fmt: skip
 ACTIVATIONS = [nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, lambda: nn.LeakyReLU(-0.7), nn.Softplus, nn.Identity]
 MOST = 150  # elements of a value
@@ -64,13 +68,27 @@ MOST = 150  # elements of a value
 
 @dataclass
 class Program:
-    """A model in eval mode, the shape and dtype of its inputs, its kinds of twists, and the relative error of its casts."""
+    """A model in eval mode, the shape and dtype of its inputs, its kinds of twists, and the relative error of its casts.
+
+    The model is the program while ``hooked`` is entered, as hooks on all modules are registered then.
+    """
 
     model: nn.Module
     shape: Shape
     dtype: torch.dtype
     kinds: list[str]
     rounding: float
+    everywhere: list[Callable[[], Any]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Register the hooks on all modules, and remove them in the end."""
+        handles = [register() for register in self.everywhere]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def example(self, size: int = 2) -> Tensor:
         return torch.rand(size, *self.shape, dtype=self.dtype)
@@ -138,8 +156,8 @@ def stretch(draft: Draft, steps: list[Twist], base: int) -> bool:
     return all(fit for fit, step in zip(fits, order, strict=True) if step in steps)
 
 
-def assembled(draw: random.Random, chosen: list[Twist], shape: Shape) -> tuple[nn.Module, float] | None:
-    """The model of some twists, and the relative error of its casts; None where a twist does not fit."""
+def assembled(draw: random.Random, chosen: list[Twist], shape: Shape) -> tuple[nn.Module, Draft] | None:
+    """The model of some twists, and its draft; None where a twist does not fit."""
     draft = Draft(draw, shape)
     maps, flats = ([t for t in chosen if t.place == place] for place in ("map", "flat"))
     for twist in chosen:
@@ -163,7 +181,7 @@ def assembled(draw: random.Random, chosen: list[Twist], shape: Shape) -> tuple[n
             twist.make(draw.choice(layers), draft)
         elif twist.place not in ("map", "flat", "any"):
             model = twist.make(model, draft)
-    return model.eval(), draft.rounding
+    return model.eval(), draft
 
 
 def forget(model: nn.Module) -> None:
@@ -201,8 +219,13 @@ def program(draw: random.Random, kind: str) -> Program:
                 flat = not any(twist.place in ("map", "front") for twist in chosen) and draw.random() < 0.4
                 shape = (draw.randint(4, 10),) if flat else draw.choice([(2, 4, 4), (1, 4, 4), (3, 3, 4)])
                 found = assembled(draw, chosen, shape)
-                if found is not None and runs(found[0], shape):
-                    forget(found[0])
-                    return Program(found[0], shape, dtype, kinds, found[1])
+                if found is None:
+                    continue
+                made = Program(found[0], shape, dtype, kinds, found[1].rounding, found[1].everywhere)
+                with made.hooked():
+                    fits = runs(made.model, shape)
+                if fits:
+                    forget(made.model)
+                    return made
     finally:
         torch.set_default_dtype(before)

@@ -159,10 +159,10 @@ def judge(made: Program, found: rs.LipschitzBound) -> tuple[str, str]:
     return ("refused", str(found.reason)) if math.isinf(found.local) else ("finite", str(found.reason))
 
 
-def check(seed: int) -> Verdict:
-    """Draw a program, bound it, and compare the bounds with its sampled gains."""
-    made = program(random.Random(seed), list(KINDS)[seed % len(KINDS)])
-    with warnings.catch_warnings():
+def check(seed: int, kind: str | None = None) -> Verdict:
+    """Draw a program, by default of the kind of its seed, bound it, and compare the bounds with its sampled gains."""
+    made = program(random.Random(seed), kind or list(KINDS)[seed % len(KINDS)])
+    with made.hooked(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = rs.lipschitz_bound(made.model, made.example())

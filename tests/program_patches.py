@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from program_twists import Draft, Twist, square, step
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-PLACES = ("map", "flat", "any", "layer", "front", "weights", "output", "root")  # in the order in which a program has them
+PLACES = (
+    "map",
+    "flat",
+    "any",
+    "layer",
+    "front",
+    "weights",
+    "output",
+    "root",
+    "everywhere",
+)  # in the order in which a program has them
 
 
 class ModelOutput(OrderedDict):
@@ -106,6 +117,41 @@ def hooks(place: str) -> list[Twist]:
 
 
 ROOT_HOOKS, LAYER_HOOKS = hooks("root"), hooks("layer")
+
+
+def on_all_modules(register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> Twist:
+    """A hook on all modules, of which the program's are only some; it is registered while the program is in use."""
+
+    def make(model: nn.Module, draft: Draft) -> nn.Module:
+        draft.everywhere.append(lambda: register(hook, **options))
+        return model
+
+    return Twist("everywhere", make)
+
+
+def on_layers(module: nn.Module, args: Any, output: Any = None) -> Any:
+    """A hook that multiplies the input or the output of dense layers and convolutions."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return tuple(5 * x for x in args) if output is None else -5 * output
+    return None
+
+
+def on_outermost(module: nn.Module, args: Any, output: Any) -> Any:
+    """A hook that multiplies the output of modules with parts, whatever their class."""
+    return mapped(lambda y: 4 * y, output) if next(module.children(), None) is not None else None
+
+
+EVERYWHERE = [
+    on_all_modules(register_module_forward_hook, on_output(1.5)),
+    on_all_modules(register_module_forward_pre_hook, on_input(1.5)),
+    on_all_modules(register_module_forward_hook, on_output(0.5)),
+    on_all_modules(register_module_forward_pre_hook, lambda module, args: 0.5 * args[0]),
+    on_all_modules(register_module_forward_hook, on_layers),
+    on_all_modules(register_module_forward_pre_hook, on_layers),
+    on_all_modules(register_module_forward_hook, on_outermost, always_call=True),
+    on_all_modules(register_module_forward_hook, lambda m, args, kwargs, y: on_output(2)(m, args, y), with_kwargs=True),
+    on_all_modules(register_module_forward_hook, lambda module, args, output: mapped(lambda y: 2 * y.flip(1), output)),
+]
 
 
 def low_rank(layer: nn.Module, draft: Draft) -> nn.Module:

@@ -27,6 +27,7 @@ class Draft:
     shape: Shape
     parts: list[nn.Module] = field(default_factory=list)
     rounding: float = 0.0  # relative error of the casts to a narrower type
+    everywhere: list[Callable[[], Any]] = field(default_factory=list)  # each registers a hook on all modules
 
     @property
     def size(self) -> int:

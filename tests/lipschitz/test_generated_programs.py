@@ -11,6 +11,7 @@ from networks import Call
 from program_gains import check, judge
 from program_patches import tensor_of
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 import robust_spectral as rs
 
@@ -21,21 +22,32 @@ MISSED = {  # programs of one kind each, of which a graph by symbolic tracing wi
 }  # fmt: skip
 
 
-def assert_sound(seed: int) -> list[str]:
-    verdict = check(seed)
+def assert_sound(seed: int, kind: str | None = None) -> list[str]:
+    verdict = check(seed, kind)
     assert verdict.result in ("finite", "refused"), verdict
     return verdict.kinds
 
 
 @pytest.mark.parametrize("kind", MISSED)
 def test_no_sampled_gain_exceeds_the_bound_of_a_program_with_another_symbolic_trace(kind: str) -> None:
-    assert assert_sound(MISSED[kind]) == [kind]
+    assert assert_sound(MISSED[kind], kind) == [kind]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(KINDS), 3 * len(KINDS)))
 def test_no_sampled_gain_exceeds_the_bound_of_a_random_program(seed: int) -> None:
     assert_sound(seed)
+
+
+@pytest.mark.parametrize("seed", [1, 8, 14, 25])
+def test_a_hook_on_all_modules_is_part_of_a_program_only_while_it_is_in_use(seed: int) -> None:
+    made = program(random.Random(seed), "hook on all modules")
+    plain = tensor_of(made.model(x := made.example()))
+    with made.hooked():
+        assert not torch.equal(tensor_of(made.model(x)), plain)
+    assert torch.equal(tensor_of(made.model(x)), plain)
+    assert assert_sound(seed, "hook on all modules") == ["hook on all modules"]
+    assert not _global_forward_hooks and not _global_forward_pre_hooks
 
 
 def linear() -> tuple[nn.Linear, float]:

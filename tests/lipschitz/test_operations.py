@@ -79,6 +79,14 @@ def test_maxima_sorting_and_rearranging_have_constant_one(build: Build, shape: t
     assert sampled(model, *shape) <= 1 + 1e-9
 
 
+def running(norm: Any) -> nn.Module:
+    nn.init.uniform_(norm.running_var, 0.2, 2.0)
+    nn.init.normal_(norm.running_mean)
+    if norm.affine:
+        nn.init.normal_(norm.weight)
+    return nn.Sequential(norm).eval()
+
+
 MATRIX, SQUARE = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), torch.diag(torch.tensor([1.0, 5, 2, 3]))
 LINEAR: dict[str, tuple[Build, tuple[int, ...]]] = {
     "x @ W.T": (of(lambda m, x: x @ m.c.T, c=MATRIX.T.contiguous()), (6,)),
@@ -101,6 +109,10 @@ LINEAR: dict[str, tuple[Build, tuple[int, ...]]] = {
     "custom parametrisation": (lambda: mirrored(nn.Linear(6, 4)), (6,)),
     "weight norm of a convolution": (lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3, padding=1)), (2, 5, 5)),
     "custom parametrisation of a convolution": (lambda: mirrored(nn.Conv2d(2, 3, 3, padding=1)), (2, 5, 5)),
+    "instance norm by running statistics": (
+        lambda: running(nn.InstanceNorm2d(2, affine=True, track_running_stats=True)), (2, 3, 3)),
+    "instance norm by running statistics in one dimension": (
+        lambda: running(nn.InstanceNorm1d(3, track_running_stats=True)), (3, 4)),
     "average pool": (of(lambda m, x: F.avg_pool2d(x, 4, 3, ceil_mode=True)), (2, 6, 6)),
     "average pool with a divisor": (of(lambda m, x: F.avg_pool2d(x, 2, divisor_override=1)), (2, 6, 6)),
     "adaptive average pool": (of(lambda m, x: F.adaptive_avg_pool2d(x, (3, 4))), (2, 6, 6)),
@@ -168,6 +180,57 @@ def test_attention_as_torch_has_it_has_a_local_bound(build: Build, shape: tuple[
     assert largest_in_the_box(model, shape) <= found.local <= 200 * largest_in_the_box(model, shape)
 
 
+relu = torch.relu
+BOXED: dict[str, tuple[Build, tuple[int, ...]]] = {
+    "variance and mean": (of(lambda m, x: torch.cat(torch.var_mean(x, -1, keepdim=True), 1)), (6,)),
+    "variance": (of(lambda m, x: torch.var(x, 1, correction=0, keepdim=True)), (6,)),
+    "deviation and mean": (of(lambda m, x: torch.stack(torch.std_mean(m.f(x), (1, 2)), 1), f=nn.Linear(4, 4)), (3, 4)),
+    "linear attention": (
+        of(lambda m, x: linear_attention(m.q(x), m.k(x), x, 0.1), q=nn.Linear(4, 4), k=nn.Linear(4, 4)), (5, 4)),
+    "over a sum of products": (of(lambda m, x: x / (relu(x) @ relu(m.f(x)).mT + 0.5), f=nn.Linear(4, 4)), (4, 4)),
+    "over a sum of products by names": (
+        of(lambda m, x: x / (torch.einsum("bik,bjk->bij", relu(x), m.f(x).square()) + 0.5), f=nn.Linear(4, 4)), (4, 4)),
+    "over a sum and a product": (
+        of(lambda m, x: 1 / torch.baddbmm(x + 0.5, relu(x), relu(m.f(x)), alpha=0.5), f=nn.Linear(4, 4)), (4, 4)),
+    "logarithm of a mean": (of(lambda m, x: torch.log(relu(m.f(x)).mean(1, keepdim=True) + 0.1), f=nn.Linear(6, 6)), (6,)),
+}  # fmt: skip
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    """The attention of EfficientViT: an average with the products of ReLU features as weights."""
+    out = relu(q) @ (relu(k).transpose(-1, -2) @ F.pad(v, (0, 1), value=1.0))
+    return out[..., :-1] / (out[..., -1:] + eps)
+
+
+@pytest.mark.parametrize("build, shape", BOXED.values(), ids=BOXED)
+def test_products_and_moments_have_a_local_bound_by_the_sign_and_size_of_values(build: Build, shape: tuple[int, ...]) -> None:
+    model = seeded(build)
+    assert largest_in_the_box(model, shape) <= bounded(model, *shape).local < math.inf
+
+
+def test_an_average_by_linear_attention_stays_within_its_values() -> None:
+    near = of(lambda m, x: linear_attention(x, x, x, 1e-4))
+    apart = of(lambda m, x: (relu(x) @ (relu(x).mT @ x)) / (relu(x) @ (relu(x).mT @ (x[..., :1] + 1)) + 1e-4))
+    assert bounded(seeded(near), 5, 4).local < 1e-2 * bounded(seeded(apart), 5, 4).local
+
+
+@pytest.mark.parametrize("jump", [
+    lambda m, x: torch.where(x > 0.5, x, 0.1 * x), lambda m, x: x.masked_fill(x > 0.5, 0.0), lambda m, x: x * (x > 0.5),
+    lambda m, x: x * (x > 0.5).to(x.dtype),
+], ids=["where", "masked_fill", "product", "cast"])  # fmt: skip
+def test_a_choice_by_a_comparison_of_the_input_has_no_bound_as_it_jumps(jump: Callable[..., Tensor]) -> None:
+    found = bounded(Call(jump).double(), 6)
+    assert found.value == found.local == math.inf and "jump" in str(found.reason)
+
+
+@pytest.mark.parametrize("statistic", [torch.var, torch.std, torch.var_mean, torch.std_mean])
+@pytest.mark.parametrize("settings", [{}, {"unbiased": False}, {"dim": 0}], ids=["all", "all, biased", "batch"])
+def test_a_statistic_over_the_batch_has_no_bound(statistic: Callable[..., Any], settings: dict[str, Any]) -> None:
+    found = bounded(Call(lambda m, x: torch.cat([*map(torch.atleast_1d, tuple(statistic(x, **settings)))])
+                         if "mean" in statistic.__name__ else x * statistic(x, **settings)).double(), 6)  # fmt: skip
+    assert found.value == found.local == math.inf and found.reason is not None
+
+
 Pair = namedtuple("Pair", ["first", "second"])
 OUTPUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Any], float]] = {
     "dictionary of one": (lambda m, x: {"logits": 3 * x}, 3), "ordered dictionary": (lambda m, x: OrderedDict(out=3 * x), 3),
@@ -203,6 +266,27 @@ def without_casts(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
              "sort": lambda x: x.view(len(x), -1, 2).sort(2)[0].flatten(1),
              "MaxMin": lambda x: chunked(exact, x)}.get(name, F.gelu)  # fmt: skip
     return lambda x: exact.b(plain(exact.a(x)))
+
+
+ROUNDED: dict[str, Build] = {
+    "limits that are tensors": of(lambda m, x: torch.clamp(m.f(x), m.low, m.high) * m.c, f=nn.Linear(6, 6), c=torch.rand(6),
+                                  low=torch.full((6,), 1000.0), high=torch.full((6,), 2000.0)),
+    "number as limit": of(lambda m, x: m.f(x).clamp_min(1000.3) * m.c, f=nn.Linear(6, 6), c=torch.rand(6)),
+    "chosen": of(lambda m, x: torch.where(m.c > 0.5, m.f(x), 1000.3) * m.c, f=nn.Linear(6, 6), c=torch.rand(6)),
+    "masked": of(lambda m, x: m.f(x).masked_fill(m.c > 0.5, 1000.3) * m.c, f=nn.Linear(6, 6), c=torch.rand(6)),
+    "instance norm by running statistics": of(
+        lambda m, x: m.n(m.f(x).unflatten(1, (2, 3))), f=nn.Linear(6, 6),
+        n=running(nn.InstanceNorm1d(2, affine=True, track_running_stats=True))),
+    "tanh gelu": of(lambda m, x: m.f(x) * (1 + torch.tanh(0.79788456 * (m.f(x) + 0.044715 * m.f(x) ** 3))), f=nn.Linear(6, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", ROUNDED.values(), ids=ROUNDED)
+def test_rounding_to_float32_is_at_most_its_bound(build: Build) -> None:
+    model, x = build().float().eval(), torch.rand(64, 6)
+    found = rs.lipschitz_bound(model, x[:1])
+    apart = (model(x).double() - copy.deepcopy(model).double()(x.double())).flatten(1).norm(dim=1).max()
+    assert 0 < float(apart.detach()) <= found.errors[torch.float32] < 1
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -32,6 +32,20 @@ def norm_by_power(m: nn.Module, x: Tensor) -> Tensor:
     return centred * (centred.square().mean(-1, keepdim=True) + 0.1).pow(-0.5)
 
 
+def by_var_mean(m: nn.Module, x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+    return (x - mean) * torch.rsqrt(var + 0.1)
+
+
+def by_std_mean(m: nn.Module, x: Tensor) -> Tensor:
+    std, mean = torch.std_mean(x, -1, keepdim=True)
+    return m.w * (x - mean) / (std + 0.1)
+
+
+def gelu(x: Tensor, cubic: float = 0.044715) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + cubic * torch.pow(x, 3.0))))
+
+
 ROOT, W = math.sqrt(10), torch.tensor([1.0, -2.0, 0.5, 1.5])
 PATTERNS: dict[str, tuple[Build, tuple[int, ...], float]] = {
     "x sigmoid(x)": (of(lambda m, x: x * torch.sigmoid(x)), (6,), 1.09984),
@@ -44,6 +58,14 @@ PATTERNS: dict[str, tuple[Build, tuple[int, ...], float]] = {
     "mish": (of(lambda m, x: x * torch.tanh(F.softplus(x))), (6,), 1.0885),
     "gelu": (of(lambda m, x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), (6,), 1.129),
     "gelu, half last": (of(lambda m, x: x * (1 + torch.erf(x / math.sqrt(2))) * 0.5), (6,), 1.129),
+    "gelu at another scale": (of(lambda m, x: x * (1 + torch.erf(-3 * x))), (6,), 2.258),
+    "tanh gelu": (of(lambda m, x: gelu(x)), (6,), 1.129),
+    "tanh gelu of a multiple": (of(lambda m, x: gelu(2 * x)), (6,), 2.258),
+    "tanh gelu in factors": (
+        of(lambda m, x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))), (6,), 1.129),
+    "tanh gelu, gate halved": (
+        of(lambda m, x: x * (0.5 * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))))), (6,), 1.129),
+    "x (1 + tanh x)": (of(lambda m, x: 0.5 * x * (1 + torch.tanh(x))), (6,), 1.09984),
     "softsign": (of(lambda m, x: x / (1 + x.abs())), (6,), 1.0),
     "softsign of the library": (nn.Softsign, (6,), 1.0),
     "softsign with 2": (of(lambda m, x: x / (2 + torch.abs(x))), (6,), 0.5),
@@ -51,6 +73,13 @@ PATTERNS: dict[str, tuple[Build, tuple[int, ...], float]] = {
     "steep leaky ReLU": (of(lambda m, x: torch.where(x >= 0, x, 3 * x)), (6,), 3.0),
     "ReLU": (of(lambda m, x: torch.where(x > 0, x, 0.0)), (6,), 1.0),
     "layer norm": (of(layer_norm), (6,), ROOT), "channel norm": (of(channel_norm, w=W), (4, 2, 2), 2 * ROOT),
+    "layer norm by var_mean": (of(by_var_mean), (6,), ROOT),
+    "layer norm, weight first": (of(lambda m, x: m.w * (x - x.mean(-1, keepdim=True)) / torch.sqrt(
+        x.var(-1, keepdim=True) + 0.1), w=W), (4,), 2 * ROOT),
+    "layer norm by a deviation": (of(by_std_mean, w=W), (4,), 20.0),
+    "plus a length": (of(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 0.1)), (6,), 10.0),
+    "reciprocal of a length": (of(lambda m, x: x * (3 / (x.norm(dim=1, keepdim=True) + 0.1))), (6,), 30.0),
+    "energy at least": (of(lambda m, x: x / (x * x).sum(-1, keepdim=True).clamp_min(0.01).sqrt()), (6,), 10.0),
     "layer norm by a power": (of(norm_by_power), (6,), ROOT),
     "root mean square": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1)), (6,), ROOT),
     "root mean square by quotient": (of(lambda m, x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()), (6,), ROOT),
@@ -90,7 +119,17 @@ NEAR: dict[str, tuple[Build, tuple[int, ...]]] = {
     "tanh of a steep softplus": (of(lambda m, x: x * torch.tanh(F.softplus(x, 3.0))), (6,)),
     "clamp at other places": (of(lambda m, x: x * F.relu6(x + 1) / 6), (6,)),
     "clamp of another": (of(lambda m, x: x * F.relu6(x.flip(1) + 3) / 6), (6,)),
-    "erf at another scale": (of(lambda m, x: 0.5 * x * (1 + torch.erf(x / 3))), (6,)),
+    "erf of another": (of(lambda m, x: 0.5 * x * (1 + torch.erf(x.flip(1)))), (6,)),
+    "gelu with a steep cube": (of(lambda m, x: gelu(x, 4.0)), (6,)),
+    "gelu of a sum of two cubes": (of(lambda m, x: x * (1 + torch.tanh(x + (x**3 + 9 * x**3)))), (6,)),
+    "gelu with the cube of another": (of(lambda m, x: x * (1 + torch.tanh(x + 0.07 * x.flip(1) ** 3))), (6,)),
+    "twice the deviation's mean": (of(lambda m, x: (x - torch.std_mean(x, -1, keepdim=True)[0]) / (
+        torch.std_mean(x, -1, keepdim=True)[1] + 0.1)), (6,)),
+    "root of the length": (of(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 0.1).sqrt()), (6,)),
+    "energy without a root": (of(lambda m, x: x / (x.square().sum(1, keepdim=True) + 0.1)), (6,)),
+    "times the length": (of(lambda m, x: x * (x.norm(dim=1, keepdim=True) + 0.1)), (6,)),
+    "weight of the input first": (
+        of(lambda m, x: x.flip(1) * (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1)), (6,)),
     "square root without eps": (of(lambda m, x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True))), (6,)),
     "eps = 0": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.0)), (6,)),
     "negative eps": (of(lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 0.1)), (6,)),
@@ -171,3 +210,17 @@ def test_the_rounding_of_a_pattern_is_at_most_its_bound(function: Callable[..., 
     single = model(x).double()
     apart = (single - copy.deepcopy(model).double()(x.double())).norm(dim=1).max()
     assert 0 < float(apart.detach()) <= found.errors[torch.float32] < math.inf
+
+
+def test_the_slope_of_gelus_tanh_form_is_at_most_1129_by_intervals() -> None:
+    """With t = tanh p and p = u + r u³ the slope is (1 + t + u p' (1 - t²)) / 2, and that at -u is 1 less that at u.
+
+    On a cell of u >= 0 and all r within 1e-7, t and u p' rise with u and r, and 1 - t² falls. Beyond u = 8 the slope is below
+    1 + 2 u p' exp(-2 p) < 1 + 2 u (1 + u²) exp(-2 u), which falls.
+    """
+    r, cells = 0.044715 * math.pi / 2, torch.linspace(0, 8, 2**24 + 1, dtype=torch.float64)
+    low, high = cells[:-1], cells[1:]
+    least, most = torch.tanh(low + (r - 1e-7) * low**3), torch.tanh(high + (r + 1e-7) * high**3)
+    slope = (1 + most + high * (1 + 3 * (r + 1e-7) * high**2) * (1 - least**2)) / 2
+    assert 1.1289 < float(slope.max()) < 1.129 - 1e-9
+    assert 1 + 16 * 65 * math.exp(-16) < 1.129

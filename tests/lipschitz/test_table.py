@@ -26,8 +26,8 @@ NO_ROUNDING = [
     "_log_softmax", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "addcmul", "addmm", "baddbmm", "col2im", "cumsum",
     "einsum", "exp", "expm1", "index_add", "index_copy", "index_put", "linalg_vector_norm",
     "log", "log1p", "log_softmax", "masked_scatter", "pow", "reciprocal",
-    "rsqrt", "scaled_dot_product_attention", "scatter", "scatter_add", "scatter_reduce", "sqrt", "square", "std",
-    "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "var",
+    "rsqrt", "scaled_dot_product_attention", "scatter", "scatter_add", "scatter_reduce", "sqrt", "square", "std", "std_mean",
+    "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "var", "var_mean",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ LOCAL: dict[str, Network] = {
     "exponentials": (aten.exp, lambda m, x: torch.exp(x), (4,)),
     "products of matrices": (aten.matmul, lambda m, x: x @ x.mT, (1, 1)),
 }
-SHARP = {name: net for name, net in {**NETWORKS, **LOCAL}.items() if TABLE[net[0]].box and net[0] is not aten.matmul}
+SHARP = {name: net for name, net in {**NETWORKS, **LOCAL}.items() if TABLE[net[0]].box}
 
 
 def network(function: Callable[..., Tensor]) -> nn.Module:

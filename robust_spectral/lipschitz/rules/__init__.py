@@ -14,5 +14,6 @@ from . import maxima as maxima
 from . import normalisation as normalisation
 from . import patterns as patterns
 from . import powers as powers
+from . import quotients as quotients
 from . import rearranging as rearranging
 from . import writing as writing

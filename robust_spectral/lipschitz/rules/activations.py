@@ -14,15 +14,13 @@ from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
 from .node_arguments import (
     arguments,
-    at_end,
     aten,
-    decreasing,
+    between,
     exact,
     identity,
     increasing,
     repeats,
-    rounded_numbers,
-    same_values,
+    selected,
 )
 
 _SMOOTH = 16  # roundings of an elementary function and the arithmetic around it
@@ -37,11 +35,12 @@ _SLOPES = {
     aten.atan: 1.0, aten.log_sigmoid: 1.0,
     aten.softshrink: 1.0, aten.celu: 1.0, aten.softplus: 1.0, aten.asinh: 1.0, aten.selu: 1.7581,
 }  # fmt: skip
+_PRELU = (aten.prelu, aten._prelu_kernel)
 _LOWEST = {aten.silu: -0.2785, aten.gelu: -0.1701, aten.mish: -0.3089, aten.hardswish: -0.375}
 
 
-def slope(n: fx.Node) -> float:
-    """Largest slope of an elementwise operation of one argument, rounded up.
+def slope(walk: LipschitzWalk, n: fx.Node) -> float:
+    """Largest slope of an elementwise operation of one argument, rounded up; walk may be of any kind.
 
     Raises:
         NoClaim: it is not known, or the function jumps.
@@ -49,6 +48,8 @@ def slope(n: fx.Node) -> float:
     operation, a = operation_of(n.target), arguments(n)
     if operation is aten.leaky_relu:
         return max(1.0, abs(float(a["negative_slope"])))
+    if operation in _PRELU:
+        return max(1.0, float(walk.constant(a["weight"]).abs().max()))
     if operation is aten.elu:
         if float(a["input_scale"]) < 0:
             raise NoClaim("with a negative scale")
@@ -68,7 +69,7 @@ def elementwise(walk: LipschitzWalk, n: fx.Node) -> float:
     a = arguments(n)
     if any(walk.depends(value) for name, value in a.items() if name not in ("self", "input")):
         raise NoClaim("with parameters that depend on the input")
-    return product_up(walk.bound(n.args[0]), slope(n), repeats(walk, n, n.args[0]))
+    return product_up(walk.bound(n.args[0]), slope(walk, n), repeats(walk, n, n.args[0]))
 
 
 def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
@@ -77,7 +78,7 @@ def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
     Softplus with beta computes log(1 + exp(beta x)) / beta, with |f(0)| = log 2 / beta. Where it turns into the identity, at
     beta x = threshold, it jumps by less than exp(-threshold) / beta.
     """
-    if not slope(n) <= 2:
+    if not slope(walk, n) <= 2:
         raise NoClaim("with a slope above 2")
     offset = 1.0
     if operation_of(n.target) is aten.softplus:
@@ -90,8 +91,9 @@ def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
 
 def falling_then_rising(walk: LipschitzWalk, n: fx.Node) -> Box:
     """A function that falls and then rises is largest at an end, and no smaller than its minimum."""
-    ends = at_end(walk, n, 0), at_end(walk, n, 1)
-    return torch.minimum(*ends).clamp_max(_LOWEST[operation_of(n.target)]), torch.maximum(*ends)
+    ends = increasing(walk, n)
+    cancelled = 1e-15 * walk.size(n.args[0])  # in x (1 + erf(x)), for negative x
+    return torch.minimum(*ends).clamp_max(_LOWEST[operation_of(n.target)]), torch.maximum(*ends) + cancelled
 
 
 def absolute(walk: LipschitzWalk, n: fx.Node) -> Box:
@@ -100,67 +102,33 @@ def absolute(walk: LipschitzWalk, n: fx.Node) -> Box:
     return torch.maximum(low, -high).clamp_min(0), torch.maximum(low.abs(), high.abs())
 
 
-def waves(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Sine and cosine lie between -1 and 1."""
-    ones = torch.ones_like(walk.env[n])
-    return -ones, ones
-
-
-def limited(walk: Any, n: fx.Node) -> tuple[int, float]:
-    """No rounding but that of the limits, which are elements of the result."""
-    limits = [value for value in (*n.args[1:], *n.kwargs.values()) if isinstance(value, int | float) and math.isfinite(value)]
-    largest = max(map(abs, limits), default=0.0)
-    return rounded_numbers(*limits), walk.size(n.args[0]) * repeats(walk, n, n.args[0]) + largest * math.sqrt(walk.elements(n))
-
-
 rule(aten.relu, aten.relu6, box=increasing, rounding=exact)(elementwise)
-rule(aten.hardtanh, aten.clamp, aten.clip, aten.clamp_min, aten.clamp_max, box=increasing, rounding=limited)(elementwise)
+rule(aten.hardtanh, aten.clamp, aten.clip, aten.clamp_min, aten.clamp_max, box=increasing, rounding=selected)(elementwise)
 rule(
     aten.tanh, aten.sigmoid, aten.hardsigmoid, aten.softplus, aten.erf, aten.atan, aten.log_sigmoid, aten.celu, aten.softshrink,
     aten.asinh, aten.selu, box=increasing, rounding=smooth,
 )(elementwise)  # fmt: skip
 rule(*_LOWEST, box=falling_then_rising, rounding=smooth)(elementwise)
 rule(aten.abs, box=absolute, rounding=exact)(elementwise)
-rule(aten.sin, aten.cos, box=waves, rounding=smooth)(elementwise)
-rule(aten.neg, box=decreasing, rounding=exact)(elementwise)
+rule(aten.sin, aten.cos, box=between(-1.0, 1.0), rounding=smooth)(elementwise)
+rule(aten.neg, box=lambda walk, n: increasing(walk, n)[::-1], rounding=exact)(elementwise)
 
 
 def rising_slopes(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Leaky ReLU and ELU rise where no slope is negative."""
-    a = arguments(n)
-    if min(float(a.get(name, 0.0)) for name in ("negative_slope", "alpha", "scale", "input_scale")) < 0:
+    """Leaky ReLU, PReLU and ELU rise where no slope is negative."""
+    slopes = [a for name, a in arguments(n).items() if name != "self"]
+    if min(float(walk.constant(value).min()) for value in slopes) < 0:
         raise NoClaim("with a negative slope")
     return increasing(walk, n)
 
 
 def slope_times(walk: Any, n: fx.Node) -> tuple[int, float]:
     """One product with a slope."""
-    return 2, walk.size(n.args[0]) * slope(n)
+    return 2, walk.size(n.args[0]) * repeats(walk, n, n.args[0]) * slope(walk, n)
 
 
-rule(aten.leaky_relu, box=rising_slopes, rounding=slope_times)(elementwise)
+rule(aten.leaky_relu, *_PRELU, box=rising_slopes, rounding=slope_times)(elementwise)
 rule(aten.elu, box=rising_slopes, rounding=smooth)(elementwise)
-
-
-def prelu_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
-    """One product with a slope."""
-    return 2, walk.size(n.args[0]) * repeats(walk, n, n.args[0]) * max(1.0, float(walk.constant(n.args[1]).abs().max()))
-
-
-def prelu_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A PReLU rises where no slope is negative."""
-    if float(walk.constant(n.args[1]).min()) < 0:
-        raise NoClaim("with a negative slope")
-    return increasing(walk, n)
-
-
-@rule(aten.prelu, aten._prelu_kernel, box=prelu_box, rounding=prelu_rounding)
-def prelu(walk: LipschitzWalk, n: fx.Node) -> float:
-    """A PReLU has the largest of its slopes as Lipschitz constant."""
-    if walk.depends(n.args[1]):
-        raise NoClaim("with slopes that depend on the input")
-    largest = max(1.0, float(walk.constant(n.args[1]).abs().max()))
-    return product_up(walk.bound(n.args[0]), largest, repeats(walk, n, n.args[0]))
 
 
 @rule(aten.dropout, aten.alpha_dropout, aten.feature_dropout, box=increasing, rounding=exact)
@@ -177,11 +145,11 @@ def cast_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     return 1, walk.size(n.args[0])
 
 
-@rule(aten._to_copy, aten.to, aten.type_as, box=same_values, rounding=cast_rounding)
+@rule(aten._to_copy, aten.to, aten.type_as, box=increasing, rounding=cast_rounding)
 def cast(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """The identity, between float32 and float64; the walk refuses other types."""
     if not walk.depends(n.args[0]):
         return 0.0
     if not walk.env[n.args[0]].is_floating_point():  # type: ignore[index]
-        raise NoClaim
+        raise NoClaim("of whole numbers or a comparison, which jump")
     return identity(walk, n, n.args[0])  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from ..graph import module_of
 from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, Build, LipschitzWalk
 from .node_arguments import (
+    SUM_UP,
     UP,
     arguments,
     aten,
@@ -40,9 +41,9 @@ from .node_arguments import (
     root_of_count,
     rounded_numbers,
     source_of,
+    sums,
 )
 
-_ROUNDINGS = 1e-10  # relative to the sum of absolute products; exceeds the rounding error of float64
 _CONVOLUTIONS = {
     aten.conv1d: nn.Conv1d, aten.conv2d: nn.Conv2d, aten.conv3d: nn.Conv3d, aten.conv_transpose1d: nn.ConvTranspose1d,
     aten.conv_transpose2d: nn.ConvTranspose2d, aten.conv_transpose3d: nn.ConvTranspose3d,
@@ -53,7 +54,7 @@ def linear_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """W x + b maps the box of centre c and radius r into the box of centre W c + b and radius |W| r."""
     low, high = walk.box(n.args[0])
     centre, radius = (low + high) / 2, (high - low) / 2
-    reach = _with(walk, n, radius + _ROUNDINGS * (centre.abs() + radius), torch.abs, bias=False)
+    reach = _with(walk, n, radius + (SUM_UP - 1) * (centre.abs() + radius), torch.abs, bias=False)
     middle = _with(walk, n, centre, lambda weight: weight)
     return middle - reach, middle + reach
 
@@ -219,7 +220,7 @@ def batchnorm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     broadcast = (-1, *[1] * (low.ndim - 2))
     scale, offset = batchnorm_scale(module), 0.0 if module.bias is None else module.bias
     slack = scale.abs().reshape(broadcast) * (low.abs() + high.abs() + module.running_mean.abs().reshape(broadcast))
-    slack = _ROUNDINGS * (slack + torch.as_tensor(offset).abs().reshape(broadcast))
+    slack = (SUM_UP - 1) * (slack + torch.as_tensor(offset).abs().reshape(broadcast))
     shift = (offset - module.running_mean * scale).reshape(broadcast)
     ends = low * scale.reshape(broadcast) + shift, high * scale.reshape(broadcast) + shift
     low, high = torch.minimum(*ends) - slack, torch.maximum(*ends) + slack
@@ -301,19 +302,13 @@ def pool_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """An average rises with every element, unless it is divided by a negative number."""
     if (arguments(n).get("divisor_override") or 1) < 0:
         raise NoClaim("divided by a negative number")
-    return increasing(walk, n)
+    return sums(walk, n)
 
 
 rule(*_POOLS, box=pool_box, rounding=averaged)(channelwise)
-rule(aten.upsample_bilinear2d, aten.upsample_linear1d, aten.upsample_trilinear3d, aten._upsample_bilinear2d_aa, box=increasing)(
+rule(aten.upsample_bilinear2d, aten.upsample_linear1d, aten.upsample_trilinear3d, aten._upsample_bilinear2d_aa, box=sums)(
     channelwise
 )
 rule(aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa)(channelwise)
-rule(
-    aten.upsample_nearest1d,
-    aten.upsample_nearest2d,
-    aten.upsample_nearest3d,
-    aten._upsample_nearest_exact2d,
-    box=increasing,
-    rounding=exact,
-)(channelwise)
+rule(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten._upsample_nearest_exact2d,
+     box=increasing, rounding=exact)(channelwise)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sums, differences, products and quotients, means and sums along axes; a sum or product with a constant is affine."""
+"""Sums, differences and products, means and sums along axes; a sum or product with a constant is affine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...numerics import product_up
 from ...operators import Shape
 from ..boxes import Box
 from ..table import NoClaim, operation_of, rule
-from ..walk import Affine, LipschitzWalk
-from .node_arguments import UP, arguments, aten, axes_of, identity, increasing, linear_step, repeats
+from ..walk import Affine, LipschitzWalk, is_decision
+from .node_arguments import UP, arguments, aten, axes_of, identity, linear_step, repeats, sums
 
 
 def _terms(n: fx.Node) -> list[tuple[Any, float]]:
@@ -29,10 +29,16 @@ def _terms(n: fx.Node) -> list[tuple[Any, float]]:
 
 def sum_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """The ends of a c x + d y are sums of ends, exchanged where a factor is negative."""
-    ends = [(walk.box(value), factor) for value, factor in _terms(n)]
-    low = sum(factor * torch.as_tensor(box[0 if factor >= 0 else 1]) for box, factor in ends)
-    high = sum(factor * torch.as_tensor(box[1 if factor >= 0 else 0]) for box, factor in ends)
-    return low, high
+    return weighted_sum([(walk.box(value), factor) for value, factor in _terms(n)])
+
+
+def weighted_sum(terms: list[tuple[Box, float]]) -> Box:
+    """The box of a sum of values in boxes, each times a number; products with numbers other than 1 and -1 round."""
+    ends = [[factor * torch.as_tensor(end) for end in (box if factor >= 0 else box[::-1])] for box, factor in terms]
+    low, high = (reduce(torch.add, end) for end in zip(*ends, strict=True))
+    rounding = [torch.maximum(*map(torch.abs, end)) for end, (_, factor) in zip(ends, terms, strict=True) if abs(factor) != 1]
+    slack = reduce(torch.add, rounding) * 1e-15 if rounding else 0.0
+    return low - slack, high + slack
 
 
 def sum_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
@@ -66,11 +72,11 @@ def product_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     first, second = n.args[:2]
     if walk.depends(first) and walk.depends(second):
         raise NoClaim("of two functions of the input")
-    function, factors = _factors(walk, n)
+    function, factors = constant_factor(walk, n)
     return 3, _spread(walk, n, function) * float(factors.abs().max()) * UP
 
 
-def _factors(walk: LipschitzWalk, n: fx.Node) -> tuple[fx.Node, Tensor]:
+def constant_factor(walk: LipschitzWalk, n: fx.Node) -> tuple[fx.Node, Tensor]:
     """The factor that depends on the input, and the constant, in float64, by which it is multiplied."""
     first, second = n.args[:2]
     divides = operation_of(n.target) in (aten.div, aten.true_divide)
@@ -88,7 +94,7 @@ def scale(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     first, second = n.args[:2]
     if walk.depends(first) and walk.depends(second):
         return _product(walk, n, first, second)
-    function, factors = _factors(walk, n)
+    function, factors = constant_factor(walk, n)
     largest = float(factors.abs().max())
     if not math.isfinite(largest):
         raise NoClaim("by a constant that is 0 or not finite")
@@ -107,13 +113,13 @@ def _product(walk: LipschitzWalk, n: fx.Node, first: Any, second: Any) -> float:
 
     An element that broadcasting multiplies with several others counts with the square root of the sum of their squares.
     """
-    if not walk.local:
+    if any(walk.bound(value) == math.inf and is_decision(walk.env[value]) for value in (first, second)):
+        raise NoClaim("by a comparison of the input, which jumps")
+    pairs = [(moving, other) for moving, other in ((first, second), (second, first)) if walk.depends(moving)]
+    if len(pairs) == 2 and not walk.local:
         raise NoClaim("of two functions of the input")
-    total = 0.0
-    for moving, other in ((first, second), (second, first)):
-        meets = most_met(walk.size(other).expand(walk.env[n].shape), walk.env[moving].shape)
-        total = math.nextafter(total + product_up(walk.bound(moving), meets), math.inf)
-    return total
+    each = [_met(walk, n, a, walk.size(b) if walk.depends(b) else walk.constant(b).abs()) for a, b in pairs]
+    return math.nextafter(sum(each), math.inf)
 
 
 def most_met(others: Tensor, shape: Shape) -> float:
@@ -124,55 +130,13 @@ def most_met(others: Tensor, shape: Shape) -> float:
     return float(met.max()) * UP
 
 
-def quotient_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The smallest and the largest quotient are quotients of ends, if the divisor's interval excludes 0."""
-    (low, high), (least, most) = walk.box(n.args[0]), map(torch.as_tensor, walk.box(n.args[1]))
-    if arguments(n).get("rounding_mode") is not None or bool((least * most <= 0).any()):
-        raise NoClaim("by what may be 0")
-    ends = [torch.as_tensor(x / y) for x in (low, high) for y in (least, most)]
-    return reduce(torch.minimum, ends), reduce(torch.maximum, ends)
-
-
-@rule(aten.div, aten.true_divide, box=quotient_box, rounding=product_rounding)
-def quotient(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """d(x / y) = dx / y - x dy / y², with the extreme values of x and y on a box where y is not 0: local only.
-
-    An element that broadcasting puts into several quotients counts with the square root of the sum of their squared factors.
-    """
-    x, y = n.args[:2]
-    if not walk.depends(y):
-        return scale(walk, n)
-    if not walk.local or arguments(n).get("rounding_mode") is not None:
-        raise NoClaim("by a function of the input")
-    shape, (low, high) = walk.env[n].shape, walk.box(y)
-    least = torch.maximum(low, -high).double().expand(shape)  # the smallest absolute value
-    if not float(least.min()) > 0:
-        raise NoClaim("by what may be 0")
-    met = most_met(walk.size(x).expand(shape) / least.square(), walk.env[y].shape)  # type: ignore[index]
-    part = product_up(walk.bound(y), met * UP)
-    if walk.depends(x):
-        part += product_up(walk.bound(x), most_met(1 / least, walk.env[x].shape) * UP)  # type: ignore[index]
-    return math.nextafter(part, math.inf)
-
-
-def _accumulated(n: fx.Node) -> tuple[Any, Any, Any, float]:
-    a = arguments(n)
-    return a["self"], a["tensor1"], a["tensor2"], float(a["value"])
-
-
 @rule(aten.addcmul)
 def add_product(walk: LipschitzWalk, n: fx.Node) -> float:
     """x + c y z: the bounds of x and of the product add."""
-    x, y, z, factor = _accumulated(n)
-    if walk.depends(y) and walk.depends(z):
-        if not walk.local:
-            raise NoClaim("of two functions of the input")
-        parts = [_met(walk, n, y, walk.size(z)), _met(walk, n, z, walk.size(y))]
-    else:
-        moving, constant = (y, z) if walk.depends(y) else (z, y)
-        parts = [_met(walk, n, moving, walk.constant(constant).abs())] if walk.depends(moving) else []
+    a = arguments(n)
+    x, y, z = a["self"], a["tensor1"], a["tensor2"]
     own = product_up(walk.bound(x), repeats(walk, n, x)) if walk.depends(x) else 0.0
-    return (own + sum(product_up(part, abs(factor)) for part in parts)) * UP
+    return (own + product_up(_product(walk, n, y, z), abs(float(a["value"])))) * UP
 
 
 def _met(walk: LipschitzWalk, n: fx.Node, moving: Any, others: Tensor) -> float:
@@ -185,7 +149,7 @@ def summed(walk: Any, n: fx.Node) -> tuple[int, float]:
     return math.ceil(walk.elements(n.args[0]) / walk.elements(n)) + 2, gain * walk.size(n.args[0])
 
 
-@rule(aten.mean, aten.sum, box=increasing, rounding=summed)
+@rule(aten.mean, aten.sum, box=sums, rounding=summed)
 def sum_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """A sum over m elements has norm sqrt(m), a mean 1 / sqrt(m) (Cauchy-Schwarz)."""
     axes = axes_of(walk, n, arguments(n).get("dim"))
@@ -195,7 +159,7 @@ def sum_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     return linear_step(walk, n, source, norm=math.nextafter(math.sqrt(count) * factor * (1 + 1e-15), math.inf))
 
 
-@rule(aten.cumsum, box=increasing)
+@rule(aten.cumsum, box=sums)
 def running_sum(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """A triangular matrix of ones along one axis."""
     (axis,), source = axes_of(walk, n, arguments(n)["dim"]), n.args[0]

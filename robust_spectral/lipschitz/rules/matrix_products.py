@@ -7,6 +7,8 @@ largest norms on a box: local only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +18,32 @@ from ...numerics import product_up
 from ..boxes import Box
 from ..table import NoClaim, rule
 from ..walk import Affine, LipschitzWalk
-from .node_arguments import UP, arguments, aten, linear_step, root_of_count
+from .arithmetic import weighted_sum
+from .node_arguments import SUM_UP, UP, arguments, aten, axes_of, between, linear_step, root_of_count
 
-_UP = 1 + 1e-10  # exceeds the rounding error of float64 arithmetic
 _SMOOTH = 16
 
 
 def products_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """|X Y| <= |X| |Y| element by element, with the largest absolute values."""
-    most = walk.rerun(n, lambda node: walk.size(node)).abs() * _UP
-    return -most, most
+    """The box of a product of two matrices in boxes."""
+    return sums_of_products(torch.matmul, walk.box(n.args[0]), walk.box(n.args[1]))
+
+
+def sums_of_products(product: Callable[[Tensor, Tensor], Tensor], one: Box, other: Box) -> Box:
+    """The box of sums of products x y of elements of two boxes.
+
+    With positive and negative parts, x y = x⁺ y⁺ + x⁻ y⁻ - x⁺ y⁻ - x⁻ y⁺, and each of the four is smallest or largest at ends
+    of the parts. A sum of numbers of one sign has a small relative rounding error. The box is also within that of |x| |y|.
+    """
+    (low, high), (least, most) = one, other
+
+    def lowest(low: Tensor, high: Tensor) -> Tensor:
+        added = product(low.clamp_min(0), least.clamp_min(0)) + product((-high).clamp_min(0), (-most).clamp_min(0))
+        taken = product(high.clamp_min(0), (-least).clamp_min(0)) + product((-low).clamp_min(0), most.clamp_min(0))
+        return added * (2 - SUM_UP) - taken * SUM_UP
+
+    size = product(torch.maximum(high, -low), torch.maximum(most, -least)) * SUM_UP
+    return torch.fmax(lowest(low, high), -size), torch.fmin(-lowest(-high, -low), size)
 
 
 def product_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
@@ -34,29 +52,28 @@ def product_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     function, constant = (first, second) if walk.depends(first) else (second, first)
     if walk.depends(constant):
         raise NoClaim("of two functions of the input")
-    matrices = walk.constant(constant).abs()
-    gain = _constant_norm(matrices if matrices.ndim > 1 else matrices[None])
+    gain = _norm(walk, constant, lambda values: torch.atleast_2d(values.abs()))
     return walk.env[first].shape[-1] + 2, walk.size(function) * gain * _repeats(walk, n, function)
 
 
 @rule(aten.matmul, aten.bmm, aten.mm, aten.mv, aten.dot, box=products_box, rounding=product_rounding)
 def matrix_product(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
-    """‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖ with the largest norms, times sqrt(k) for a matrix broadcast to k products."""
-    first, second = n.args[:2]
-    if walk.depends(first) and walk.depends(second):
-        if not walk.local:
-            raise NoClaim("of two functions of the input")
-        pairs = (first, second), (second, first)
-        parts = [product_up(walk.bound(a), _largest_norm(walk.size(b)), _repeats(walk, n, a)) for a, b in pairs]
-        return math.nextafter(sum(parts), math.inf)
-    function, constant = (first, second) if walk.depends(first) else (second, first)
-    assert isinstance(function, fx.Node)
-    matrix = walk.constant(constant)
-    norm = product_up(_constant_norm(matrix if matrix.ndim > 1 else matrix[None]), _repeats(walk, n, function))
+    """The product with a constant matrix is affine; for two functions of the input see `_product`."""
+    pair: Any = n.args[:2]
+    first, second = pair
+    function: Any = first if walk.depends(first) else second
+    constant: Any = second if function is first else first
     rows = walk.env[function].ndim > 2 or (function is first and walk.env[function].ndim == 2)
-    if matrix.ndim == 2 and rows:
-        return linear_step(walk, n, function, norm=norm)
-    return product_up(walk.bound(function), norm)
+    if not walk.depends(constant) and walk.env[constant].ndim == 2 and rows:
+        return linear_step(walk, n, function, norm=product_up(_norm(walk, constant), _repeats(walk, n, function)))
+    return _product(walk, n, first, second)
+
+
+def _product(walk: LipschitzWalk, n: fx.Node, first: Any, second: Any) -> float:
+    """‖d(X Y)‖ <= ‖dX‖ ‖Y‖ + ‖X‖ ‖dY‖ with the largest norms, times sqrt(k) for a matrix broadcast to k products."""
+    pairs = (first, second), (second, first)
+    parts = [product_up(walk.bound(a), _norm(walk, b), _repeats(walk, n, a)) for a, b in pairs if walk.depends(a)]
+    return math.nextafter(sum(parts), math.inf) if len(parts) > 1 else sum(parts)
 
 
 def _scaled(n: fx.Node) -> tuple[Any, Any, Any, float, float]:
@@ -66,24 +83,17 @@ def _scaled(n: fx.Node) -> tuple[Any, Any, Any, float, float]:
 
 
 def sum_and_product_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The box of the summand, widened by the largest absolute value of the product."""
+    """The box of the product and that of the summand, each times its factor."""
     summand, first, second, beta, alpha = _scaled(n)
-    most = walk.size(first) @ walk.size(second) * abs(alpha) * _UP + walk.size(summand) * abs(beta) * _UP
-    return -most, most
+    product = sums_of_products(torch.matmul, walk.box(first), walk.box(second))
+    return weighted_sum([(walk.box(summand), beta), (product, alpha)])
 
 
 @rule(aten.addmm, aten.baddbmm, box=sum_and_product_box)
 def sum_and_product(walk: LipschitzWalk, n: fx.Node) -> float:
     """β C + α X Y: the bounds of the summand and of the product add."""
     summand, first, second, beta, alpha = _scaled(n)
-    both = walk.depends(first) and walk.depends(second)
-    if both and not walk.local:
-        raise NoClaim("of two functions of the input")
-    total = 0.0
-    for moving, other in ((first, second), (second, first)):
-        if walk.depends(moving):
-            gain = _largest_norm(walk.size(other)) if both else _constant_norm(walk.constant(other))
-            total += product_up(walk.bound(moving), gain, abs(alpha), _repeats(walk, n, moving))
+    total = product_up(_product(walk, n, first, second), abs(alpha)) if walk.depends([first, second]) else 0.0
     if walk.depends(summand):
         copies = root_of_count(walk.env[n].numel() / walk.env[summand].numel())
         total += product_up(walk.bound(summand), abs(beta), copies)
@@ -91,10 +101,9 @@ def sum_and_product(walk: LipschitzWalk, n: fx.Node) -> float:
 
 
 def einsum_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """No element exceeds that of the einsum of the largest absolute values."""
+    """An element of the result is a sum of products."""
     first, second, _ = _factors(n)
-    most = torch.einsum(n.args[0], walk.size(first), walk.size(second)) * _UP
-    return -most, most
+    return sums_of_products(partial(torch.einsum, n.args[0]), walk.box(first), walk.box(second))
 
 
 @rule(aten.einsum, box=einsum_box)
@@ -104,20 +113,15 @@ def einstein_sum(walk: LipschitzWalk, n: fx.Node) -> float:
     An axis of one factor alone is summed over first; a sum over m elements has norm sqrt(m).
     """
     first, second, (one, other, out) = _factors(n)
-    both = walk.depends(first) and walk.depends(second)
-    if both and not walk.local:
-        raise NoClaim("of two functions of the input")
     total = 0.0
     for moving, names, factor, axes in ((first, one, second, other), (second, other, first, one)):
         if not walk.depends(moving):
             continue
         if names[0] != out[0]:
             raise NoClaim("over the batch")
-        values = walk.size(factor) if both else walk.constant(factor)
-        matrices = _as_matrices(values, axes, names, out)
-        gain = _largest_norm(matrices) if both else _constant_norm(matrices)
+        gain = _norm(walk, factor, partial(_as_matrices, axes=axes, others=names, out=out))
         alone = [walk.env[moving].shape[i] for i, axis in enumerate(names) if axis not in axes + out]
-        total = math.nextafter(total + product_up(walk.bound(moving), gain, math.sqrt(math.prod(alone)) * _UP), math.inf)
+        total = math.nextafter(total + product_up(walk.bound(moving), gain, math.sqrt(math.prod(alone)) * SUM_UP), math.inf)
     return total
 
 
@@ -147,22 +151,16 @@ def _as_matrices(values: Tensor, axes: str, others: str, out: str) -> Tensor:
     return ordered.reshape([math.prod(sizes[axis] for axis in part) for part in parts])
 
 
-def shares_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """Softmax values lie between 0 and 1."""
-    return torch.zeros_like(walk.env[n]), torch.ones_like(walk.env[n])
-
-
 def shares_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     """exp(x - max) over a sum of m such terms: a relative error of at most 4 ‖x‖ u + γ_k, in a vector of norm <= 1."""
     count = walk.env[n].shape[arguments(n)["dim"]]
     return count + _SMOOTH, (2 + 8 * walk.size(n.args[0])) * math.sqrt(walk.elements(n) / count)
 
 
-@rule(aten.softmax, aten._softmax, box=shares_box, rounding=shares_rounding)
+@rule(aten.softmax, aten._softmax, box=between(0.0, 1.0), rounding=shares_rounding)
 def softmax(walk: LipschitzWalk, n: fx.Node) -> float:
     """Softmax has constant 1/2: its Jacobian diag(p) - p pᵀ has absolute row sums 2 p_i (1 - p_i) <= 1/2 (Gershgorin)."""
-    if arguments(n)["dim"] % walk.env[n].ndim == 0 and len(walk.env[n]) == 2:
-        raise NoClaim("over the batch")
+    axes_of(walk, n, arguments(n)["dim"])
     return product_up(walk.bound(n.args[0]), 0.5)
 
 
@@ -172,9 +170,8 @@ def log_softmax(walk: LipschitzWalk, n: fx.Node) -> float:
 
     With p a distribution, ‖I - 1 pᵀ‖² is the largest eigenvalue of I - 1 pᵀ - p 1ᵀ + m p pᵀ, at most m.
     """
-    if arguments(n)["dim"] % walk.env[n].ndim == 0 and len(walk.env[n]) == 2:
-        raise NoClaim("over the batch")
-    return product_up(walk.bound(n.args[0]), math.sqrt(walk.env[n].shape[arguments(n)["dim"]]) * UP)
+    (axis,) = axes_of(walk, n, arguments(n)["dim"])
+    return product_up(walk.bound(n.args[0]), math.sqrt(walk.env[n].shape[axis]) * UP)
 
 
 def averages_box(walk: LipschitzWalk, n: fx.Node) -> Box:
@@ -184,7 +181,7 @@ def averages_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
     if a["attn_mask"] is not None:
         low, high = low.clamp_max(0), high.clamp_min(0)
-    slack = (_UP - 1) * torch.maximum(low.abs(), high.abs())
+    slack = (SUM_UP - 1) * torch.maximum(low.abs(), high.abs())
     return (low - slack).expand_as(walk.env[n]), (high + slack).expand_as(walk.env[n])
 
 
@@ -219,17 +216,20 @@ def attention(walk: LipschitzWalk, n: fx.Node) -> float:
     return sum(terms) * (1 + 1e-15)
 
 
-def _largest_norm(size: Tensor) -> float:
+def _largest_norm(matrices: Tensor) -> float:
     """Bound of the spectral norms of matrices, from bounds of their elements: Frobenius, or row and column sums (Schur)."""
-    matrices = size if size.ndim > 1 else size[None]
     frobenius = matrices.square().sum((-2, -1)).sqrt()
     schur = (matrices.sum(-1).amax(-1) * matrices.sum(-2).amax(-1)).sqrt()
-    return float(torch.minimum(frobenius, schur).max()) * _UP
+    return float(torch.minimum(frobenius, schur).max()) * SUM_UP
 
 
-def _constant_norm(matrices: Tensor) -> float:
-    """Largest spectral norm of known matrices on the last two axes, rounded up."""
-    return float(torch.linalg.matrix_norm(matrices, 2).max()) * _UP
+def _norm(walk: LipschitzWalk, factor: Any, matrices: Callable[[Tensor], Tensor] = torch.atleast_2d) -> float:
+    """Largest spectral norm of a factor's matrices on the last two axes, rounded up: of a function of the input on the box."""
+    if not walk.depends(factor):
+        return float(torch.linalg.matrix_norm(matrices(walk.constant(factor)), 2).max()) * SUM_UP
+    if not walk.local:
+        raise NoClaim("of two functions of the input")
+    return _largest_norm(matrices(walk.size(factor)))
 
 
 def _repeats(walk: LipschitzWalk, n: fx.Node, node: Any) -> float:

@@ -47,16 +47,12 @@ def adaptive_max_pool(walk: LipschitzWalk, n: fx.Node) -> float:
     return product_up(walk.bound(n.args[0]), math.nextafter(math.sqrt(math.prod(overlaps)), math.inf))
 
 
-@rule(aten.amax, aten.amin, box=increasing, rounding=exact)
-def extreme(walk: LipschitzWalk, n: fx.Node) -> float:
-    """A maximum or minimum has constant 1: it changes by no more than one of its elements."""
-    axes_of(walk, n, arguments(n)["dim"])
-    return walk.bound(n.args[0])
+@rule(aten.amax, aten.amin, aten.max, aten.min, aten.kthvalue, aten.median, aten.nanmedian, box=increasing, rounding=exact)
+def ranked(walk: LipschitzWalk, n: fx.Node) -> float:
+    """A value of given rank along axes changes by no more than the largest change of an element: constant 1.
 
-
-@rule(aten.max, aten.min, box=increasing, rounding=exact)
-def extreme_with_index(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The values of a maximum or minimum along an axis have constant 1; of two tensors, see `pairwise_extreme`."""
+    For the maximum or minimum of two tensors see `pairwise_extreme`.
+    """
     a = arguments(n)
     if "other" in a:
         return pairwise_extreme(walk, n)
@@ -81,11 +77,4 @@ def sorted_values(walk: LipschitzWalk, n: fx.Node) -> float:
         raise NoClaim("in no order")
     if any(walk.depends(value) for value in n.args[1:]):
         raise NoClaim("with settings that depend on the input")
-    return walk.bound(n.args[0])
-
-
-@rule(aten.kthvalue, aten.median, aten.nanmedian, box=increasing, rounding=exact)
-def kth(walk: LipschitzWalk, n: fx.Node) -> float:
-    """A value of given rank changes by no more than the largest change of an element."""
-    axes_of(walk, n, arguments(n).get("dim"))
     return walk.bound(n.args[0])

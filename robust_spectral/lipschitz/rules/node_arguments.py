@@ -13,10 +13,11 @@ from ...numerics import product_up
 from ...operators import LinearOperator, Shape
 from ..boxes import Box
 from ..table import NoClaim, operation_of
-from ..walk import Affine, LipschitzWalk
+from ..walk import Affine, LipschitzWalk, is_numbers
 
 aten = torch.ops.aten
 UP = 1 + 1e-12  # exceeds the rounding error of a short float64 computation
+SUM_UP = 1 + 1e-10  # and of a sum of up to 1e5 numbers of one sign
 Function = Callable[[Tensor], Tensor]
 _VIEWS = (aten.view, aten._unsafe_view, aten.reshape, aten.squeeze)
 
@@ -99,16 +100,11 @@ def counts_of(found: Tensor, size: int) -> Tensor:
     return torch.bincount(places, minlength=size + 1)
 
 
-def most_of(counts: Tensor) -> int:
-    """The largest count, at least 1."""
-    return max(1, int(counts.max()))
-
-
 def most_copies(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> int:
     """How often a node's value contains the element of an argument that it contains most often."""
     numbers = element_numbers(walk, source)
     found = walk.rerun(n, lambda node: numbers if node is source else walk.env[node])
-    return most_of(counts_of(found, numbers.numel()))
+    return int(counts_of(found, numbers.numel()).max())
 
 
 def node_function(walk: LipschitzWalk, n: fx.Node, source: fx.Node) -> Function:
@@ -202,15 +198,22 @@ def increasing(walk: LipschitzWalk, n: fx.Node) -> Box:
     return at_end(walk, n, 0), at_end(walk, n, 1)
 
 
-def same_values(walk: LipschitzWalk, n: fx.Node, index: int = 0) -> Box:
-    """The box of an argument, broadcast to the shape of the node's value."""
-    low, high = walk.box(n.args[index])
-    return low.expand_as(walk.env[n]), high.expand_as(walk.env[n])
+def between(low: float, high: float) -> Callable[[LipschitzWalk, fx.Node], Box]:
+    """The box of a function with values between two numbers."""
+    return lambda walk, n: (torch.full_like(walk.env[n], low), torch.full_like(walk.env[n], high))
 
 
-def decreasing(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """The box of a function that decreases with every argument."""
-    return at_end(walk, n, 1), at_end(walk, n, 0)
+def sums(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """The box of sums of elements of the first argument with weights >= 0."""
+    at = lambda end: walk.rerun(n, lambda node: end if node is n.args[0] else walk.env[node])  # noqa: E731
+    return sum_of_ends(at, walk.box(n.args[0]))
+
+
+def sum_of_ends(function: Function, box: Box) -> Box:
+    """The box of a sum with weights >= 0: its values at the ends, and their rounding errors, relative to absolute values."""
+    low, high = (function(end) for end in box)
+    least, most = ((SUM_UP - 1) * function(end.abs()) for end in box)
+    return low - least, high + most
 
 
 def at_end(walk: LipschitzWalk, n: fx.Node, end: int) -> Any:
@@ -228,3 +231,12 @@ def exact(walk: Any, n: fx.Node) -> tuple[int, float]:
     """The rounding of selections, comparisons and changes of sign: none; an affine one has the elements of its argument."""
     step = walk.affine.get(n)
     return 0, walk.size(step.source) * step.norm * UP if step is not None and isinstance(step.norm, float) else math.inf
+
+
+def selected(walk: Any, n: fx.Node) -> tuple[int, float]:
+    """The rounding of selections from arguments and numbers: none but that of the numbers, to the type of the forward pass."""
+    given = [*n.args, *n.kwargs.values()]
+    numbers = [float(value) for value in given if isinstance(value, int | float) and math.isfinite(value)]
+    nodes = [value for value in given if isinstance(value, fx.Node) and is_numbers(walk.env[value])]
+    size = sum(walk.size(value) * repeats(walk, n, value) for value in nodes)
+    return rounded_numbers(*numbers), size + sum(map(abs, numbers)) * math.sqrt(walk.elements(n)) * UP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor, fx
 
 from ...numerics import product_up
 from ..boxes import Box
-from ..table import NoClaim, operation_of, rule
+from ..table import NoClaim, rule
 from ..walk import LipschitzWalk
-from .node_arguments import arguments, aten
-
-_ROUNDINGS = 1e-10
+from .affine_layers import batchnorm, batchnorm_box, batchnorm_rounding
+from .node_arguments import SUM_UP, arguments, aten
 
 
 def normalising_gain(eps: float, weight: Tensor | None) -> float:
@@ -34,8 +34,6 @@ def _settings(walk: Any, n: fx.Node) -> tuple[float, Tensor | None, Tensor | Non
     a, value = arguments(n), walk.env[n]
     if any(walk.depends(a.get(name)) for name in ("weight", "bias")):
         raise NoClaim("with weights that depend on the input")
-    if operation_of(n.target) is aten.instance_norm and not a["use_input_stats"]:
-        raise NoClaim("with running statistics")
     eps = a["eps"] if a["eps"] is not None else torch.finfo(walk.graph.dtype).eps
     if "normalized_shape" in a:
         count, shape = math.prod(a["normalized_shape"]), tuple(a["normalized_shape"])
@@ -52,7 +50,7 @@ def normalised_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     value: Tensor = walk.env[n]
     gain = value.new_ones(()) if weight is None else weight.abs()
     offset = value.new_zeros(()) if bias is None else bias
-    reach = gain * count**0.5 * (1 + 1e-12) + _ROUNDINGS * offset.abs()
+    reach = gain * count**0.5 * (1 + 1e-12) + (SUM_UP - 1) * offset.abs()
     return (offset - reach).expand_as(value), (offset + reach).expand_as(value)
 
 
@@ -73,7 +71,7 @@ def normalised_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     return 4 * count + 16, total * (1 + 1e-9)
 
 
-@rule(aten.layer_norm, aten.group_norm, aten.instance_norm, aten.rms_norm, box=normalised_box, rounding=normalised_rounding)
+@rule(aten.layer_norm, aten.group_norm, aten.rms_norm, box=normalised_box, rounding=normalised_rounding)
 def own_statistics(walk: LipschitzWalk, n: fx.Node) -> float:
     """Normalisation by a sample's own mean and variance has Lipschitz constant max |γ| / sqrt(eps) at most.
 
@@ -86,3 +84,14 @@ def own_statistics(walk: LipschitzWalk, n: fx.Node) -> float:
     if "normalized_shape" in a and len(a["normalized_shape"]) >= walk.env[n].ndim:
         raise NoClaim("over the batch")
     return product_up(walk.bound(n.args[0]), normalising_gain(eps, weight))
+
+
+def _instances(own: Callable[..., Any], fixed: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of nodes for an instance normalisation, which is a batch normalisation if it is by running statistics."""
+    return lambda walk, n: (own if arguments(n)["use_input_stats"] else fixed)(walk, n)
+
+
+rule(
+    aten.instance_norm, box=_instances(normalised_box, batchnorm_box),
+    rounding=_instances(normalised_rounding, batchnorm_rounding),
+)(_instances(own_statistics, batchnorm))  # fmt: skip

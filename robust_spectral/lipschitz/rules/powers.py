@@ -9,13 +9,13 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...numerics import product_up
 from ..boxes import Box
 from ..table import NoClaim, operation_of, rule
 from ..walk import LipschitzWalk
-from .node_arguments import UP, arguments, aten, axes_of, increasing
+from .node_arguments import SUM_UP, UP, arguments, aten, axes_of, increasing, sum_of_ends
 
 _ROOTS = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0}
 
@@ -71,76 +71,76 @@ def exponential(walk: LipschitzWalk, n: fx.Node) -> float:
     return product_up(walk.bound(n.args[0]), math.exp(largest) * UP)
 
 
-def logarithm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A logarithm rises."""
-    if not _least(walk, n) > 0:
-        raise NoClaim("of what may be 0")
-    return increasing(walk, n)
-
-
-@rule(aten.log, aten.log1p, box=logarithm_box)
+@rule(aten.log, aten.log1p, box=increasing)
 def logarithm(walk: LipschitzWalk, n: fx.Node) -> float:
     """log x has slope 1 / l at most where x >= l > 0: local only."""
-    least = _least(walk, n)
-    if not walk.local or not least > 0:
+    least = float(walk.box(n.args[0])[0].min()) + (operation_of(n.target) is aten.log1p) if walk.local else 0.0
+    if not least > 0:
         raise NoClaim("of what may be 0")
     return product_up(walk.bound(n.args[0]), UP / least)
 
 
-def _least(walk: LipschitzWalk, n: fx.Node) -> float:
-    return (float(walk.box(n.args[0])[0].min()) if walk.local else 0.0) + (operation_of(n.target) is aten.log1p)
+def moments_box(walk: LipschitzWalk, n: fx.Node) -> Box:
+    """A variance lies between 0 and Σ (x - c)² / N, a standard deviation between the roots; a mean rises with its elements."""
+    (axes, _, degrees), keep = _slices(walk, n), bool(arguments(n)["keepdim"])
+    most = _energy(walk, n).sum(axes, keepdim=keep) / degrees * SUM_UP
+    if operation_of(n.target) in (aten.std, aten.std_mean):
+        most = most.sqrt() * UP
+    if operation_of(n.target) in (aten.var, aten.std):
+        return torch.zeros_like(most), most
+    means = sum_of_ends(lambda end: end.mean(axes, keepdim=keep), walk.box(n.args[0]))
+    return (torch.zeros_like(most), means[0]), (most, means[1])
 
 
-def variance_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A variance lies between 0 and ‖x‖² / N."""
-    axes, degrees = _slices(walk, n)
-    keep = walk.env[n].ndim == walk.env[n.args[0]].ndim  # type: ignore[index]
-    most = walk.size(n.args[0]).square().sum(axes, keepdim=keep) / degrees * UP
-    return torch.zeros_like(most), most
-
-
-@rule(aten.var, box=variance_box)
+@rule(aten.var, aten.var_mean, box=moments_box)
 def variance(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The variance of a slice has the gradient 2 (x - mean) / N, of norm <= 2 ‖x‖ / N; slices are disjoint. Local only."""
+    """The variance of a slice has the gradient 2 (x - mean) / N, of norm <= 2 sqrt(Σ (x - c)²) / N. Local only."""
     if not walk.local:
         raise NoClaim
-    axes, degrees = _slices(walk, n)
-    size = walk.size(n.args[0]).square().sum(axes).sqrt().max()
-    return product_up(walk.bound(n.args[0]), 2 * float(size) / degrees * UP)
+    axes, _, degrees = _slices(walk, n)
+    return _moment(walk, n, 2 * math.sqrt(float(_energy(walk, n).sum(axes).max())) / degrees)
 
 
-def deviation_box(walk: LipschitzWalk, n: fx.Node) -> Box:
-    """A standard deviation lies between 0 and ‖x‖ / sqrt(N)."""
-    low, high = variance_box(walk, n)
-    return low, high.sqrt() * UP
-
-
-@rule(aten.std, box=deviation_box)
+@rule(aten.std, aten.std_mean, box=moments_box)
 def deviation(walk: LipschitzWalk, n: fx.Node) -> float:
     """A standard deviation is the norm of x - mean, a projection, over sqrt(N): constant 1 / sqrt(N)."""
-    _, degrees = _slices(walk, n)
-    return product_up(walk.bound(n.args[0]), UP / math.sqrt(degrees))
+    return _moment(walk, n, 1 / math.sqrt(_slices(walk, n)[2]))
 
 
-def _slices(walk: LipschitzWalk, n: fx.Node) -> tuple[list[int], float]:
-    """The axes of a variance, and the divisor N of its sum of squares."""
-    a = arguments(n)
-    over = axes_of(walk, n, a["dim"])
+def _moment(walk: LipschitzWalk, n: fx.Node, gain: float) -> float:
+    """The bound of a variance or standard deviation, alone or together with the mean; slices are disjoint.
+
+    The mean of m elements has constant 1 / sqrt(m), and depends on a part of x that is orthogonal to x - mean.
+    """
+    if operation_of(n.target) in (aten.var_mean, aten.std_mean):
+        gain = max(gain, 1 / math.sqrt(_slices(walk, n)[1]))
+    return product_up(walk.bound(n.args[0]), gain * SUM_UP)
+
+
+def _energy(walk: LipschitzWalk, n: fx.Node) -> Tensor:
+    """Largest squared distances of the elements from a number c for each slice: (x - mean)² sums to no more than (x - c)²."""
+    low, high = walk.box(n.args[0])
+    c = ((low + high) / 2).mean(_slices(walk, n)[0], keepdim=True)
+    return torch.maximum(high - c, c - low).square()
+
+
+def _slices(walk: LipschitzWalk, n: fx.Node) -> tuple[list[int], int, float]:
+    """The axes of a variance, the number of elements of a slice, and the divisor N of its sum of squares."""
+    a, source = arguments(n), walk.env[n.args[0]]  # type: ignore[index]
+    axes = axes_of(walk, n, a.get("dim"))
     correction: Any = a["correction"] if a.get("correction") is not None else int(a.get("unbiased", True))
-    degrees = math.prod(walk.env[n.args[0]].shape[axis] for axis in over) - float(correction)  # type: ignore[index]
-    if degrees <= 0:
+    count = math.prod(source.shape[axis] for axis in axes)
+    if count - float(correction) <= 0:
         raise NoClaim("of a single element")
-    return over, degrees
+    return axes, count, count - float(correction)
 
 
 def norm_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """A norm lies between those of the smallest and of the largest absolute values."""
     a, (low, high) = arguments(n), walk.box(n.args[0])
-    if float(a["ord"]) < 1:
-        raise NoClaim("of an order below 1")
     ends = torch.maximum(low, -high).clamp_min(0), walk.size(n.args[0])
     least, most = (torch.linalg.vector_norm(end, a["ord"], a["dim"], a["keepdim"]) for end in ends)
-    return least * (2 - UP), most * UP
+    return least * (2 - SUM_UP), most * SUM_UP
 
 
 @rule(aten.linalg_vector_norm, box=norm_box)

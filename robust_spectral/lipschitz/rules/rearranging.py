@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...numerics import product_up
 from ..boxes import Box
@@ -28,7 +29,6 @@ from .node_arguments import (
     increasing,
     linear_step,
     most_copies,
-    most_of,
     node_function,
     root_of_count,
     same,
@@ -119,25 +119,13 @@ def part(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     return linear_step(walk, n, source, lambda X: parts(X)[index], 1.0, selects=True)
 
 
-@rule(aten.cat, aten.concat, box=increasing, rounding=exact)
+@rule(aten.cat, aten.concat, aten.stack, aten.hstack, aten.vstack, aten.meshgrid, box=increasing, rounding=exact)
 def concatenation(walk: LipschitzWalk, n: fx.Node) -> float:
     """The bound of the parts together (see `joint`). No constant along the batch axis."""
-    axes_of_parts(walk, n)
-    return joint(walk, n.args[0])  # type: ignore[arg-type]
-
-
-@rule(aten.stack, aten.hstack, aten.vstack, aten.meshgrid, box=increasing, rounding=exact)
-def stacked(walk: LipschitzWalk, n: fx.Node) -> float:
-    """The bound of the parts together, along a new axis that is not the batch's."""
-    axes_of_parts(walk, n)
-    return joint(walk, n.args[0])  # type: ignore[arg-type]
-
-
-def axes_of_parts(walk: LipschitzWalk, n: fx.Node) -> None:
-    """Refuse parts put together along the batch."""
     axis = arguments(n).get("dim", 0)
     if axis % walk.env[n].ndim == 0 and (operation_of(n.target) is not aten.stack or len(walk.env[n]) == 2):
         raise NoClaim("along the batch")
+    return joint(walk, n.args[0])  # type: ignore[arg-type]
 
 
 def joint(walk: LipschitzWalk, parts: Sequence[Any]) -> float:
@@ -159,8 +147,10 @@ def _of_one(walk: LipschitzWalk, root: fx.Node, members: list[tuple[Any, list[Fu
     apart = _root_of_squares([walk.bound(value) for value, _ in members])
     if len(members) == 1:
         return apart
-    counts = [counts_of(_followed(element_numbers(walk, root), functions), walk.env[root].numel()) for _, functions in members]
-    return min(apart, product_up(walk.bound(root), root_of_count(most_of(torch.stack(counts).sum(0)))))
+    numbers = element_numbers(walk, root)
+    found = [reduce(lambda value, function: function(value), functions, numbers) for _, functions in members]
+    counts = torch.stack([counts_of(value, numbers.numel()) for value in found]).sum(0)
+    return min(apart, product_up(walk.bound(root), root_of_count(float(counts.max()))))
 
 
 def _root_of_squares(bounds: list[float]) -> float:
@@ -222,12 +212,6 @@ def _root(walk: LipschitzWalk, node: fx.Node) -> tuple[fx.Node, list[Function]]:
         functions.insert(0, picks)
         node = walk.affine[node].source
     return node, functions
-
-
-def _followed(value: Tensor, functions: list[Function]) -> Tensor:
-    for function in functions:
-        value = function(value)
-    return value
 
 
 @rule(aten.col2im)

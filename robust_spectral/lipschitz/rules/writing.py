@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ...numerics import product_up
 from ..boxes import Box
 from ..table import NoClaim, operation_of, rule
 from ..walk import Affine, LipschitzWalk
-from .node_arguments import UP, arguments, aten, exact, identity, increasing, linear_step, repeats, rounded_numbers, same_values
+from .node_arguments import UP, arguments, aten, exact, identity, increasing, linear_step, repeats, selected
 from .rearranging import joint
 
 _WRITES = (aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter)
@@ -37,7 +36,7 @@ def copy_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     return 1, walk.size(n.args[1]) * repeats(walk, n, n.args[1])
 
 
-@rule(aten.copy, box=partial(same_values, index=1), rounding=copy_rounding)
+@rule(aten.copy, box=increasing, rounding=copy_rounding)
 def copied_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """The values of the second argument, in the first one's type, copied where it is broadcast."""
     source = n.args[1]
@@ -51,34 +50,21 @@ def copied_over(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
 def _constant_places(walk: LipschitzWalk, n: fx.Node, *names: str) -> dict[str, Any]:
     a = arguments(n)
     if any(walk.depends(a[name]) for name in names if name in a):
-        raise NoClaim("at places that depend on the input")
+        raise NoClaim("at places that depend on the input, where it may jump")
     return a
 
 
 def either_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """By a known condition the ends of the value that it chooses, else the lowest and the highest of both."""
     condition, one, other = n.args
-    (low, high), (other_low, other_high) = walk.box(one), walk.box(other)
     if not walk.depends(condition):
-        return torch.where(walk.env[condition], low, other_low), torch.where(walk.env[condition], high, other_high)  # type: ignore[index]
+        return increasing(walk, n)
+    (low, high), (other_low, other_high) = walk.box(one), walk.box(other)
     shape = walk.env[n].shape
-    return torch.minimum(low.expand(shape), other_low.expand(shape)), torch.maximum(
-        high.expand(shape), other_high.expand(shape)
-    )
+    return torch.minimum(low, other_low).expand(shape), torch.maximum(high, other_high).expand(shape)
 
 
-def either_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
-    """No rounding but that of numbers."""
-    parts = [
-        walk.size(value) * repeats(walk, n, value)
-        if isinstance(value, fx.Node)
-        else abs(float(value)) * math.sqrt(walk.elements(n))  # type: ignore[arg-type]
-        for value in n.args[1:]
-    ]
-    return rounded_numbers(*n.args[1:]), sum(parts)
-
-
-@rule(aten.where, box=either_box, rounding=either_rounding)
+@rule(aten.where, box=either_box, rounding=selected)
 def either(walk: LipschitzWalk, n: fx.Node) -> float:
     """By a constant condition each element is one of the first value or one of the second: the bound of both together."""
     a = _constant_places(walk, n, "condition")
@@ -86,15 +72,7 @@ def either(walk: LipschitzWalk, n: fx.Node) -> float:
     return product_up(joint(walk, parts), max(repeats(walk, n, value) for value in parts))
 
 
-def filled_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
-    """Elements of the first argument, and constants: no rounding but that of the constants."""
-    a = arguments(n)
-    return rounded_numbers(a["value"]), walk.size(a["self"]) * repeats(walk, n, a["self"]) + float(
-        walk.constant(a["value"]).abs()
-    ) * math.sqrt(walk.elements(n))
-
-
-@rule(aten.masked_fill, box=increasing, rounding=filled_rounding)
+@rule(aten.masked_fill, box=increasing, rounding=selected)
 def filled(walk: LipschitzWalk, n: fx.Node) -> float | Affine:
     """Constants in some places: the identity elsewhere."""
     a = _constant_places(walk, n, "mask", "value")
