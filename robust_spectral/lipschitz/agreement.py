@@ -6,6 +6,7 @@ A comparison of samples: it finds a forward pass that depends on the batch or on
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import torch
@@ -43,33 +44,29 @@ def difference(model: nn.Module, graph: Graph, images: Tensor, errors: float = m
     wanted = _rows(graph, inputs)
     scale = max((float(rows.norm(dim=1).max()) for rows in wanted), default=0.0)
     limit = min(_RELATIVE.get(images.dtype, 1e-3) * scale, errors * (1 + 1e-9)) + 1e-300
-    for size in sizes:
-        for gradients in (False, True):
-            found = _outputs(model, inputs[:size], gradients)
-            how = f"a batch of {size}{' with gradients' if gradients else ''}"
-            if isinstance(found, str) and gradients:
-                continue
-            if isinstance(found, str):
-                return f"{graph.model} does not run on {how}: {found}"
-            if len(found) != len(wanted) or any(len(tensor.reshape(-1)) * len(inputs) != rows.numel() * size
-                                                for tensor, rows in zip(found, wanted, strict=True)):  # fmt: skip
-                return f"the output of {graph.model} on {how} has another shape than on a batch of 2"
-            far = _distance(found, wanted)
-            if not far <= limit and not (
-                far <= errors and _double_agrees(model, inputs[:size], gradients, wanted, 1e-6 * scale)
-            ):
-                return (
-                    f"the output of {graph.model} for an input on {how} is another than on a batch of 2 (by {far:.3g}): it "
-                    "depends on the other inputs of its batch, on the batch's size, on the gradient mode, or on chance"
-                )
+    for size, gradients in itertools.product(sizes, (False, True)):
+        how = f"a batch of {size}{' with gradients' if gradients else ''}"
+        found = _outputs(model, inputs[:size], gradients)
+        if isinstance(found, str) and gradients:
+            continue
+        if isinstance(found, str):
+            return f"{graph.model} does not run on {how}: {found}"
+        if [tensor.numel() for tensor in found] != [size * rows.shape[1] for rows in wanted]:
+            return f"the output of {graph.model} on {how} has another shape than on a batch of 2"
+        far = _distance(found, wanted)
+        if far <= limit:
+            continue
+        if not far <= errors or not _distance_in_double(model, inputs[:size], gradients, wanted, math.nan) <= 1e-6 * scale:
+            return (
+                f"the output of {graph.model} for an input on {how} is another than on a batch of 2 (by {far:.3g}): it depends "
+                "on the other inputs of its batch, on the batch's size, on the gradient mode, or on chance"
+            )
     return None
 
 
 def alike_in_double(model: nn.Module, graph: Graph, inputs: Tensor, errors: float) -> bool:
     """Whether a copy of the model in float64 computes what the graph does, within its errors; True where it does not run."""
-    if errors == math.inf:
-        return True
-    return _double_agrees(model, inputs, False, _rows(graph, inputs), 2 * errors, otherwise=True)
+    return errors == math.inf or _distance_in_double(model, inputs, False, _rows(graph, inputs), 0.0) <= 2 * errors
 
 
 def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -80,16 +77,14 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     )
 
 
-def _double_agrees(
-    model: nn.Module, x: Tensor, gradients: bool, wanted: list[Tensor], limit: float, otherwise: bool = False
-) -> bool:
-    """Whether a copy of a model in float64 has the outputs wanted; ``otherwise`` where there is none, or it does not run."""
+def _distance_in_double(model: nn.Module, x: Tensor, gradients: bool, wanted: list[Tensor], otherwise: float) -> float:
+    """`_distance` of the outputs of a copy of a model in float64; ``otherwise`` where there is none, or it does not run."""
     try:
         copied = copy.deepcopy(model).double()
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         return otherwise
     found = _outputs(copied, x.double(), gradients)
-    return otherwise if isinstance(found, str) else _distance(found, wanted) <= limit
+    return otherwise if isinstance(found, str) else _distance(found, wanted)
 
 
 def _rows(graph: Graph, inputs: Tensor) -> list[Tensor]:

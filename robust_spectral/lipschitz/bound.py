@@ -21,11 +21,11 @@ from ..operators import full_precision_no_grad
 from ..user_warnings import warn_user
 from . import rules as rules
 from .agreement import alike_in_double, difference
-from .graph import Graph, graph_of, module_of, pair_of, preserved
+from .graph import Graph, InputError, graph_of, module_of, pair_of, preserved
 from .precision import full_precision
-from .rounding_walk import forward_error
-from .table import NoClaim, operation_of
-from .walk import LipschitzWalk, composed
+from .rounding_walk import forward_errors
+from .table import NoClaim
+from .walk import LipschitzWalk, composed, named
 
 _NO_WALK = "rounding errors are bounded only for a network with a Lipschitz bound for all inputs"
 _OTHER_IN_DOUBLE = "a copy of the model in float64 computes something else: a cast or a constant in it is in float32"
@@ -106,11 +106,16 @@ def lipschitz_bound(
     _check(model, example_input)
     with torch.inference_mode(False), preserved(model), full_precision_no_grad():
         example = pair_of(example_input.detach()).clone()
-        _check_input(model, example, example_input)
         try:
             found = _bounded(model, graph_of(model, example), example, failure_probability, box)
         except NoClaim as refused:
             return LipschitzBound(math.inf, reason=str(refused), errors_reason=_NO_WALK)
+        except InputError as error:
+            shape = tuple(example_input.shape)
+            raise ValueError(
+                f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, tested with the "
+                f"first input twice: {error}"
+            ) from error.__cause__
     if box is not None and math.isfinite(found.local):
         _warn_if_outside(example_input, *box)
     return found
@@ -141,18 +146,6 @@ def _check(model: nn.Module, example_input: Any) -> None:
             raise ValueError(f"lipschitz_bound: '{name}' contains NaN or infinite values")
 
 
-def _check_input(model: nn.Module, example: Tensor, example_input: Tensor) -> None:
-    try:
-        with preserved(model):
-            model(example.clone())
-    except Exception as error:  # whatever the model's own code raises
-        shape = tuple(example_input.shape)
-        raise ValueError(
-            f"lipschitz_bound: {type(model).__name__} does not take a batch (n, ...) of shape {shape}, tested with "
-            f"the first input twice: {error}"
-        ) from error
-
-
 def _bounded(
     model: nn.Module, graph: Graph, example: Tensor, failure_probability: float, box: tuple[float, float] | None
 ) -> LipschitzBound:
@@ -161,16 +154,13 @@ def _bounded(
     values = graph.values(torch.full_like(example, (low + high) / 2) if example.is_floating_point() else example)
     walk = LipschitzWalk(graph, values, failure_probability)
     walk.run()
-    value = local = walk.value
-    reason = (walk.reason or "the output is not made of floating-point numbers") if math.isinf(value) else None
-    errors: dict[torch.dtype, float] = {}
-    errors_reason = _NO_WALK if math.isinf(value) else None
-    if box is not None and math.isinf(value):
-        local, locally = _local_bound(walk, values, *box)
-        if locally is not None and locally != reason:
-            reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {locally}"
-    if box is not None and math.isfinite(value):
-        errors, errors_reason = _errors(walk, values, example, *box)
+    value = walk.value
+    if math.isfinite(value):
+        local, reason, pairs = value, None, _pairs(walk)
+        errors, errors_reason = ({}, None) if box is None else forward_errors(walk, values, *box)
+    else:
+        local, reason = _local_bound(walk, values, box)
+        errors, errors_reason, pairs = {}, _NO_WALK, None
     if math.isfinite(local):
         inputs = _sampled(example, box)
         with full_precision(example.device):
@@ -179,7 +169,6 @@ def _bounded(
             raise NoClaim(differs)
         if example.dtype == torch.float32 and not alike_in_double(model, graph, inputs, errors.get(torch.float64, math.inf)):
             errors[torch.float64], errors_reason = math.inf, _OTHER_IN_DOUBLE
-    pairs = None if math.isinf(value) else _pairs(walk)
     return LipschitzBound(value, _rows(walk), reason, walk.failure_probability, local, pairs, errors, errors_reason)
 
 
@@ -199,9 +188,7 @@ def _sampled(example: Tensor, box: tuple[float, float] | None) -> Tensor:
 def _rows(walk: LipschitzWalk) -> tuple[NodeBound, ...]:
     """The bounds of operations, without affine ones inside a longer stretch."""
     return tuple(
-        NodeBound(
-            module_of(node)[0] or node.name, getattr(operation_of(node.target), "__name__", str(node.target)), walk.bounds[node]
-        )
+        NodeBound(module_of(node)[0] or node.name, named(node, ""), walk.bounds[node])
         for node in walk.graph.nodes
         if node in walk.graph.moving and node in walk.bounds and node is not walk.graph.input
     )
@@ -218,27 +205,21 @@ def _warn_if_outside(example_input: Tensor, low: float, high: float) -> None:
         )
 
 
-def _local_bound(walk: LipschitzWalk, values: Mapping[fx.Node, Any], lowest: float, highest: float) -> tuple[float, str | None]:
-    """The Lipschitz bound between inputs in a box, with the norms already known, and why it is infinite."""
+def _local_bound(
+    walk: LipschitzWalk, values: Mapping[fx.Node, Any], box: tuple[float, float] | None
+) -> tuple[float, str | None]:
+    """The Lipschitz bound between inputs in a box, with the norms already known, and why there is none for all inputs."""
+    reason = walk.reason or "the output is not made of floating-point numbers"
+    if box is None:
+        return math.inf, reason
     centre = values[walk.graph.input]
-    low, high = (torch.full_like(centre, end) for end in (lowest, highest))
-    radius = math.sqrt(centre.numel()) * (highest - lowest) / 2 * (1 + 1e-14)
+    low, high = (torch.full_like(centre, end) for end in box)
+    radius = math.sqrt(centre.numel()) * (box[1] - box[0]) / 2 * (1 + 1e-14)
     local = LipschitzWalk(walk.graph, values, walk.each, walk.norms, (low, high), radius)
     local.run()
-    return local.value, local.reason if math.isinf(local.value) else None
-
-
-def _errors(
-    walk: LipschitzWalk, values: Mapping[fx.Node, Any], example: Tensor, low: float, high: float
-) -> tuple[dict[torch.dtype, float], str | None]:
-    """Bounds of the forward pass's rounding error in float32 and float64, and why they are infinite."""
-    errors, reason = {}, None
-    for dtype in (torch.float32, torch.float64):
-        errors[dtype], why = forward_error(walk, values, dtype, low, high)
-        reason = reason or why
-    if example.device.type != "cpu":  # convolutions may be Winograd's, which no rule covers
-        errors[torch.float32] = math.inf
-    return errors, reason
+    if math.isinf(local.value) and local.reason not in (None, reason):
+        reason = f"{reason}; on inputs in [{box[0]:g}, {box[1]:g}]: {local.reason}"
+    return local.value, reason
 
 
 def _pairs(walk: LipschitzWalk) -> Tensor | None:

@@ -11,19 +11,16 @@ from torch import Tensor
 Box = tuple[Any, Any]  # lowest and highest values, tensors or tuples of them
 
 
-def of_each_part(function: Callable[[Tensor], Box], value: Any) -> Box:
-    """The box that a function gives for a tensor, or for each tensor of a tuple; whole numbers keep their values."""
-    if isinstance(value, Tensor):
-        return function(value) if value.is_floating_point() else (value, value)
-    lows, highs = zip(*(of_each_part(function, part) for part in value), strict=True)
-    return tuple(lows), tuple(highs)
-
-
 def pairwise(function: Callable[..., Tensor], *values: Any) -> Any:
     """Apply a function to tensors, or to the corresponding tensors of several tuples."""
     if isinstance(values[0], Tensor):
         return function(*values)
     return tuple(function(*parts) for parts in zip(*values, strict=True))
+
+
+def shifted(value: Any, distance: float) -> Any:
+    """A tensor, or the tensors of a tuple, plus a number; whole numbers keep their values."""
+    return pairwise(lambda x: x + distance if x.is_floating_point() else x, value)
 
 
 def box_intersection(one: Box, other: Box) -> Box:

@@ -80,7 +80,8 @@ def _check_arguments(logits: Any, labels: Any, bound: Any) -> None:
         raise TypeError(f"certified_radius(bound={bound!r}): takes the result of lipschitz_bound; an estimate proves nothing")
     for name, given in (("logits", logits), ("labels", labels)):
         if not isinstance(given, Tensor):
-            raise TypeError(f"certified_radius({name}): takes a torch tensor, got {_kind(given)}; {_to_tensor(name, given)}")
+            kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
+            raise TypeError(f"certified_radius({name}): takes a torch tensor, got {kind}; {_to_tensor(name, given)}")
     _check_precision(logits)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
         raise ValueError(
@@ -101,10 +102,6 @@ def _check_labels(labels: Tensor, logits: int) -> None:
             f"certified_radius(labels): the label at index {first} is {float(labels[first]):g}; {known}: leave out images "
             "without a class, or give the indices of their classes"
         )
-
-
-def _kind(value: Any) -> str:
-    return "numpy.ndarray" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _to_tensor(name: str, value: Any) -> str:
@@ -128,8 +125,8 @@ def _to_shape(logits: Tensor, labels: Tensor) -> str:
 
 def _check_precision(logits: Tensor) -> None:
     """Refuse logits whose rounding error is not bounded: in another dtype, under autocast, or with TF32."""
-    if logits.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(logits.device.type):
-        known = logits.dtype in (torch.float32, torch.float64)
+    known = logits.dtype in (torch.float32, torch.float64)
+    if not known or torch.is_autocast_enabled(logits.device.type):
         what = "made under autocast" if known else f"in {str(logits.dtype).removeprefix('torch.')}"
         advice = "give the model's own output, in float32 or float64, not a prediction or a rounded copy"
         if known or logits.dtype in (torch.float16, torch.bfloat16):

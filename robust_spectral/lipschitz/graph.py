@@ -12,14 +12,14 @@ import logging
 import operator
 import os
 import random
-import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
@@ -65,13 +65,10 @@ class Graph:
         Raises:
             NoClaim: an operation does not run in float64.
         """
-        found: dict[fx.Node, Any] = {}
+        given = {**self.constants, self.input: x}
+        found: dict[fx.Node, Any] = {node: value.to(_raised(value.dtype)) for node, value in given.items()}
         for node in self.nodes:
-            if node is self.input:
-                found[node] = x.to(_raised(x.dtype))
-            elif node in self.constants:
-                found[node] = self.constants[node].to(_raised(self.constants[node].dtype))
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 try:
                     found[node] = self.rerun(node, found.__getitem__)
                 except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
@@ -107,16 +104,14 @@ def pair_of(example_input: Tensor) -> Tensor:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode, and restore its mode, its tensors, its Python state and the random states afterwards."""
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})
-    state, drawn, numpy = LiveState(model), random.getstate(), sys.modules.get("numpy")
-    drawn_by_numpy = numpy.random.get_state() if numpy is not None else None
+    state, drawn, drawn_by_numpy = LiveState(model), random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices), evaluating(model):
             yield
     finally:
         state.restore()
         random.setstate(drawn)
-        if numpy is not None:
-            numpy.random.set_state(drawn_by_numpy)
+        np.random.set_state(drawn_by_numpy)
 
 
 def graph_of(model: nn.Module, example: Tensor) -> Graph:
@@ -128,6 +123,7 @@ def graph_of(model: nn.Module, example: Tensor) -> Graph:
 
     Raises:
         NoClaim: `torch.export` cannot follow the model, or its forward pass changes the model's state or its input.
+        InputError: the model does not run on the example.
     """
     with torch.no_grad():
         state = _steady(model, example)
@@ -138,11 +134,18 @@ def graph_of(model: nn.Module, example: Tensor) -> Graph:
     return _graph(program, model, example)
 
 
+class InputError(ValueError):
+    """A model does not run on an example; the message is that of the model's own error."""
+
+
 def _steady(model: nn.Module, example: Tensor) -> LiveState:
     """The state of a model after its first call, if that is the same for two inputs, and further calls leave it unchanged."""
     other = torch.rand_like(example) if example.is_floating_point() else example
     before = LiveState(model)
-    model(example.clone())
+    try:
+        model(example.clone())
+    except Exception as error:  # whatever the model's own code raises
+        raise InputError(str(error)) from error
     one = LiveState(model, copies=False)
     before.restore()
     model(other.clone())
@@ -161,8 +164,7 @@ def _steady(model: nn.Module, example: Tensor) -> LiveState:
 
 def _exported(model: nn.Module, example: Tensor) -> Any:
     try:
-        with warnings.catch_warnings(), _quiet(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             program = torch.export.export(_Outputs(model), (example.clone(),), strict=False)
             return program if _is_functional(program) else program.run_decompositions({})
     except NoClaim:
@@ -176,10 +178,8 @@ def _is_functional(program: Any) -> bool:
 
     Otherwise the graph is made functional, and operations are replaced by the simpler ones that they are defined by.
     """
-    nodes, specs = list(program.graph.nodes), program.graph_signature.input_specs
-    inputs = {node for node, spec in zip(nodes, specs, strict=False) if spec.kind.name == "USER_INPUT"}
-    moving = _depending(tuple(nodes), inputs)
-    for node in nodes:
+    moving = _depending(program, program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
         if node.op not in ("call_function", "placeholder", "output"):
             return False
         if node.op != "call_function" or node.target is operator.getitem:
@@ -225,12 +225,14 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's log messages about a failed export from the terminal, and let a model read numbers off short constants."""
+    """Keep torch's messages about a failed export from the terminal, and let a model read numbers off short constants."""
     before, limit = logging.root.manager.disable, fake_tensor.CONSTANT_NUMEL_LIMIT
     logging.disable(logging.CRITICAL)
     fake_tensor.CONSTANT_NUMEL_LIMIT = _READABLE
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
         fake_tensor.CONSTANT_NUMEL_LIMIT = limit
@@ -238,8 +240,7 @@ def _quiet() -> Iterator[None]:
 
 def _place(error: BaseException) -> str:
     """The last line outside torch that an error passed through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, "<"))]
-    frames = [f for f in frames if Path(f.filename) != Path(__file__)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, "<", __file__))]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: `{frames[-1].line}`)" if frames else ""
 
 
@@ -260,44 +261,38 @@ def _cause(model: nn.Module, error: BaseException) -> str:
 
 
 def _graph(program: Any, model: nn.Module, example: Tensor) -> Graph:
-    signature, name = program.graph_signature, type(model).__name__
-    nodes = tuple(program.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    constants: dict[fx.Node, Tensor] = {}
-    inputs = []
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
-        if spec.kind.name == "USER_INPUT":
-            inputs.append(node)
-            continue
-        value = program.state_dict.get(spec.target, program.constants.get(spec.target))
-        if not isinstance(value, Tensor):
-            raise NoClaim(f"{name} uses {spec.target}, which is no tensor")
-        constants[node] = value.detach()
-    (output,) = (node for node in nodes if node.op == "output")
+    name, signature, (*nodes, output) = type(model).__name__, program.graph_signature, program.graph.nodes
+    moving = _depending(program, signature.user_inputs)
+    (source,) = (node for node in moving if node.op == "placeholder")
     results = list(zip(output.args[0], signature.output_specs, strict=True))
-    outputs = [node for node, spec in results if spec.kind.name == "USER_OUTPUT" and isinstance(node, fx.Node)]
-    moving = _depending(nodes, {inputs[0]}) if inputs else frozenset()
-    for _, spec in results:
+    outputs = tuple(node for node, spec in results if spec.kind.name == "USER_OUTPUT" and isinstance(node, fx.Node))
+    for spec in signature.output_specs:
         if spec.kind.name == "USER_INPUT_MUTATION":
             raise NoClaim(f"{name} writes into its input; let forward work on a copy, as x = x.clone() makes it")
-        if spec.kind.name.endswith("MUTATION"):
+        written = [given.arg.name for given in signature.input_specs if given.target == spec.target]
+        if spec.kind.name.endswith("MUTATION") and not _depending(program, written).isdisjoint(outputs):
             buffer = spec.target.removeprefix("model.")
-            buffers = {n for n, s in zip(placeholders, signature.input_specs, strict=True) if s.target == spec.target}
-            if any(node in _depending(nodes, buffers) for node in outputs):
-                raise NoClaim(f"{name} writes into its buffer '{buffer}' and reads it; keep no state in forward")
-    if not inputs or not outputs:
+            raise NoClaim(f"{name} writes into its buffer '{buffer}' and reads it; keep no state in forward")
+    targets, held = {spec.arg.name: spec.target for spec in signature.input_specs}, {**program.constants, **program.state_dict}
+    constants: dict[fx.Node, Tensor] = {}
+    for node in nodes:
+        if node.op == "placeholder" and node is not source:
+            value = held.get(targets[node.name])
+            if not isinstance(value, Tensor):
+                raise NoClaim(f"{name} uses {targets[node.name]}, which is no tensor")
+            constants[node] = value.detach()
+    if not outputs:
         raise NoClaim(f"the output of {name} has no tensor")
     if any(node.op == "get_attr" for node in nodes):
         raise NoClaim(f"{name} runs a part under torch.cond, autocast or a checkpoint, which is not covered")
-    steps = tuple(node for node in nodes if node.op != "output")
-    return Graph(name, steps, constants, inputs[0], tuple(outputs), moving, _layers(nodes, moving), example.dtype)
+    return Graph(name, tuple(nodes), constants, source, outputs, moving, _layers(nodes, moving), example.dtype)
 
 
-def _depending(nodes: tuple[fx.Node, ...], roots: set[fx.Node]) -> frozenset[fx.Node]:
-    """The nodes whose value depends on one of the roots."""
-    found = set(roots)
-    for node in nodes:
-        if node.op == "call_function" and any(argument in found for argument in node.all_input_nodes):
+def _depending(program: Any, roots: Collection[str]) -> frozenset[fx.Node]:
+    """The placeholders of some names, and the nodes whose value depends on one of them."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in roots or (node.op == "call_function" and not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return frozenset(found)
 
@@ -306,12 +301,11 @@ _LINEAR = (aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpo
            aten.conv_transpose3d)  # fmt: skip
 
 
-def _layers(nodes: tuple[fx.Node, ...], moving: frozenset[fx.Node]) -> dict[fx.Node, str]:
+def _layers(nodes: list[fx.Node], moving: frozenset[fx.Node]) -> dict[fx.Node, str]:
     """The module of each dense or convolutional operation that is, with padding before it, all that the module's call does."""
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes:
-        stack = node.meta.get("nn_module_stack")
-        if node in moving and node.op == "call_function" and stack:
+        if node in moving and node.op == "call_function" and (stack := node.meta.get("nn_module_stack")):
             calls.setdefault(next(reversed(stack)), []).append(node)
     return {
         steps[-1]: module_of(steps[-1])[0]
@@ -329,10 +323,10 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 def where(node: fx.Node) -> str:
     """A node's module, and the line of code that runs it where it is not torch's own."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    path, files = module_of(node)[0], [i for i, line in enumerate(lines) if line.startswith("File ")]
-    files = [i for i in files if not lines[i].startswith('File "<')]
+    path, kind = module_of(node)
+    lines = [*(line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()), ""]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ") and not line.startswith('File "<')]
     if not files or _TORCH in lines[files[-1]]:
-        return f"'{path}', {module_of(node)[1]}"
-    code = f"`{lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ''}`"
+        return f"'{path}', {kind}"
+    code = f"`{lines[files[-1] + 1]}`"
     return f"'{path}', {code}" if path else code

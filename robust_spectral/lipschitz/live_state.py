@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
+import re
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
@@ -20,6 +23,7 @@ from torch.nn.modules import module as module_hooks
 _LIBRARIES = ("torch", "builtins", "functools", "typing", "logging", "numpy")
 _MOST = 200_000  # most objects that are followed
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size, types.ModuleType)
+_UNNAMED = re.compile(r"\.(_parameters|_buffers|_modules|cell_contents|__self__|__func__)\b")  # left out of an object's name
 
 
 class LiveState:
@@ -37,95 +41,76 @@ class LiveState:
         pending: deque[tuple[str, Any]] = deque([("model", model), ("global hooks", hooks)])
         while pending and len(self._kept) < _MOST:
             name, item = pending.popleft()
-            if id(item) in self._kept or isinstance(item, _PLAIN):
-                continue
-            self._kept[id(item)] = name, item, self._contents(item)
-            pending.extend(_parts(name, item))
+            if id(item) not in self._kept and not isinstance(item, _PLAIN):
+                self._kept[id(item)] = name, item, self._contents(item)
+                pending.extend((_of(name, key), part) for key, part in _followed(item).items())
 
     def changed(self) -> str | None:
         """The name of the first object whose contents have changed; None if all are as they were."""
-        for name, item, before in self._kept.values():
-            after = self._contents(item)
-            if not _same(before, after):
-                return _place(name, before, after)
-        return None
+        return _first_different((name, before, self._contents(item)) for name, item, before in self._kept.values())
 
     def differs(self, other: LiveState) -> str | None:
         """The name of the first object that has other contents in another snapshot; None if there is none."""
-        one, two = ({name: contents for name, _, contents in state._kept.values()} for state in (self, other))
-        for name in [*one, *(name for name in two if name not in one)]:
-            before, after = (_values(found.get(name)) for found in (one, two))
-            if not _same(before, after):
-                return _place(name, before, after)
-        return None
+        one, two = ({name: _values(contents) for name, _, contents in state._kept.values()} for state in (self, other))
+        return _first_different((name, one.get(name), two.get(name)) for name in {**one, **two})
 
     def restore(self) -> None:
         """Give all objects the contents that they had; tensors only where they were copied."""
         for _, item, before in self._kept.values():
-            if not isinstance(before, _Digest) and not _identical(before, self._contents(item)):
+            if not isinstance(before, bytes) and not _same(before, self._contents(item), operator.is_):
                 _write(item, before)
 
     def _contents(self, item: Any) -> Any:
+        """A copy of what an object holds itself: a tensor's values or their digest, or references to its parts."""
         if isinstance(item, Tensor) and not self._copies:
-            return _Digest(hashlib.blake2b(_bits(item.detach()).cpu().numpy().tobytes()).digest())
-        return _contents(item)
+            return hashlib.blake2b(_bits(item.detach()).cpu().numpy().tobytes()).digest()
+        if isinstance(item, Tensor):
+            return item.detach().clone()
+        return item.copy() if isinstance(item, bytearray | np.ndarray) else _parts(item)
 
 
-class _Digest(bytes):
-    """A digest of a tensor's values."""
+def _of(name: str, key: Any) -> str:
+    """The name of an attribute or entry of a named object."""
+    return f"{name}.{key}" if isinstance(key, str) else f"{name}[{key!r}]"
 
 
-def _place(name: str, before: Any, after: Any) -> str:
-    """The name of an object, or of the first of its attributes or entries that differs."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in [*before, *after]:
-            if key not in before or key not in after or not _same(before[key], after[key]):
-                return f"{name}.{key}" if isinstance(key, str) else f"{name}[{key!r}]"
-    return name
+def _first_different(contents: Iterable[tuple[str, Any, Any]]) -> str | None:
+    """The name of the first object, or of its first attribute or entry, that differs between two contents."""
+    for name, before, after in contents:
+        if not _same(before, after):
+            both = {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else {}
+            names = [_of(name, key) for key in both if not _same(before.get(key), after.get(key))]
+            return _UNNAMED.sub("", names[0] if names else name)
+    return None
 
 
 def _values(contents: Any) -> Any:
     """Contents as far as they are values: other objects have entries of their own."""
-    if isinstance(contents, dict):
-        return {key: value if isinstance(value, (*_PLAIN, Tensor)) else type(value) for key, value in contents.items()}
-    if isinstance(contents, list):
-        return [value if isinstance(value, (*_PLAIN, Tensor)) else type(value) for value in contents]
-    return contents
+    if not isinstance(contents, dict):
+        return contents
+    return {key: value if isinstance(value, (*_PLAIN, Tensor)) else type(value) for key, value in contents.items()}
 
 
-def _identical(before: Any, after: Any) -> bool:
-    """Whether contents are the same objects, or tensors and arrays of the same values."""
-    if isinstance(before, dict):
-        return list(before) == list(after) and all(before[key] is after[key] for key in before)
-    if isinstance(before, list):
-        return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
-    return _same(before, after)
-
-
-def _contents(item: Any) -> Any:
-    """A copy of what an object holds itself: a tensor's values, or references to the parts of a container."""
-    if isinstance(item, Tensor):
-        return item.detach().clone()
-    if isinstance(item, bytearray) or is_array(item):
-        return item.copy()
+def _parts(item: Any) -> dict[Any, Any] | None:
+    """The objects that an object holds and can be given again, by key, position or attribute; None if it holds none."""
     if isinstance(item, dict):
         return dict(item)
     if isinstance(item, list | set | deque):
-        return list(item)
-    if isinstance(item, types.CellType):
-        return [item.cell_contents] if _filled(item) else []
-    return _attributes(item) if _has_attributes(item) else None
+        return dict(enumerate(item))
+    return _attributes(item) if isinstance(item, types.CellType) or _has_attributes(item) else None
 
 
 def _attributes(item: Any) -> dict[str, Any]:
-    """The attributes of an instance, in its dictionary or its slots."""
+    """The attributes of an instance, in its dictionary or its slots; the contents of a cell of a closure, if it has any."""
+    if isinstance(item, types.CellType):
+        return {} if item == types.CellType() else {"cell_contents": item.cell_contents}
     slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
     held = {name: getattr(item, name) for name in slots if isinstance(name, str) and name != "__dict__" and hasattr(item, name)}
     return held | getattr(item, "__dict__", {})
 
 
-def _same(before: Any, after: Any) -> bool:
-    """Whether two objects are one, or equal numbers, tensors, or containers of them."""
+def _same(before: Any, after: Any, parts: Callable[[Any, Any], bool] | None = None) -> bool:
+    """Whether two objects are one, or equal numbers, tensors, or containers of them, with ``parts`` compared likewise."""
     if before is after:
         return True
     if type(before) is not type(after):
@@ -135,11 +120,11 @@ def _same(before: Any, after: Any) -> bool:
             return False
         return torch.equal(_bits(before), _bits(after))
     if isinstance(before, dict):
-        return list(before) == list(after) and all(_same(before[key], after[key]) for key in before)
+        return list(before) == list(after) and _same([*before.values()], [*after.values()], parts)
     if isinstance(before, list | tuple):
-        return len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True))
-    if is_array(before):
-        return before.shape == after.shape and bool(before.tobytes() == after.tobytes())
+        return len(before) == len(after) and all(map(parts or _same, before, after))
+    if isinstance(before, np.ndarray):
+        return bool(before.shape == after.shape and before.tobytes() == after.tobytes())
     return isinstance(before, (*_PLAIN, bytearray)) and bool(before == after)
 
 
@@ -156,16 +141,17 @@ def _write(item: Any, before: Any) -> None:
             item.data.copy_(before)
         else:
             item.data = before.clone()
-    elif isinstance(item, dict | set):
+    elif isinstance(item, bytearray | np.ndarray):
+        item[:] = before
+    elif isinstance(item, dict):
         item.clear()
         item.update(before)
+    elif isinstance(item, set):
+        item.clear()
+        item.update(before.values())
     elif isinstance(item, list | deque):
         item.clear()
-        item.extend(before)
-    elif isinstance(item, types.CellType):
-        item.cell_contents = before[0]
-    elif isinstance(item, bytearray) or is_array(item):
-        item[:] = before
+        item.extend(before.values())
     else:
         for name in _attributes(item).keys() - before.keys():
             delattr(item, name)
@@ -177,57 +163,31 @@ def _write(item: Any, before: Any) -> None:
                 setattr(item, name, value)
 
 
-def _parts(name: str, item: Any) -> Iterator[tuple[str, Any]]:
-    """The named objects that an object refers to, as far as a forward pass may read or change them."""
-    if isinstance(item, Tensor):
-        return
-    if isinstance(item, dict):
-        yield from ((f"{name}[{key!r}]", part) for key, part in item.items())
-    elif isinstance(item, list | tuple | set | deque):
-        yield from ((f"{name}[{i}]", part) for i, part in enumerate(item))
-    elif isinstance(item, types.CellType):
-        yield from ((name, part) for part in _contents(item))
-    elif isinstance(item, types.MethodType):
-        yield from ((name, part) for part in (item.__self__, item.__func__))
-        yield from _class_stores(item.__self__) if isinstance(item.__self__, type) else ()
-    elif isinstance(item, types.FunctionType):
-        yield from ((f"{name} of {item.__name__}", part) for part in (*(item.__closure__ or ()), *(item.__defaults__ or ())))
+def _followed(item: Any) -> dict[Any, Any]:
+    """The objects that an object refers to, as far as a forward pass may read or change them."""
+    if isinstance(item, tuple):
+        return dict(enumerate(item))
+    if isinstance(item, types.MethodType):
+        return {"__self__": item.__self__, "__func__": item.__func__, **_class_stores(item.__self__)}
+    if isinstance(item, functools.partial):
+        return {"func": item.func, "args": item.args, "keywords": item.keywords}
+    if isinstance(item, types.FunctionType):
         known = {name: item.__globals__.get(name) for name in item.__code__.co_names}
-        yield from ((name, part) for name, part in known.items() if _is_store(part) or _has_attributes(part))
-    elif isinstance(item, functools.partial):
-        yield from ((name, part) for part in (item.func, item.args, item.keywords))
-    elif isinstance(item, nn.Module) or _has_attributes(item):
-        yield from _class_stores(type(item))
-        for key, part in _attributes(item).items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                yield f"{name}.{key}", part
-                yield from ((f"{name}.{inner}", value) for inner, value in part.items())
-            else:
-                yield f"{name}.{key}", part
+        read = {name: part for name, part in known.items() if _is_store(part) or _has_attributes(part)}
+        closure = zip(item.__code__.co_freevars, item.__closure__ or (), strict=True)
+        return {**dict(enumerate(item.__defaults__ or ())), **read, **dict(closure)}
+    return {**(_parts(item) or {}), **(_class_stores(item) if _has_attributes(item) else {})}
 
 
-def _class_stores(kind: type) -> Iterator[tuple[str, Any]]:
-    """Lists, dictionaries and the like that are attributes of a class that is not a library's."""
-    for part in kind.__mro__:
-        if part.__module__.partition(".")[0] not in _LIBRARIES:
-            yield from ((f"{part.__name__}.{key}", value) for key, value in vars(part).items() if _is_store(value))
-
-
-def is_array(item: Any) -> bool:
-    """Whether an object is a numpy array, without an import of numpy."""
-    return type(item).__name__ == "ndarray" and hasattr(item, "tobytes")
+def _class_stores(item: Any) -> dict[str, Any]:
+    """Lists, dictionaries and the like that are attributes of a class, or an object's class, that is not a library's."""
+    kinds = item.__mro__ if isinstance(item, type) else type(item).__mro__
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    return {f"{kind.__name__}.{key}": value for kind in own for key, value in vars(kind).items() if _is_store(value)}
 
 
 def _is_store(value: Any) -> bool:
-    return isinstance(value, dict | list | set | deque | bytearray | Tensor | nn.Module) or is_array(value)
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+    return isinstance(value, dict | list | set | deque | bytearray | np.ndarray | Tensor | nn.Module)
 
 
 def _has_attributes(item: Any) -> bool:

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, fx
 
 from ..numerics import product_up
-from .constants import computed_constant, held
 from .graph import where
-from .table import PATTERNS, NoClaim, operation_of
-from .walk import Affine, LipschitzWalk, named
+from .table import NoClaim, operation_of
+from .walk import CONSTANTS, Affine, LipschitzWalk, named
 
 aten = torch.ops.aten
-_NO_ERROR = 1e-290  # error of the input: pixels are exact, but a node of bound 0 would count as a constant
 
 
 class RoundingWalk(LipschitzWalk):
@@ -40,12 +38,13 @@ class RoundingWalk(LipschitzWalk):
         radius: Half the diagonal of the box.
     """
 
+    _of_input = 1e-290  # the input's error: pixels are exact, but a node of bound 0 would count as a constant
+
     def __init__(self, walk: LipschitzWalk, values: Mapping[fx.Node, Any], dtype: torch.dtype, radius: float) -> None:
         super().__init__(walk.graph, values, walk.each, walk.norms)
         self.lipschitz, self.dtype, self._radius = walk.bounds, dtype, radius
         self._cast = self._in_float32()
         self._together: dict[fx.Node, Any] = {}  # rounding of the patterns that apply
-        self._own: dict[fx.Node, float] = {}  # rounding error that a node adds
         self._sums: dict[fx.Node, float] = {}  # bounds of the computed values' norms, from the terms summed
         self.unit, self._tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny
 
@@ -58,7 +57,7 @@ class RoundingWalk(LipschitzWalk):
             if node.op != "call_function":
                 continue
             operation = operation_of(node.target)
-            casts = operation in _CASTS or node.kwargs.get("dtype") is not None or _given_dtype(node)
+            casts = operation in _CASTS or any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
             source = node.args[operation is aten.copy] if casts and node.args else None
             made = node not in self.graph.moving and not self._from_weights(node)
             if isinstance(source, fx.Node) and (source in self.graph.moving or not held(self.env[source])):
@@ -86,14 +85,6 @@ class RoundingWalk(LipschitzWalk):
         value = self.env[node]
         return float(sum(part.numel() for part in ([value] if isinstance(value, Tensor) else value)))
 
-    def passes(self, node: fx.Node) -> bool:
-        """Only parts that are selected without rounding."""
-        return self._own.get(node, 0.0) == 0
-
-    def bound_at(self, node: fx.Node) -> float:
-        """Error of an affine node: the propagated error of its stretch's input, plus the rounding errors of all its steps."""
-        return self.bound_of(self.affine[node]) + self._own[node]
-
     def bound_of(self, last: float | Affine) -> float:
         """Error of a step's result, without the rounding error of the step itself."""
         total = super().bound_of(last)
@@ -101,35 +92,28 @@ class RoundingWalk(LipschitzWalk):
             return total
         node, later = last.source, [last]
         while node in self.affine:
-            total += product_up(self._own[node], self.product(later)) * (1 + 1e-15)
+            total += product_up(self.added[node], self.product(later)) * (1 + 1e-15)
             later.insert(0, self.affine[node])
             node = later[0].source
         return total
 
-    def _found(self, n: fx.Node) -> float | Affine:
+    def by_rules(self, n: fx.Node) -> float | Affine:
         """The bound by a pattern whose rounding is known, else by the row: other patterns pass over operations that round."""
-        for bound, rounding in PATTERNS.get(operation_of(n.target), ()):
-            found = None if rounding is None or self._half else bound(self, n)
-            if found is not None and self.depends(list(n.all_input_nodes)):
+        for bound, rounding in self.patterns(n):
+            if rounding is not None and (found := bound(self, n)) is not None:
                 self._together[n] = rounding
                 return found
-        return super()._found(n)
-
-    def patterns(self, n: fx.Node) -> list[Any]:
-        """None: see `_found`."""
-        return []
+        return self.row(n).bound(self, n)
 
     def _bound(self, n: fx.Node) -> float | Affine:
-        if n.op == "placeholder":
-            return _NO_ERROR
         found = super()._bound(n)
-        if isinstance(found, float) and (found == math.inf or not self.depends(list(n.all_input_nodes))):
-            return found
         if isinstance(found, Affine):
-            self.affine[n] = found
+            self.affine[n], self.added[n] = found, math.inf  # until its rounding is known
+        elif found == math.inf or self.env[n] is None or not self.depends(list(n.all_input_nodes)):
+            return found
         rounded = self._claimed(n, lambda: self._rounded(n))
-        self._own[n], self._sums[n] = (math.inf, math.inf) if rounded == math.inf else rounded
-        return found if isinstance(found, Affine) else found + self._own[n]
+        self.added[n], self._sums[n] = (math.inf, math.inf) if rounded == math.inf else rounded
+        return found if isinstance(found, Affine) else found + self.added[n]
 
     def unknown(self, n: fx.Node, what: str) -> float:
         """Record, if it is the first, that the rounding of a node is not known; returns inf."""
@@ -152,34 +136,68 @@ class RoundingWalk(LipschitzWalk):
         return share * total + underflow, total * (1 + share) * (1 + 1e-12) + underflow
 
 
-def _given_dtype(node: fx.Node) -> bool:
-    """Whether a call has a dtype among its positional arguments."""
-    return any(isinstance(value, torch.dtype) for value in node.args)
-
-
 _CASTS = (aten._assert_tensor_metadata, aten._to_copy, aten.to, aten.copy)
+_MADE_EXACTLY = (
+    aten.zeros, aten.ones, aten.eye, aten.full, aten.empty, aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros,
+    aten.new_ones, aten.lift_fresh_copy, aten.clone, aten.alias, aten.detach, aten.contiguous, aten.copy,
+    aten.slice_scatter, aten.select_scatter, aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.expand,
+    aten.slice, aten.select, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.t, aten.cat, aten.stack,
+    aten.index, aten.fill, aten.repeat, aten.to, aten._to_copy, aten.type_as,
+)  # fmt: skip
 
 
-def forward_error(
-    walk: LipschitzWalk, values: Mapping[fx.Node, Any], dtype: torch.dtype, low: float, high: float
-) -> tuple[float, str | None]:
-    """A bound of the L2 distance between a network's output in a dtype and in real arithmetic, for an input in [low, high].
+def _rounds(node: fx.Node) -> bool:
+    """Whether a constant node, or one that it is made of, computes floating-point numbers."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float) and math.isfinite(a)]
+    if not held(torch.tensor(numbers, dtype=torch.float64)):
+        return True
+    if operation_of(node.target) in CONSTANTS:
+        return False
+    return operation_of(node.target) not in _MADE_EXACTLY or any(map(_rounds, node.all_input_nodes))
+
+
+def held(value: Any) -> bool:
+    """Whether float32 holds all numbers of a value."""
+    return not isinstance(value, Tensor) or not value.is_floating_point() or torch.equal(value.float().double(), value.double())
+
+
+def _other_in_float32(walk: LipschitzWalk) -> str | None:
+    """Why float32 does not hold a network's constants, or may round those that it computes and uses together with the input."""
+    if not all(map(held, walk.graph.constants.values())):
+        return "the model has numbers that float32 does not hold: in float32 it is another network"
+    moving = {node for node in walk.graph.nodes if walk.depends(node)}
+    used = {argument for node in moving for argument in node.all_input_nodes if argument not in moving}
+    for node in walk.graph.nodes:
+        if node in used and node.op == "call_function" and (_rounds(node) or not held(walk.env[node])):
+            return f"it is not known how {named(node, '')} of constants rounds (at {where(node)})"
+    return None
+
+
+def forward_errors(
+    walk: LipschitzWalk, values: Mapping[fx.Node, Any], low: float, high: float
+) -> tuple[dict[torch.dtype, float], str | None]:
+    """Bounds of the L2 distance between a network's output in float32 or float64 and in real arithmetic, for inputs in a box.
 
     Args:
         walk: The network's Lipschitz walk, with a finite bound.
         values: The value of each node at the centre of the box, in float64.
-        dtype: float32 or float64.
         low: Least value of an input's elements.
         high: Largest value of an input's elements.
 
     Returns:
-        The bound, and the reason if it is infinite.
+        The bounds by dtype, and the reason of the first that is infinite.
     """
     radius = math.sqrt(2 * prod(walk.shape(walk.graph.input))) * (high - low) / 2 * (1 + 1e-14)
-    if dtype == torch.float32 and not all(map(held, walk.graph.constants.values())):
-        return math.inf, "the model has numbers that float32 does not hold: in float32 it is another network"
-    if dtype == torch.float32 and (computed := computed_constant(walk)) is not None:
-        return math.inf, f"it is not known how {named(computed, '')} of constants rounds (at {where(computed)})"
-    rounding = RoundingWalk(walk, values, dtype, radius)
-    rounding.run()
-    return rounding.value * (1 + 1e-9), rounding.reason if math.isinf(rounding.value) else None
+    errors, reason = {torch.float32: math.inf, torch.float64: math.inf}, _other_in_float32(walk)
+    for dtype in (torch.float32, torch.float64) if reason is None else (torch.float64,):
+        rounding = RoundingWalk(walk, values, dtype, radius)
+        rounding.run()
+        errors[dtype] = rounding.value * (1 + 1e-9)
+        if math.isinf(rounding.value):
+            reason = reason or rounding.reason
+    if walk.env[walk.graph.input].device.type != "cpu":  # convolutions may be Winograd's, which no rule covers
+        errors[torch.float32] = math.inf
+    return errors, reason

@@ -34,7 +34,8 @@ class Row:
 
 
 TABLE: dict[Any, Row] = {}
-PATTERNS: dict[Any, list[tuple[Callable[..., float | None], Callable[..., Any] | None]]] = {}
+Pattern = tuple[Callable[..., float | None], Callable[..., Any] | None]  # its bound and its rounding
+PATTERNS: dict[Any, list[Pattern]] = {}
 
 _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 

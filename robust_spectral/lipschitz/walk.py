@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
@@ -19,9 +20,9 @@ from torch import Tensor, fx
 from ..norms import NormInterval, spectral_norm
 from ..numerics import product_up
 from ..operators import LinearOperator, Shape, compose
-from .boxes import Box, box_intersection, of_each_part, rounded_outward
+from .boxes import Box, box_intersection, rounded_outward, shifted
 from .graph import Graph, where
-from .table import PATTERNS, TABLE, NoClaim, Row, operation_of, row_of
+from .table import PATTERNS, TABLE, NoClaim, Pattern, Row, operation_of, row_of
 
 _LARGEST_STRETCH = 3e5  # most elements in a step's argument for which a stretch of several layers is bounded as a whole
 aten = torch.ops.aten
@@ -71,6 +72,8 @@ class LipschitzWalk:
         radius: Half the diagonal of the box of one input.
     """
 
+    _of_input = 1.0  # the input's bound
+
     def __init__(
         self, graph: Graph, values: Mapping[fx.Node, Any], failure_probability: float,
         norms: dict[Key, NormInterval] | None = None, box: Box | None = None, radius: float = math.inf,
@@ -79,6 +82,7 @@ class LipschitzWalk:
         self.bounds: dict[fx.Node, float] = {}
         self.affine: dict[fx.Node, Affine] = {}
         self.boxes: dict[fx.Node, Box] = {}
+        self.added: dict[fx.Node, float] = {}  # rounding error of a node's own; none in real arithmetic
         self.reason: str | None = None
         self.norms = {} if norms is None else norms
         self.local = box is not None
@@ -89,18 +93,12 @@ class LipschitzWalk:
     def run(self) -> None:
         """Bound every node, in order."""
         for node in self.graph.nodes:
-            if node is not self.graph.input and node not in self.graph.moving:
-                self.bounds[node] = self._constant(node)
-                continue
-            if self.env[node] is None:  # an assertion
-                self.bounds[node] = 0.0
-                continue
             found = self._bound(node)
             if isinstance(found, Affine):
                 self.affine[node] = found
             else:
                 self.bounds[node] = found
-            if self.local and is_numbers(self.env[node]):
+            if self.local and node in self.graph.moving and is_numbers(self.env[node]):
                 self.boxes[node] = self._box(node)
 
     @property
@@ -125,12 +123,8 @@ class LipschitzWalk:
         if not isinstance(value, fx.Node):
             return 0.0
         if value not in self.bounds:
-            self.bounds[value] = self._claimed(value, lambda: self.bound_at(value))
+            self.bounds[value] = self._claimed(value, lambda: self.bound_of(self.affine[value]) + self.added.get(value, 0.0))
         return self.bounds[value]
-
-    def bound_at(self, node: fx.Node) -> float:
-        """Compute the bound of an affine node."""
-        return self.bound_of(self.affine[node])
 
     def shape(self, node: Any) -> Shape:
         """Shape of a node's value, without the batch axis."""
@@ -217,14 +211,16 @@ class LipschitzWalk:
 
     def _constant(self, n: fx.Node) -> float:
         """0, or inf for random numbers and what is made of them."""
-        if n.op == "call_function" and is_random(n):
+        if is_random(n):
             return self.unknown(n, _RANDOM)
         return math.inf if any(self.bounds[a] > 0 for a in n.all_input_nodes) else 0.0
 
     def _bound(self, n: fx.Node) -> float | Affine:
-        if n.op == "placeholder":
-            return 1.0
-        return self._claimed(n, lambda: self._found(n))
+        if n is self.graph.input:
+            return self._of_input
+        if n not in self.graph.moving:
+            return self._constant(n)
+        return 0.0 if self.env[n] is None else self._claimed(n, lambda: self._found(n))  # None is an assertion's
 
     def _found(self, n: fx.Node) -> float | Affine:
         if is_random(n) and operation_of(n.target) not in TABLE:
@@ -238,26 +234,29 @@ class LipschitzWalk:
                 raise NoClaim("of complex numbers")
         if any(self.depends(a) and isinstance(self.env[a], int | float) for a in n.all_input_nodes):
             raise NoClaim("of a number read off the input")
-        together = [] if self._half else [found for p in self.patterns(n) if (found := p(self, n)) is not None]
+        value = self.by_rules(n)
+        if not isinstance(value, Affine) and not value < math.inf and not is_decision(self.env[n]):
+            raise NoClaim("with a constant above 1e308")
+        return value
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether parts of a node's value are those of the value that they were selected from, not rounded."""
+        return self.added.get(node, 0.0) == 0
+
+    def patterns(self, n: fx.Node) -> list[Pattern]:
+        """Patterns that may end in a node."""
+        return [] if self._half else PATTERNS.get(operation_of(n.target), [])
+
+    def by_rules(self, n: fx.Node) -> float | Affine:
+        """The smallest bound by the row of a node's operation and by patterns."""
+        together = [found for bound, _ in self.patterns(n) if (found := bound(self, n)) is not None]
         try:
             value = self.row(n).bound(self, n)
         except NoClaim:
             if not together:
                 raise
             return min(together)
-        if together and not isinstance(value, Affine):
-            return float(min(value, *together))
-        if not isinstance(value, Affine) and not value < math.inf and not is_decision(self.env[n]):
-            raise NoClaim("with a constant above 1e308")
-        return value
-
-    def passes(self, node: fx.Node) -> bool:
-        """Whether parts of a node's value may be followed to the value that they were selected from."""
-        return True
-
-    def patterns(self, n: fx.Node) -> list[Callable[..., float | None]]:
-        """Bounds of several operations together that may apply to a node."""
-        return [bound for bound, _ in PATTERNS.get(operation_of(n.target), ())]
+        return value if isinstance(value, Affine) else min([value, *together])
 
     def _claimed(self, n: fx.Node, found: Callable[[], Any]) -> Any:
         try:
@@ -267,22 +266,17 @@ class LipschitzWalk:
 
     def _box(self, n: fx.Node) -> Box:
         """The box of a node's values, from its row and from its Lipschitz bound around its value at the centre."""
-        if n.op == "placeholder":
-            assert self._input_box is not None
+        if n is self.graph.input and self._input_box is not None:
             return self._input_box
-        row, found = row_of(n.target), None
-        others = any(
-            is_half(v) or (isinstance(v, Tensor) and v.is_complex()) for v in map(self.env.get, [n, *n.all_input_nodes])
-        )
+        row, found, values = row_of(n.target), None, [self.env[node] for node in (n, *n.all_input_nodes)]
+        others = any(is_half(value) or (isinstance(value, Tensor) and value.is_complex()) for value in values)
         if row is not None and row.box is not None and not others and self.bounds.get(n) != math.inf:
-            try:
+            with suppress(NoClaim):
                 found = row.box(self, n)
-            except NoClaim:
-                found = None
         if found is not None and (n in self.affine or not isinstance(self.env[n], Tensor)):
             return rounded_outward(found)
         reach = product_up(self.bound(n), self._radius)
-        around = of_each_part(lambda value: (value - reach, value + reach), self.env[n])
+        around = shifted(self.env[n], -reach), shifted(self.env[n], reach)
         return rounded_outward(around if found is None else box_intersection(found, around))
 
     def unknown(self, n: fx.Node, what: str) -> float:
