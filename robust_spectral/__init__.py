@@ -4,6 +4,9 @@ Importing this package imports torch and nothing heavier. Adapters to other libr
 evaluations and the command line in `robust_spectral.evaluations`.
 """
 
+from .certificates import Certificates as Certificates
+from .certificates import certify as certify
+from .certificates import local_radius as local_radius
 from .clipping import ClipResult as ClipResult
 from .clipping import MoveGamma as MoveGamma
 from .clipping import MoveWeight as MoveWeight

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAVES = ["devices", "numerics", "user_warnings"]  # core modules outside packages; they import nothing of this package
-CORE = [{"operators"}, {"singular_values"}, {"norms"}, {"layers"}, {"clipping", "lipschitz"}, {"training"}]
+CORE = [{"operators"}, {"singular_values"}, {"norms"}, {"layers"}, {"clipping", "lipschitz"}, {"certificates", "training"}]
 EVALUATIONS = [
     {"run_folder", "terminal", "wording"},
     {"attacks", "config", "data", "lite_weights", "records"},

@@ -18,12 +18,17 @@ from .graph import Graph as Graph
 from .graph import graph_of as graph_of
 from .graph import pair_of as pair_of
 from .graph import preserved as preserved
+from .graph import where as where
 from .precision import full_precision as full_precision
 from .rounding_walk import RoundingWalk as RoundingWalk
+from .rules.node_arguments import arguments as arguments
 from .rules.node_arguments import exact as exact
 from .rules.node_arguments import increasing as increasing
+from .rules.normalisation import normalisation_settings as normalisation_settings
 from .table import NoClaim as NoClaim
+from .table import operation_of as operation_of
 from .table import rule as rule
 from .walk import Affine as Affine
 from .walk import Key as Key
 from .walk import LipschitzWalk as LipschitzWalk
+from .walk import named as named

@@ -14,7 +14,7 @@ import os
 import random
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,11 @@ class Graph:
                     raise NoClaim(f"{node.name} (at {where(node)}) does not run in float64: {error}") from error
         return found
 
-    def rerun(self, node: fx.Node, value_of: Any) -> Any:
-        """Compute a node's value for other values of its arguments, in float64."""
+    def rerun(self, node: fx.Node, value_of: Any, arguments: tuple[Any, Any] | None = None) -> Any:
+        """Compute a node's value for other values of its arguments, or for other arguments, in float64."""
         if operation_of(node.target) is aten._assert_tensor_metadata:
             return None
-        args, kwargs = pytree.tree_map(_raised, fx.node.map_arg((node.args, node.kwargs), value_of))
+        args, kwargs = pytree.tree_map(_raised, fx.node.map_arg(arguments or (node.args, node.kwargs), value_of))
         if operation_of(node.target) is aten.rms_norm and (len(args) < 4 or args[3] is None):
             args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(self.dtype).eps)
         assert callable(node.target)
@@ -114,12 +114,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
         np.random.set_state(drawn_by_numpy)
 
 
-def graph_of(model: nn.Module, example: Tensor) -> Graph:
+def graph_of(model: nn.Module, example: Tensor, rewrite: Callable[[Any], Any] | None = None) -> Graph:
     """The graph of a model in eval mode, on a batch of two.
 
     Args:
         model: A model that runs on the example; within `preserved`.
         example: (2, ...), as `pair_of` makes it.
+        rewrite: Makes an exported program functional, with the same values; default by torch's own decompositions, if needed.
 
     Raises:
         NoClaim: `torch.export` cannot follow the model, or its forward pass changes the model's state or its input.
@@ -127,7 +128,7 @@ def graph_of(model: nn.Module, example: Tensor) -> Graph:
     """
     with torch.no_grad():
         state = _steady(model, example)
-        program = _exported(model, example)
+        program = _exported(model, example, rewrite)
         state.restore()
     if example.dtype in (torch.float16, torch.bfloat16):
         raise NoClaim(f"{type(model).__name__} computes in {example.dtype}, for which nothing is proved; use model.float()")
@@ -162,10 +163,12 @@ def _steady(model: nn.Module, example: Tensor) -> LiveState:
     return steady
 
 
-def _exported(model: nn.Module, example: Tensor) -> Any:
+def _exported(model: nn.Module, example: Tensor, rewrite: Callable[[Any], Any] | None) -> Any:
     try:
         with _quiet():
             program = torch.export.export(_Outputs(model), (example.clone(),), strict=False)
+            if rewrite is not None:
+                return rewrite(program)
             return program if _is_functional(program) else program.run_decompositions({})
     except NoClaim:
         raise

@@ -93,13 +93,17 @@ class LipschitzWalk:
     def run(self) -> None:
         """Bound every node, in order."""
         for node in self.graph.nodes:
-            found = self._bound(node)
-            if isinstance(found, Affine):
-                self.affine[node] = found
-            else:
-                self.bounds[node] = found
-            if self.local and node in self.graph.moving and is_numbers(self.env[node]):
-                self.boxes[node] = self._box(node)
+            self.visit(node)
+
+    def visit(self, node: fx.Node) -> None:
+        """Bound a node, whose arguments are bounded."""
+        found = self._bound(node)
+        if isinstance(found, Affine):
+            self.affine[node] = found
+        else:
+            self.bounds[node] = found
+        if self.local and node in self.graph.moving and is_numbers(self.env[node]):
+            self.boxes[node] = self._box(node)
 
     @property
     def failure_probability(self) -> float:

@@ -8,3 +8,4 @@ from .enclosures import NormInterval as NormInterval
 from .enclosures import norm_intervals as norm_intervals
 from .enclosures import spectral_norm as spectral_norm
 from .lanczos_bound import lanczos_interval as lanczos_interval
+from .lanczos_bound import largest_by_group as largest_by_group

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..numerics import EPS, power_of_two, round_down, round_up
 from ..operators import LinearOperator, direct_sum
@@ -68,6 +69,29 @@ def lanczos_intervals(
     margin = n * B.groups // len(sizes) + prod(B.out_shape) // len(sizes)
     ends = zip((sizes * lower).tolist(), (sizes * upper).tolist(), strict=True)
     return [(round_down(low, margin), round_up(high, margin)) for low, high in ends]
+
+
+def largest_by_group(A: LinearOperator, failure_probability: float, *, rtol: float, max_steps: int, seed: int) -> Tensor:
+    """An upper bound of each group's norm, (groups,), by the bound of `lanczos_interval`; each has the failure probability."""
+    from scipy.special import betaincinv
+
+    n = prod(A.in_shape) // A.groups
+    size = _norm_scale(A, seed)
+    A = A.divided_by(size)
+    delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability)) if n > 1 else 1.0
+    start = random_block(A, 1, seed)
+    due = 10
+    for step, state in enumerate(golub_kahan(A, start / start.norm(dim=2, keepdim=True)), start=1):
+        last = state.exhausted or step >= max_steps
+        if last or step >= due:
+            due = step + max(5, step // 5)
+            alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()
+            beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
+            lower, upper = _ritz_and_root(alpha, beta, delta)
+            if last or (upper <= (1 + rtol) * lower).all():
+                break
+    roundings = n + prod(A.out_shape) // A.groups
+    return torch.tensor([round_up(float(high) * size, roundings) for high in upper], dtype=torch.float64, device=A.device)
 
 
 def _norm_scale(A: LinearOperator, seed: int) -> float:

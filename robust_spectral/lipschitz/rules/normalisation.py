@@ -29,7 +29,7 @@ def normalising_gain(eps: float, weight: Tensor | None) -> float:
     return gain / math.sqrt(eps) * (1 + 1e-15)
 
 
-def _settings(walk: Any, n: fx.Node) -> tuple[float, Tensor | None, Tensor | None, int]:
+def normalisation_settings(walk: Any, n: fx.Node) -> tuple[float, Tensor | None, Tensor | None, int]:
     """eps, weight and bias of a normalisation in the shape of the result, and the number of elements of a group."""
     a, value = arguments(n), walk.env[n]
     if any(walk.depends(a.get(name)) for name in ("weight", "bias")):
@@ -46,7 +46,7 @@ def _settings(walk: Any, n: fx.Node) -> tuple[float, Tensor | None, Tensor | Non
 
 def normalised_box(walk: LipschitzWalk, n: fx.Node) -> Box:
     """A normalised vector of m elements has norm <= sqrt(m), which also bounds each element; then times γ, plus β."""
-    _, weight, bias, count = _settings(walk, n)
+    _, weight, bias, count = normalisation_settings(walk, n)
     value: Tensor = walk.env[n]
     gain = value.new_ones(()) if weight is None else weight.abs()
     offset = value.new_zeros(()) if bias is None else bias
@@ -61,7 +61,7 @@ def normalised_rounding(walk: Any, n: fx.Node) -> tuple[int, float]:
     Golub and LeVeque 1983, Algorithms for computing the sample variance). Since ‖z‖ <= sqrt(m (v + eps)), this error changes
     the value by at most sqrt(m) δ / (2 eps) times γ; all other rounded numbers are at most ‖x‖ / sqrt(eps) times γ.
     """
-    eps, weight, bias, count = _settings(walk, n)
+    eps, weight, bias, count = normalisation_settings(walk, n)
     if arguments(n)["eps"] is None and walk.dtype != walk.graph.dtype:
         raise NoClaim("with an eps that depends on the dtype")
     gain = 1.0 if weight is None else float(weight.abs().max())
@@ -79,7 +79,7 @@ def own_statistics(walk: LipschitzWalk, n: fx.Node) -> float:
     (I - z zᵀ / (n (var + eps))) / sqrt(var + eps), whose norm is at most 1 / sqrt(eps). γ multiplies each element. The bound
     holds without the mean as well, for x / sqrt(‖x‖² / n + eps).
     """
-    eps, weight, _, _ = _settings(walk, n)
+    eps, weight, _, _ = normalisation_settings(walk, n)
     a = arguments(n)
     if "normalized_shape" in a and len(a["normalized_shape"]) >= walk.env[n].ndim:
         raise NoClaim("over the batch")

@@ -1,0 +1,8 @@
+"""Certificates around single images, from bounds of how far a network is from its linearisation in a ball.
+
+`certify` bounds the margins at a radius, `local_radius` finds the largest radius.
+"""
+
+from .prover import Certificates as Certificates
+from .prover import certify as certify
+from .prover import local_radius as local_radius

@@ -1,0 +1,286 @@
+"""The walk over a graph that bounds, for each of several images, how far every node moves when the image moves in a ball.
+
+At each non-linear operation the walk first finds how far its arguments move: each element (by the row of the linearised network
+before it, from the ball of images and the balls of errors), and all together (by Lanczos). The operation's rule then gives the
+error of its linearisation, whose L2 norm is bounded by Lanczos again: a perturbation that is small in L2 cannot push all
+elements to their ends at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..lipschitz import Box, Graph, LipschitzWalk, NoClaim, named, operation_of, where
+from ..norms import largest_by_group
+from . import pooling_errors as pooling_errors
+from .errors import RULES, LocalError
+from .joint_map import Energy, JointMap
+from .linear_operations import is_linear
+from .linearised import Linearised, rows
+from .supports import support
+
+aten = torch.ops.aten
+_UP = 1 + 1e-9
+_FEW = 256  # elements up to which rows are computed without a sketch first
+_MOST_ROWS = 8192  # most elements of a node for which each has a row of its own
+_SKETCH = 128  # Gaussian vectors that bound all rows of a node
+_MOST_NUMBERS = 2e7  # in the tensors of one pass
+
+
+class LocalWalk(LipschitzWalk):
+    """The bounds of every node's change, by image.
+
+    Args:
+        graph: The network's graph, for as many images as there are.
+        values: The value of each node at the images, in float64.
+        radii: (images,), L2 radius around each image.
+        box: Lowest and highest values of the input, (images, ...); infinite where it has no limits.
+        failure_probability: Allowed for each norm.
+        norms: Norms of layers that are known.
+        seed: Of the random starts.
+    """
+
+    def __init__(
+        self, graph: Graph, values: Mapping[fx.Node, Any], radii: Tensor, box: Box, failure_probability: float,
+        norms: Any = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        x, self._limits = values[graph.input], box
+        wide = radii.reshape(-1, *[1] * (x.ndim - 1))
+        self.span = (torch.maximum(box[0] - x, -wide), torch.minimum(box[1] - x, wide))
+        super().__init__(graph, values, failure_probability, norms, (x + self.span[0], x + self.span[1]), float(radii.max()))
+        self.linear, self.radii, self.seed = Linearised(graph, values), radii, seed
+        self.images = len(radii)
+        self.errors: dict[fx.Node, LocalError] = {}
+        self.sizes: dict[fx.Node, Tensor] = {}  # bound of each error's norm, (images,)
+        self.balls: dict[fx.Node, Tensor] = {}  # bound of the norm of the change of a non-linear node's argument, (images,)
+        self.spent = 0.0  # failure probability of this walk's own bounds
+
+    def run(self) -> None:
+        """Bound every node, in order."""
+        for node in self.graph.nodes:
+            sources = self.linear.sources.get(node, []) if self.env[node] is not None else []
+            curved = bool(sources) and not is_linear(node, sources)
+            if curved:
+                for source in sources:
+                    self._tighten(source)
+            self.visit(node)
+            if sources:
+                self._check(node, sources, curved)
+            if curved or (node in self.linear.sources and len(sources) < sum(map(self.depends, node.all_input_nodes))):
+                self._linearise(node)
+
+    def _check(self, node: fx.Node, sources: list[fx.Node], curved: bool) -> None:
+        """Refuse a node that mixes images, or whose change is not the linear function that stands for it.
+
+        Tried with other images: in the place of some, each two of which differ in this in one of the trials, or of all.
+        """
+        value, trials = self.env[node], self._trials
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return
+        size = 1e-9 * (1 + value.abs().max())
+        if value.ndim and value.shape[0] % self.images == 0 and (curved or node in self.graph.outputs):
+            for other, kept in trials:
+                for tried in (node, *sources) if curved else (node,):
+                    change = rows(other[tried] - self.env[tried], self.images)[kept]
+                    if not bool((change.abs() <= 1e-9 * (1 + self.env[tried].abs().max())).all()):
+                        raise NoClaim(f"{named(node, 'across the batch')} has no local error")
+        if not curved:
+            other = trials[-1][0]
+            steps = [minus(other[source], self.env[source]) for source in sources]
+            wanted, found = self.linear.linear_function(node)(*steps), other[node] - value
+            apart = (found - wanted).abs() > 1e-7 * wanted.abs() + size
+            if bool((apart & found.isfinite() & wanted.isfinite()).any()):
+                raise NoClaim(f"{named(node, 'is not linear')} has no local error")
+
+    @cached_property
+    def _trials(self) -> list[tuple[dict[fx.Node, Any], Tensor]]:
+        """The values of all nodes with other images in the place of some, and which images are kept; of all in the last."""
+        x, found = self.env[self.graph.input], []
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+        low, high = self._limits
+        others = torch.where(torch.isfinite(high - low), low + drawn * (high - low).nan_to_num(0, 0, 0), x + 2 * drawn - 1)
+        numbers = torch.arange(self.images, device=x.device)
+        bits = [(numbers >> bit) & 1 == 1 for bit in range(max(1, (self.images - 1).bit_length()))]
+        for kept in [*bits, *(~bit for bit in bits), torch.zeros_like(numbers, dtype=torch.bool)]:
+            found.append((self.graph.values(torch.where(self._wide(kept, x), x, others)), kept))
+        return found
+
+    def furthest(self, value: Any) -> Tensor:
+        """How far each element of an argument moves at most."""
+        low, high = self.box(value)
+        centre = self.env[value] if isinstance(value, fx.Node) else torch.as_tensor(value)
+        return torch.maximum(high - centre, centre - low).clamp_min(0)
+
+    def ball(self, node: fx.Node) -> Tensor:
+        """Bound of the L2 norm of an argument's change, (images,)."""
+        if node not in self.balls:
+            far = rows(self.furthest(node), self.images).norm(dim=1) * _UP
+            known = self.bound(node)
+            self.balls[node] = far if known == math.inf else torch.minimum(far, self.radii * (known * _UP))
+        return self.balls[node]
+
+    def _wide(self, by_image: Tensor, like: Tensor) -> Tensor:
+        """Numbers by image, for the rows of a tensor."""
+        per = like.shape[0] // self.images
+        return by_image.repeat_interleave(per).reshape(-1, *[1] * (like.ndim - 1))
+
+    def _tighten(self, node: fx.Node) -> None:
+        """Bound how far a non-linear operation's argument moves: all elements together, and each."""
+        if node in self.balls or node is self.graph.input:
+            return
+        value, (low, high) = self.env[node], self.boxes[node]
+        if not isinstance(value, Tensor) or value.shape[0] % self.images:
+            raise NoClaim(f"{named(node, 'with the images on another axis than the first')} has no local error")
+        if not bool(torch.isfinite(value).all()):
+            raise NoClaim(f"{named(node, 'is not finite')} at an image")
+        joint = self._joint([node], lambda changes: [changes[0]])
+        far = self._norm(joint)
+        reach = self._sketched(joint, value) if value.numel() // self.images > _FEW else far[:, None]
+        reach = torch.minimum(reach, far[:, None]).expand(self.images, value.numel() // self.images).reshape(value.shape)
+        low, high = torch.fmax(low, value - reach), torch.fmin(high, value + reach)
+        self.boxes[node] = self._exact_rows(node, low, high)
+        self.balls[node] = torch.minimum(far, rows(self.furthest(node), self.images).norm(dim=1) * _UP)
+        self.bounds[node] = float((self.balls[node] / self.radii).max()) * _UP
+
+    def _sketched(self, joint: JointMap, value: Tensor) -> Tensor:
+        """A bound of each row's norm: of m Gaussian vectors g, Σ (row · g)² is the squared norm times a χ² variable of m."""
+        generator = torch.Generator().manual_seed(self.seed)
+        squares, left = (
+            torch.zeros(self.images, value.numel() // self.images, dtype=torch.float64, device=value.device),
+            _SKETCH,
+        )
+        while left:
+            some = min(left, max(1, int(_MOST_NUMBERS / (sum(joint.counts) * self.images * 4))))
+            g = torch.randn(some, self.images, sum(joint.counts), generator=generator, dtype=torch.float64).to(value.device)
+            squares += joint.forward(g).square().sum(0)
+            left -= some
+        self.seed += 1
+        self.spent += self.each
+        return (squares / _quantile(self.each / squares.shape[1])).sqrt() * _UP
+
+    def _exact_rows(self, node: fx.Node, low: Tensor, high: Tensor) -> Box:
+        """Tighten the box of the elements that may meet a kink of what follows, by their rows of the linearised network."""
+        value = self.env[node]
+        wanted = rows(meets_kink(node, low, value, high), self.images)
+        most = int(wanted.sum(1).max())
+        if most > _MOST_ROWS or most == 0:
+            return low, high
+        order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        below, above = (rows(end, self.images).clone() for end in (value - low, high - value))
+        size = sum(v.numel() for v in map(self.env.get, self.linear.steps(node)) if isinstance(v, Tensor))
+        for places in order.split(max(1, int(_MOST_NUMBERS / size)), dim=1):
+            down, up = self._row_ends(node, places)
+            below.scatter_(1, places, torch.minimum(below.gather(1, places), down))
+            above.scatter_(1, places, torch.minimum(above.gather(1, places), up))
+        return value - below.reshape(value.shape), value + above.reshape(value.shape)
+
+    def _row_ends(self, node: fx.Node, places: Tensor) -> tuple[Tensor, Tensor]:
+        """How far elements of a node move down and up at most, (images, k); ``places`` are their numbers in each image."""
+        value, k = self.env[node], places.shape[1]
+        one = torch.zeros(k, self.images, value.numel() // self.images, dtype=value.dtype, device=value.device)
+        one.scatter_(2, places.T[:, :, None], 1.0)
+        cotangent, errors = self.linear.pull({node: one.reshape(k, *value.shape)})
+        around = torch.zeros(k, self.images, dtype=value.dtype, device=value.device)
+        for error, seen in errors.items():
+            reach = rows(self.errors[error].reach, self.images)
+            around = around + support(rows(seen, self.images, 1), self.sizes[error], reach)
+        ends = [around, around]
+        if cotangent is not None:
+            v = rows(cotangent, self.images, 1)
+            low, high = (rows(end, self.images) for end in self.span)
+            ends = [around + support(-v, self.radii, high, -low), around + support(v, self.radii, high, -low)]
+        down, up = (end.T * _UP + 1e-300 for end in ends)
+        return down, up
+
+    def _linearise(self, node: fx.Node) -> None:
+        """Find a node's error, and how large it is."""
+        rule, value = RULES.get(operation_of(node.target)), self.env[node]
+        if not isinstance(value, Tensor) or value.shape[0] % self.images:
+            raise NoClaim("of a value that has the images on another axis than the first")
+        try:
+            if rule is None or len(self.linear.sources[node]) < sum(map(self.depends, node.all_input_nodes)):
+                raise NoClaim
+            error = rule(self, node)
+        except NoClaim:
+            known = self.bound(node)
+            if known == math.inf:
+                raise NoClaim(self.reason or f"no local error is known for {named(node, '')} (at {where(node)})") from None
+            size = self.radii * (known * _UP)
+            error = LocalError(0.0, torch.minimum(self._wide(size, value), self.furthest(node)).expand_as(value), None, size)
+        if error.linear is not None:
+            self.linear.replaced[node] = error.linear
+        size = rows(error.reach, self.images).norm(dim=1) * _UP
+        if error.size is not None:
+            size = torch.minimum(size, error.size)
+        if error.energy is not None and bool((size > 0).any()):
+            size = torch.minimum(size, self._norm(self._joint(self.linear.sources[node], error.energy)))
+        if not bool(torch.isfinite(size).all() and torch.isfinite(error.reach).all()):
+            raise NoClaim(f"{named(node, 'with an unlimited error')} has no local error")
+        self.linear.slopes[node], self.errors[node], self.sizes[node] = error.slope, error, size
+        low, high = self.boxes[node]
+        if error.slope is not None and not isinstance(error.slope, float):
+            below, above = (end for end in self._source_span(node))
+            down, up = (
+                torch.minimum(error.slope * below, error.slope * above),
+                torch.maximum(error.slope * below, error.slope * above),
+            )
+            self.boxes[node] = torch.maximum(low, value + down - error.reach), torch.minimum(high, value + up + error.reach)
+
+    def _source_span(self, node: fx.Node) -> tuple[Tensor, Tensor]:
+        source = self.linear.sources[node][0]
+        low, high = self.box(source)
+        return low - self.env[source], high - self.env[source]
+
+    def _joint(self, sources: list[fx.Node], energy: Energy) -> JointMap:
+        """The map from the input's change and the errors before some nodes, by their sizes, to a linear function of changes."""
+        last = max(sources, key=self.linear.order.__getitem__)
+        steps = set(self.linear.steps(last))
+        scales = {self.graph.input: self.radii}
+        scales |= {node: size for node, size in self.sizes.items() if node in steps and bool((size > 0).any())}
+        self.seed += 1
+        return JointMap(self.linear, scales, sources, energy, self.seed)
+
+    def _norm(self, joint: JointMap) -> Tensor:
+        """A bound of the norm of what a joint map gives, (images,)."""
+        self.seed += 1
+        self.spent += self.each
+        try:
+            return largest_by_group(joint.operator(), self.each, rtol=0.03, max_steps=40, seed=self.seed) * _UP
+        except ValueError as error:
+            raise NoClaim(f"bounds around the images overflow: {error}") from error
+
+
+def minus(one: Any, other: Any) -> Any:
+    """The difference of tensors, or of those of tuples."""
+    if isinstance(one, tuple | list):
+        return type(one)(minus(a, b) for a, b in zip(one, other, strict=True))
+    return one - other
+
+
+def meets_kink(node: fx.Node, low: Tensor, value: Tensor, high: Tensor) -> Tensor:
+    """The elements of a node whose exact range matters: not those on one side of 0, if only ReLUs follow."""
+    found = torch.zeros_like(value, dtype=torch.bool)
+    for user in node.users:
+        operation = operation_of(user.target)
+        if operation in (aten.relu, aten.leaky_relu):
+            found |= (low < 0) & (high > 0)
+        elif operation is aten.max_pool2d and value.ndim == 4:
+            found |= pooling_errors.may_win(user, low, high)
+        else:
+            return high > low
+    return found
+
+
+@cache
+def _quantile(probability: float) -> float:
+    """The number that a χ² variable, of as many degrees as a sketch has vectors, falls below with this probability."""
+    from scipy.special import gammaincinv
+
+    return 2 * float(gammaincinv(_SKETCH / 2, probability))

@@ -1,0 +1,183 @@
+"""Certificates around images: never above what a search finds, never worse than the global bound, exact for affine networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from local_networks import NETWORKS, network, smallest_margins, some_images
+from networks import Call
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+import robust_spectral as rs
+
+RADII = torch.tensor([0.02, 0.1, 0.1, 0.4, 0.4, 1.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_margin_is_never_above_the_smallest_one_found_in_the_ball(name: str) -> None:
+    model = network(name)
+    images, labels = some_images(model, len(RADII))
+    found, least = rs.certify(model, images, labels, RADII, steps=10), smallest_margins(model, images, labels, RADII)
+    assert bool((found.margins <= least + 1e-9).all())
+    assert bool(torch.isfinite(found.margins).all()) and found.reason is None
+    assert bool((found.certified == (found.margins > 0)).all())
+    assert 0 <= found.failure_probability <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["dense", "gates"])
+def test_without_gradient_steps_a_margin_is_not_above_the_smallest_one_found_either(name: str) -> None:
+    model = network(name)
+    images, labels = some_images(model, len(RADII))
+    found, least = rs.certify(model, images, labels, RADII, steps=0), smallest_margins(model, images, labels, RADII)
+    assert bool((found.margins <= least + 1e-9).all())
+
+
+def test_a_margin_without_a_box_is_never_above_the_smallest_one_found() -> None:
+    model = network("dense")
+    images, labels = some_images(model, len(RADII))
+    found = rs.certify(model, images, labels, RADII, None, steps=10)
+    least = smallest_margins(model, images, labels, RADII, None)
+    assert bool((found.margins <= least + 1e-9).all())
+
+
+@pytest.mark.parametrize("name", ["gates", "attention", "layer norm"])
+def test_a_small_ball_has_a_margin_close_to_the_smallest_one(name: str) -> None:
+    model = network(name)
+    images, labels = some_images(model, 2)
+    found = rs.certify(model, images, labels, 0.02, steps=0)
+    assert bool(found.local.all()) and bool(found.certified.all())
+    torch.testing.assert_close(found.margins, smallest_margins(model, images, labels, 0.02), rtol=0, atol=0.01)
+
+
+def below_zero(scale: float) -> nn.Module:
+    """Two numbers whose larger one goes through a ReLU, less a multiple of the first: one is below zero all over the ball."""
+
+    def margins(m: nn.Module, x: Tensor) -> Tensor:
+        first, second = 10 * x[..., :1] - 4.9, 0.01 * x[..., 1:] - 0.105
+        kept = torch.relu(F.max_pool2d(torch.cat([first, second], -1), (1, 2)))
+        difference = scale * x[:, :, 0, 0] - kept.flatten(1) + 0.2 - scale / 2
+        return torch.cat([difference, 0 * difference], 1)
+
+    return Call(margins).double().eval()
+
+
+def test_a_hard_swish_with_values_next_to_its_kinks_keeps_its_margins() -> None:
+    model = Call(lambda m, x: torch.cat([F.hardswish(m.c * (x - 0.5) + m.d).sum(1, keepdim=True), 0 * x[:, :1] - 3.0], 1),
+                 c=torch.tensor([1.0, -2.0, 1.0, 0.5]), d=torch.tensor([-2.999, -3.001, 2.99, 3.01])).double()  # fmt: skip
+    images, labels = torch.full((3, 4), 0.5, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    radii = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
+    for sign in (1, -1):
+        signed = Call(lambda m, x, sign=sign: sign * model(x) + m.c, c=torch.tensor([8.0 - 8 * sign, 0.0])).double()
+        found = rs.certify(signed, images, labels, radii, steps=10)
+        assert bool((found.margins <= smallest_margins(signed, images, labels, radii) + 1e-9).all())
+
+
+@pytest.mark.parametrize("scale", [-7.0, 7.0])
+def test_elements_below_zero_all_over_the_ball_stay_in_a_pool_before_a_relu(scale: float) -> None:
+    model, image = below_zero(scale), torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    along = torch.linspace(-1, 1, 401, dtype=torch.float64)[:, None, None, None] * torch.tensor([1.0, 0.0])
+    for radius in (0.1, 0.4):
+        scores = model(image + radius * along)
+        found = rs.certify(model, image, torch.zeros(1, dtype=torch.long), radius, steps=10)
+        assert float(found.margins) <= float((scores[:, 0] - scores[:, 1]).min()) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["dense", "softmax"])
+def test_a_margin_is_never_below_that_of_the_global_bound(name: str) -> None:
+    model = network(name)
+    images, labels = some_images(model, 6)
+    radii = rs.certified_radius(model(images), labels, rs.lipschitz_bound(model, images[:2], box=(0, 1)))
+    found = rs.certify(model, images, labels, radii * 0.999)
+    assert bool(found.certified.all()) and not bool(found.local.any())
+
+
+def affine(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """An affine network, images, the predicted classes and the other classes' differences of rows, (n, classes - 1, inputs)."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(6, 4).double()
+    images = torch.rand(5, 6, dtype=torch.float64)
+    images[:, :2] = images[:, :2].round()
+    labels = layer(images).argmax(1)
+    others = torch.stack([torch.tensor([c for c in range(4) if c != label]) for label in labels.tolist()])
+    return nn.Sequential(layer), images, labels, layer.weight.detach()[labels][:, None] - layer.weight.detach()[others]
+
+
+def test_an_affine_network_has_its_exact_margin_in_a_ball() -> None:
+    model, images, labels, rows = affine()
+    scores = model(images).detach()
+    others = torch.stack([torch.cat([s[:label], s[label + 1 :]]) for s, label in zip(scores, labels.tolist(), strict=True)])
+    for radius in (0.01, 0.3, 2.0):
+        exact = (scores.gather(1, labels[:, None]) - others - radius * rows.norm(dim=2)).amin(1)
+        found = rs.certify(model, images, labels, radius, None)
+        torch.testing.assert_close(found.margins, exact, rtol=0, atol=1e-6)
+
+
+def test_an_affine_network_has_its_exact_margin_in_a_ball_and_a_box() -> None:
+    model, images, labels, rows = affine()
+    scores = model(images).detach()
+    for radius in (0.3, 1.2):
+        found = rs.certify(model, images, labels, radius, steps=60)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            gaps = scores[i, label] - torch.cat([scores[i, :label], scores[i, label + 1 :]])
+            exact = min(float(gap) + least(row, image, radius) for gap, row in zip(gaps, rows[i], strict=True))
+            assert float(found.margins[i]) <= exact + 1e-7
+            assert float(found.margins[i]) >= min(exact, 0.0) - 1e-2 * radius
+
+
+def least(row: Tensor, image: Tensor, radius: float) -> float:
+    """The smallest ⟨row, d⟩ for d in the ball with image + d in the unit box, by scipy."""
+    limits = list(zip((-image).tolist(), (1 - image).tolist(), strict=True))
+    start = (-row / row.norm() * radius / 2).numpy().clip(*(-image).numpy()[None], *(1 - image).numpy()[None])
+    ball = {"type": "ineq", "fun": lambda d: radius**2 - d @ d, "jac": lambda d: -2 * d}
+    found = minimize(lambda d: row.numpy() @ d, start, jac=lambda d: row.numpy(), bounds=limits, constraints=[ball], tol=1e-12)
+    return float(found.fun)
+
+
+def test_a_ball_of_radius_zero_has_the_margin_of_the_image() -> None:
+    model = network("residual")
+    images, labels = some_images(model)
+    found = rs.certify(model, images, labels, 0.0)
+    top = model(images).topk(2, 1)[0]
+    torch.testing.assert_close(found.margins, top[:, 0] - top[:, 1], rtol=0, atol=1e-9)
+    assert bool(found.certified.all())
+
+
+def test_an_image_of_another_predicted_class_is_not_certified() -> None:
+    model = network("dense")
+    images, labels = some_images(model)
+    labels[::2] = (labels[::2] + 1) % 4
+    found = rs.certify(model, images, labels, 1e-3)
+    assert found.certified.tolist() == [False, True, False, True]
+    assert rs.local_radius(model, images, labels, rounds=2)[::2].tolist() == [0.0, 0.0]
+
+
+def test_images_may_have_radii_of_their_own() -> None:
+    model = network("dense")
+    images, labels = some_images(model, 3)
+    radii = torch.tensor([0.0, 1e-3, 3.0])
+    assert rs.certify(model, images, labels, radii, steps=0).certified.tolist() == [True, True, False]
+
+
+def test_a_batch_in_another_order_or_in_parts_has_nearly_the_same_certificates() -> None:
+    """Random starts differ by the place in a batch, and gradient steps end when all images of a batch are certified."""
+    model = network("convolutions")
+    images, labels = some_images(model)
+    whole = rs.certify(model, images, labels, 0.4, steps=10)
+    turned = rs.certify(model, images.flip(0), labels.flip(0), 0.4, steps=10)
+    parts = torch.cat([rs.certify(model, images[i : i + 2], labels[i : i + 2], 0.4, steps=10).certified for i in (0, 2)])
+    torch.testing.assert_close(whole.margins, turned.margins.flip(0), rtol=0, atol=0.01)
+    assert torch.equal(whole.certified, parts)
+    assert torch.equal(whole.margins, rs.certify(model, images, labels, 0.4, steps=10).margins)
+
+
+def test_a_local_radius_is_at_least_the_global_one_and_its_ball_is_certified() -> None:
+    model = network("convolutions")
+    images, labels = some_images(model, 3)
+    found = rs.local_radius(model, images, labels, rounds=4, steps=5)
+    everywhere = rs.certified_radius(model(images), labels, rs.lipschitz_bound(model, images[:2], box=(0, 1)))
+    assert bool((found >= everywhere * (1 - 1e-9)).all()) and bool((found > 1.2 * everywhere).any())
+    assert bool(rs.certify(model, images, labels, found * 0.999).certified.all())
+    assert bool((smallest_margins(model, images, labels, found) >= 0).all())
+    assert math.isfinite(float(found.max()))
