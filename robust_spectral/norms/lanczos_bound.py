@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -45,53 +45,54 @@ def lanczos_intervals(
     The run stops when min(Lanczos bound, ``known``) / lower end - 1 is at most ``rtol`` for every operator, or after
     ``max_steps``; ``known`` is another upper bound of each operator, inf if there is none.
     """
-    from scipy.special import betaincinv  # takes a tenth of this package's import time
-
     sizes = np.array([_norm_scale(A, seed) for A in operators])
     scaled = [A.divided_by(size) for A, size in zip(operators, sizes.tolist(), strict=True)]
     A = scaled[0] if len(scaled) == 1 else direct_sum(scaled)
     B = A.H if prod(A.out_shape) < prod(A.in_shape) else A
-    n = prod(B.in_shape) // B.groups
-    delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability)) if n > 1 else 1.0
-    start = random_block(B, 1, seed)
-    lower, bounds, due = np.zeros(len(sizes)), np.array(known) / sizes, 10
-    for step, state in enumerate(golub_kahan(B, start / start.norm(dim=2, keepdim=True)), start=1):
-        last = state.exhausted or step >= max_steps
-        if last or step >= due:
-            due = step + max(5, step // 5)
-            alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()
-            beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
-            previous = lower
-            lower, upper = (ends.reshape(len(sizes), -1).max(1) for ends in _ritz_and_root(alpha, beta, delta))
-            settled = (delta == 0) & (lower <= (1 + rtol / 100) * previous)  # without a bound, only the lower end improves
-            if last or (settled | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
-                break
-    margin = n * B.groups // len(sizes) + prod(B.out_shape) // len(sizes)
-    ends = zip((sizes * lower).tolist(), (sizes * upper).tolist(), strict=True)
-    return [(round_down(low, margin), round_up(high, margin)) for low, high in ends]
+    delta = _least_component(B, failure_probability)
+    lower, bounds = np.zeros(len(sizes)), np.array(known) / sizes
+    for ends in _ends_by_group(B, delta, max_steps, seed):
+        previous = lower
+        lower, upper = (end.reshape(len(sizes), -1).max(1) for end in ends)
+        settled = (delta == 0) & (lower <= (1 + rtol / 100) * previous)  # without a bound, only the lower end improves
+        if (settled | (np.minimum(upper, bounds) <= (1 + rtol) * lower)).all():
+            break
+    margin = prod(B.in_shape) // len(sizes) + prod(B.out_shape) // len(sizes)
+    found = zip((sizes * lower).tolist(), (sizes * upper).tolist(), strict=True)
+    return [(round_down(low, margin), round_up(high, margin)) for low, high in found]
 
 
 def largest_by_group(A: LinearOperator, failure_probability: float, *, rtol: float, max_steps: int, seed: int) -> Tensor:
     """An upper bound of each group's norm, (groups,), by the bound of `lanczos_interval`; each has the failure probability."""
-    from scipy.special import betaincinv
-
-    n = prod(A.in_shape) // A.groups
     size = _norm_scale(A, seed)
     A = A.divided_by(size)
-    delta = math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability)) if n > 1 else 1.0
-    start = random_block(A, 1, seed)
-    due = 10
+    for lower, upper in _ends_by_group(A, _least_component(A, failure_probability), max_steps, seed):
+        if (upper <= (1 + rtol) * lower).all():
+            break
+    roundings = (prod(A.in_shape) + prod(A.out_shape)) // A.groups
+    return torch.tensor([round_up(float(high) * size, roundings) for high in upper], dtype=torch.float64, device=A.device)
+
+
+def _least_component(A: LinearOperator, failure_probability: float) -> float:
+    """The δ that a group's start has a component below along a given vector with the failure probability."""
+    from scipy.special import betaincinv  # takes a tenth of this package's import time
+
+    n = prod(A.in_shape) // A.groups
+    return math.sqrt(betaincinv(0.5, max(n - 1, 1) / 2, failure_probability)) if n > 1 else 1.0
+
+
+def _ends_by_group(A: LinearOperator, delta: float, max_steps: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The lower and the upper end of each group's norm, again and again as a Lanczos run goes on."""
+    start, due = random_block(A, 1, seed), 10
     for step, state in enumerate(golub_kahan(A, start / start.norm(dim=2, keepdim=True)), start=1):
         last = state.exhausted or step >= max_steps
         if last or step >= due:
             due = step + max(5, step // 5)
             alpha = state.B.diagonal(dim1=1, dim2=2).cpu().numpy()
             beta = torch.cat([state.B.diagonal(1, 1, 2), state.coupling[:, :, 0]], dim=1).cpu().numpy()
-            lower, upper = _ritz_and_root(alpha, beta, delta)
-            if last or (upper <= (1 + rtol) * lower).all():
-                break
-    roundings = n + prod(A.out_shape) // A.groups
-    return torch.tensor([round_up(float(high) * size, roundings) for high in upper], dtype=torch.float64, device=A.device)
+            yield _ritz_and_root(alpha, beta, delta)
+        if last:
+            return
 
 
 def _norm_scale(A: LinearOperator, seed: int) -> float:
