@@ -126,6 +126,7 @@ class _Prover:
         self.seed = 0  # of random starts, a fresh one for every walk
         self.norms: dict[Any, Any] = {}
         self.graph: Graph | None = None
+        self.size = _MOST_IMAGES  # of a batch
         with torch.inference_mode(False), preserved(self.model), full_precision_no_grad():
             self.logits, self.dtype = self._logits()
 
@@ -135,6 +136,8 @@ class _Prover:
         try:
             graph = graph_of(self.model, pair_of(self.images))
             runs = [graph.run(pair) for pair in pairs]
+            values = graph.values(pairs[0]).values()
+            self.size = min(_MOST_IMAGES, int(_MOST_ELEMENTS * 2 / sum(v.numel() for v in values if isinstance(v, Tensor))))
         except NoClaim as refused:
             self.reason = str(refused)
             with torch.no_grad():
@@ -210,18 +213,9 @@ class _Prover:
         """Images in batches of equal size, with the number of images that are then done."""
         if len(indices) == 0:
             return
-        size = self._batch_size(len(indices))
-        for first in range(0, len(indices), size):
-            yield min(first + size, len(indices)), indices[first : first + size]
-
-    def _batch_size(self, count: int) -> int:
-        if self.graph is None:
-            with torch.inference_mode(False), preserved(self.model), full_precision_no_grad():
-                pair = graph_of(self.model, pair_of(self.images))
-                values = pair.values(pair_of(self.images))
-            elements = sum(value.numel() for value in values.values() if isinstance(value, Tensor)) / 2
-            self.size = max(2, min(_MOST_IMAGES, count, int(_MOST_ELEMENTS / elements)))
-        return self.size
+        self.size = max(2, min(self.size, len(indices))) if self.graph is None else self.size
+        for first in range(0, len(indices), self.size):
+            yield min(first + self.size, len(indices)), indices[first : first + self.size]
 
     def _local_margins(self, indices: Tensor, radii: Tensor) -> Tensor:
         """Lower bounds of the margins in the ball and the box, (n,)."""
@@ -234,7 +228,7 @@ class _Prover:
         return torch.cat([self._local_margins(indices[i : i + 1], radii[i : i + 1]) for i in range(len(indices))])
 
     def _walked(self, indices: Tensor, radii: Tensor) -> Tensor:
-        count, fill = len(indices), self._batch_size(len(indices)) - len(indices)
+        count, fill = len(indices), self.size - len(indices)
         which, radii = torch.cat([indices, indices[-1:].expand(fill)]), torch.cat([radii, radii[-1:].expand(fill)])
         images = self.images[which]
         with torch.inference_mode(False), preserved(self.model), full_precision_no_grad():
@@ -256,7 +250,7 @@ class _Prover:
                 box,
                 self.allowed * _SHARE,
                 self.norms,
-                seed=int(which[0]) * 1000,
+                seed=self.seed,
             )
             walk.run()
             margins, others = self._others(which)
