@@ -63,14 +63,19 @@ def lanczos_intervals(
 
 
 def largest_by_group(A: LinearOperator, failure_probability: float, *, rtol: float, max_steps: int, seed: int) -> Tensor:
-    """An upper bound of each group's norm, (groups,), by the bound of `lanczos_interval`; each has the failure probability."""
+    """An upper bound of each group's norm, (groups,), by the bound of `lanczos_interval`; each has the failure probability.
+
+    No bound is below 1e-140 of the operator's size, where squares underflow.
+    """
     size = _norm_scale(A, seed)
     A = A.divided_by(size)
     for lower, upper in _ends_by_group(A, _least_component(A, failure_probability), max_steps, seed):
         if (upper <= (1 + rtol) * lower).all():
             break
     roundings = (prod(A.in_shape) + prod(A.out_shape)) // A.groups
-    return torch.tensor([round_up(float(high) * size, roundings) for high in upper], dtype=torch.float64, device=A.device)
+    return torch.tensor(
+        [round_up(max(float(high), 1e-140) * size, roundings) for high in upper], dtype=torch.float64, device=A.device
+    )
 
 
 def _least_component(A: LinearOperator, failure_probability: float) -> float:

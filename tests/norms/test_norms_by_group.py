@@ -36,3 +36,12 @@ def grouped_operator(matrices: Tensor) -> LinearOperator:
         (groups, width), (groups, height), matrices.dtype, matrices.device, lambda X: torch.einsum("gij,kgj->kgi", matrices, X),
         lambda Y: torch.einsum("gij,kgi->kgj", matrices, Y), groups=groups,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("exponent", [100, 158, 165])
+def test_a_group_far_smaller_than_another_has_no_bound_below_its_norm(exponent: int) -> None:
+    matrices = torch.stack(
+        [10.0**exponent * torch.eye(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 2.0, 3.0]).double())]
+    )
+    large, small = largest_by_group(grouped_operator(matrices), 1e-9, rtol=1e-3, max_steps=50, seed=0).tolist()
+    assert large >= 10.0**exponent and small >= 3
