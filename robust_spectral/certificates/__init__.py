@@ -4,5 +4,7 @@
 """
 
 from .prover import Certificates as Certificates
+from .prover import Radii as Radii
 from .prover import certify as certify
+from .prover import largest_radii as largest_radii
 from .prover import local_radius as local_radius

@@ -31,6 +31,7 @@ class LocalError:
         energy: Maps the changes of the sources, each (k, images, ...) or None, to tensors whose joint norm is at least ‖e‖.
         size: Another bound of ‖e‖ for each image.
         pieces: For an elementwise operation, its graph: see `Pieces`.
+        by_element: Whether the energy's tensors have the shape of y, with |e_i|² at most the sum of their squares at i.
         linear: A linear function of a batch of arguments in place of the derivative, where ``slope`` is None.
     """
 
@@ -39,6 +40,7 @@ class LocalError:
     energy: Callable[[list[Any]], list[Tensor]] | None = None
     size: Tensor | None = None
     pieces: Pieces | None = None
+    by_element: bool = False
     linear: Callable[[Tensor], Tensor] | None = None
 
 
@@ -100,7 +102,6 @@ _KINKS: dict[Any, Callable[..., tuple[list[float], Any, Any]]] = {
     aten.relu: lambda walk, n: ([0.0], 0.0, 1.0),
     aten.relu6: lambda walk, n: ([0.0, 6.0], 0.0, 1.0),
     aten.abs: lambda walk, n: ([0.0], -1.0, 1.0),
-    aten.hardsigmoid: lambda walk, n: ([-3.0, 3.0], 0.0, 1 / 6 * _UP),
     **dict.fromkeys((aten.leaky_relu, aten.prelu, aten._prelu_kernel), lambda walk, n: ([0.0], *_slopes_of(walk, n))),
     **dict.fromkeys((aten.hardtanh, aten.clamp, aten.clip, aten.clamp_min, aten.clamp_max),
                     lambda walk, n: (_limits(n), 0.0, 1.0)),
@@ -111,7 +112,8 @@ _KINKS: dict[Any, Callable[..., tuple[list[float], Any, Any]]] = {
 def piecewise_linear(walk: Any, n: fx.Node) -> LocalError:
     """The secant from the centre to t is monotone in t on each piece, so that its extremes are at kinks and ends.
 
-    Where a kink is next to the centre, or nothing moves, the secants are only known to be between the least and largest slope.
+    Where no kink is in the box, there is no error. Where a kink is next to the centre, or nothing moves, the secants are only
+    known to be between the least and largest slope.
     """
     kinks, least, most = _KINKS[operation_of(n.target)](walk, n)
     z, (low, high) = walk.env[n.args[0]], walk.box(n.args[0])
@@ -130,6 +132,11 @@ def piecewise_linear(walk: Any, n: fx.Node) -> LocalError:
         unknown |= (z - kink).abs() <= 2 * _NEAR * (1 + z.abs())
     lower = torch.where(unknown, least, torch.maximum(lower, least))
     upper = torch.where(unknown, most, torch.minimum(upper, most))
+    linear = torch.ones_like(unknown)
+    for kink in kinks:
+        linear &= (high < kink) | (low > kink)
+    steep = _derivative(walk, n, z)
+    lower, upper = (torch.where(linear, steep, slope) for slope in (lower, upper))
     slopes, offsets = [], []
     for i in range(len(ends) - 1):
         width = ends[i + 1] - ends[i]
@@ -146,7 +153,7 @@ def elementwise_error(walk: Any, n: fx.Node, lower: Tensor, upper: Tensor, graph
     slope, half = (lower + upper) / 2, (upper - lower) / 2 * _UP
     furthest = torch.maximum(high - z, z - low)
     graph = graph or Pieces((low - z, high - z), (half,), sector=True)
-    return LocalError(slope, half * furthest, lambda given: [half * given[0]], pieces=graph)
+    return LocalError(slope, half * furthest, lambda given: [half * given[0]], pieces=graph, by_element=True)
 
 
 def _value(walk: Any, n: fx.Node, t: Tensor) -> Tensor:
@@ -236,7 +243,7 @@ def product(walk: Any, n: fx.Node) -> LocalError:
         pairs = zip(given, reversed(reaches), strict=True)
         return [part * reach * half for part, reach in pairs if part is not None]
 
-    return LocalError(None, (reaches[0] * reaches[1] * _UP).expand_as(walk.env[n]), energy)
+    return LocalError(None, (reaches[0] * reaches[1] * _UP).expand_as(walk.env[n]), energy, by_element=True)
 
 
 @local(aten.matmul, aten.bmm, aten.mm)

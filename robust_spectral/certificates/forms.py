@@ -94,9 +94,14 @@ def quotient(a: Any, b: Any) -> Any:
     return a * torch.reciprocal(b) if isinstance(b, Tensor) and b.is_floating_point() else NotImplemented
 
 
+def hardsigmoid(x: Tensor) -> Tensor:
+    """A clamped line; the derivative that torch has of the operation itself is rounded to float32."""
+    return torch.clamp(x + 3, 0, 6) / 6
+
+
 def hardswish(x: Tensor) -> Tensor:
     """x times a clamped line."""
-    return x * (torch.clamp(x + 3, 0, 6) / 6)
+    return x * hardsigmoid(x)
 
 
 def gated(x: Tensor, dim: int = -1) -> Tensor:
@@ -119,7 +124,7 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.max_pool1d.default: max_pool(1), aten.max_pool3d.default: max_pool(3),
     aten.maximum.default: larger, aten.minimum.default: smaller, aten.max.other: larger, aten.min.other: smaller,
     aten.amax.default: largest_along, aten.amin.default: smallest_along, aten.glu.default: gated,
-    aten.hardswish.default: hardswish,
+    aten.hardsigmoid.default: hardsigmoid, aten.hardswish.default: hardswish,
     aten.scaled_dot_product_attention.default: attention, aten.div.Tensor: quotient,
     aten._native_batch_norm_legit_no_training.default: batch_norm,
 }  # fmt: skip

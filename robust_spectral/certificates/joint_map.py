@@ -1,91 +1,233 @@
-"""All that moves a node, as one linear map of unit size: the input's change and the errors, each divided by its largest norm.
+"""How large a linear function of a network's changes can be, by one Lagrangian for the input's ball and all errors before it.
 
-With weights w_j of sum 1 and (δ, e_1, …) = (r u_0 / √w_0, ε_1 u_1 / √w_1, …), the changes with ‖δ‖ ≤ r and ‖e_j‖ ≤ ε_j have
-‖(u_0, u_1, …)‖ ≤ 1, so that the norm of the map bounds any linear function of them, and the norm of a row an element.
+Let δ be the input's change and e_j the error of operation j, for which a rule gives |e_ji| ≤ |(G_j Δ)_i|, where the Δ are the
+changes of its arguments, linear in δ and the earlier errors. For a linear function F of changes and any positive λ and D_ji,
+
+    ‖F Δ‖² + Σ_ji D_ji (G_j Δ)_i² ≤ s² (λ ‖δ‖² + Σ_ji D_ji e_ji²)  for all δ, e    implies    ‖F Δ‖² ≤ s² λ r²
+
+if s ≤ 1; otherwise (s² - 1) Σ D_ji e_ji² is added. The least s is the norm of a map: from δ and e_j, multiplied by the roots of
+λ and D_j, to F Δ and to G_j Δ, multiplied by the roots of D_j. No proof is needed for λ and D: they are tuned, then fixed, and
+s is bounded by Lanczos. For global sectors this is the condition of LipSDP (Fazlyab et al. 2019), without its matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..lipschitz import NoClaim
 from ..operators import LinearOperator
-from .linearised import Linearised, rows
+from .linearised import Linearised, rows, zeros
+from .supports import support
 
 Energy = Callable[[list[Any]], list[Tensor]]
+_AIM = 0.95  # of s², so that its bound is below 1
+_NEAR = 1.03  # times the aim: near enough to stop
+_BLOCK = 8  # vectors that follow the top singular space
+_LEAST_ROUNDS, _MOST_ROUNDS = 14, 40
+_FIRST_RATE, _LEAST_RATE, _DECAY = 0.5, 0.05, 0.9  # of the logarithms' steps; 0.5 is a whole step to equal shares
+_SCALE_RATE = 0.5  # of the step to the aim
+_LEAST_SHARE = 1e-2  # of the mean share: added to those of elements, so that none has none
+
+
+@dataclass
+class Term:
+    """The input's change or an error: ‖e‖ ≤ size, and |e_i| at most what ``energy`` gives of the changes of ``sources``.
+
+    Attributes:
+        size: (images,).
+        reach: Largest |e_i|, (images, elements); of the input, its size.
+        log: Logarithm of the multiplier times size², (images, elements) or (images, 1).
+        energy: None of the input, and of an error that only its size is known of.
+        sources: The nodes whose changes ``energy`` takes.
+    """
+
+    size: Tensor
+    reach: Tensor
+    log: Tensor
+    energy: Energy | None
+    sources: list[fx.Node]
+
+    def __post_init__(self) -> None:
+        moves = (self.reach > 0) & (self.size[:, None] > 0)  # where an error is 0, its energy is left out
+        self.moves = moves.to(self.reach)
+        self.places = moves.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(moves.sum(1).max())]
+        self.reach_there = self.reach.gather(1, self.places)
+
+    def support(self, c: Tensor) -> Tensor:
+        """The largest value of functionals of it, (k, images, elements)."""
+        return support(c.gather(2, self.places.expand(len(c), -1, -1)), self.size, self.reach_there)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the energy is no function of changes: a part of the budget."""
+        return self.energy is None
+
+    def scale(self) -> Tensor:
+        """The change that an input of the map at 1 stands for."""
+        return self.size[:, None] * self.moves * (-self.log / 2).exp()
+
+    def weight(self) -> Tensor:
+        """The factor of what ``energy`` gives, (images, elements) or (images, 1)."""
+        moves = self.moves if self.log.shape[1] > 1 else self.moves.amax(1, keepdim=True)
+        return moves * (self.log / 2).exp() / self.size.clamp_min(1e-300)[:, None]
+
+    def slack(self, factor: Tensor) -> Tensor:
+        """A bound of factor × Σ D_i e_i², (images,)."""
+        numbers = self.log.exp() * factor.clamp_min(0)[:, None]
+        share = self.moves * (self.reach / self.size.clamp_min(1e-300)[:, None]).clamp_max(1.0).square()
+        by_element = (numbers * share).sum(1) if numbers.shape[1] > 1 else numbers[:, 0]
+        return torch.minimum(by_element, numbers.amax(1)) * (1 + 1e-9)
 
 
 class JointMap:
-    """The map from (u_0, u_1, …) to a linear function of the changes of some nodes, by image.
+    """The map whose norm bounds a linear function of the changes of some nodes, by image.
 
     Args:
         linear: The linearised network.
-        scales: The largest norm of the input's change and of each error, (images,), by node.
+        terms: The input's change and the errors before the nodes, by node.
         sources: The nodes.
         energy: The function: takes their changes, (k, images, ...) each, and gives tensors.
-        seed: Of the vector that the weights are balanced with.
+        seed: Of the vectors that the multipliers are tuned with.
     """
 
     def __init__(
-        self, linear: Linearised, scales: dict[fx.Node, Tensor], sources: list[fx.Node], energy: Energy, seed: int
+        self, linear: Linearised, terms: dict[fx.Node, Term], sources: list[fx.Node], energy: Energy, seed: int
     ) -> None:
-        self.linear, self.scales, self.sources, self.energy = linear, scales, sources, energy
+        self.linear, self.terms, self.sources, self.energy, self.seed = linear, terms, sources, energy, seed
         self.last = max(sources, key=linear.order.__getitem__)
         self.images, self.device = linear.images, linear.values[linear.graph.input].device
-        self.shapes = {node: linear.values[node].shape for node in scales}
+        self.shapes = {node: linear.values[node].shape for node in terms}
         self.counts = [shape.numel() // self.images for shape in self.shapes.values()]
-        share = torch.full((self.images,), 1 / len(scales), dtype=torch.float64, device=self.device)
-        self.weights = dict.fromkeys(scales, share)
-        self._balance(seed)
+        self.given = sum(self.counts)
+        nothing = torch.zeros(1, self.images, self.given, dtype=torch.float64, device=self.device)
+        self.sizes = [part.shape[2] for part in self.parts(nothing)]
 
-    def forward(self, X: Tensor) -> Tensor:
-        """(k, images, inputs and errors) -> (k, images, outputs)."""
+    def _energies(self) -> Iterator[tuple[list[fx.Node], Energy, Tensor | float]]:
+        """The function and those of the errors: of which changes, and by which factor."""
+        yield self.sources, self.energy, 1.0
+        for term in self.terms.values():
+            if term.energy is not None:
+                yield term.sources, term.energy, term.weight()
+
+    def parts(self, X: Tensor) -> list[Tensor]:
+        """(k, images, given) -> the function and the energies of the errors, (k, images, elements) each."""
         changes = {}
         for (node, shape), part in zip(self.shapes.items(), X.split(self.counts, dim=2), strict=True):
-            changes[node] = (part * self._factor(node)).reshape(len(X), *shape)
+            changes[node] = (part * self.terms[node].scale()).reshape(len(X), *shape)
         start = {self.linear.graph.input: changes.pop(self.linear.graph.input)}
         found = self.linear.push(start, self.last, changes)
-        return self._joined([found.get(source) for source in self.sources])
+        return [
+            self._joined(energy, [self._change(found, source, len(X)) for source in sources], weight)
+            for sources, energy, weight in self._energies()
+        ]
+
+    def _change(self, found: dict[fx.Node, Any], source: fx.Node, count: int) -> Any:
+        change = found.get(source)
+        return zeros(self.linear.values[source], count) if change is None else change
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(k, images, given) -> (k, images, outputs)."""
+        return torch.cat(self.parts(X), 2)
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """(k, images, outputs) -> (k, images, inputs and errors)."""
-        with torch.enable_grad():
-            given = [Y.new_zeros(len(Y), *self.linear.values[source].shape, requires_grad=True) for source in self.sources]
-            cotangents = torch.autograd.grad(self._joined(given), given, Y)
-        back, found = self.linear.pull(dict(zip(self.sources, cotangents, strict=True)))
+        """(k, images, outputs) -> (k, images, given)."""
+        cotangents: dict[fx.Node, Tensor] = {}
+        for (sources, energy, weight), y in zip(self._energies(), Y.split(self.sizes, dim=2), strict=True):
+            with torch.enable_grad():
+                given = [zeros(self.linear.values[source], len(y)).requires_grad_() for source in sources]
+                found = torch.autograd.grad(self._joined(energy, given, weight), given, y)
+            for source, part in zip(sources, found, strict=True):
+                cotangents[source] = cotangents[source] + part if source in cotangents else part
+        back, seen = self.linear.pull(cotangents)
         if back is not None:
-            found[self.linear.graph.input] = back
+            seen[self.linear.graph.input] = back
         parts = [
-            rows(found[node], self.images, 1) * self._factor(node) if node in found else Y.new_zeros(len(Y), self.images, count)
-            for node, count in zip(self.shapes, self.counts, strict=True)
+            rows(seen[node], self.images, 1) * term.scale() if node in seen else Y.new_zeros(len(Y), self.images, count)
+            for (node, term), count in zip(self.terms.items(), self.counts, strict=True)
         ]
         return torch.cat(parts, 2)
 
+    def _joined(self, energy: Energy, given: list[Any], weight: Tensor | float) -> Tensor:
+        return torch.cat([rows(part, self.images, 1) * weight for part in energy(given)], 2)
+
     def operator(self) -> LinearOperator:
         """The map as an operator with a group for each image."""
-        outputs = self.forward(torch.zeros(1, self.images, sum(self.counts), dtype=torch.float64, device=self.device))
-        shapes = (self.images, sum(self.counts)), tuple(outputs.shape[1:])
+        shapes = (self.images, self.given), (self.images, sum(self.sizes))
         return LinearOperator(*shapes, torch.float64, self.device, self.forward, self.adjoint, groups=self.images)
 
-    def _factor(self, node: fx.Node) -> Tensor:
-        return (self.scales[node] / self.weights[node].sqrt())[:, None]
+    def bound(self, s: Tensor) -> Tensor:
+        """A bound of the function's norm from one of the map's, (images,)."""
+        square = s.square() * (1 + 1e-12)
+        total = torch.zeros_like(s)
+        for term in self.terms.values():
+            total = total + (square * term.log.exp().amax(1) if term.fixed else term.slack(square - 1))
+        return total.sqrt() * (1 + 1e-12)
 
-    def _joined(self, given: list[Any]) -> Tensor:
-        return torch.cat([rows(part, self.images, 1) for part in self.energy(given)], 2)
+    def tune(self, near: bool = False) -> None:
+        """Move the multipliers towards those with the least bound.
 
-    def _balance(self, seed: int, rounds: int = 2, steps: int = 4) -> None:
-        """Move the weights towards the shares that the top singular vector has of the input and the errors."""
-        if len(self.scales) == 1:
-            return
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(1, self.images, sum(self.counts), generator=generator, dtype=torch.float64).to(self.device)
-        for _ in range(rounds):
-            for _ in range(steps):
-                x = self.adjoint(self.forward(x / x.norm(dim=2, keepdim=True).clamp_min(1e-300)))
-            shares = torch.stack([part.square().sum(2)[0] for part in x.split(self.counts, dim=2)])
-            shares = shares / shares.sum(0).clamp_min(1e-300)
-            kept = (torch.stack(list(self.weights.values())) * shares).sqrt() + 1e-3
-            self.weights = dict(zip(self.scales, kept / kept.sum(0), strict=True))
+        There each element of an error has the same share of the top singular vectors on both sides of the map. A round is one
+        step of a power iteration, and one step of each multiplier.
+
+        Args:
+            near: Whether they are nearly there, such as those of a similar radius.
+        """
+        least, first = (_LEAST_ROUNDS // 3, _FIRST_RATE / 3) if near else (_LEAST_ROUNDS, _FIRST_RATE)
+        generator = torch.Generator().manual_seed(self.seed)
+        X = torch.randn(_BLOCK, self.images, self.given, generator=generator, dtype=torch.float64).to(self.device)
+        self._fit_scale(X)
+        settled = 0
+        for done in range(_MOST_ROUNDS):
+            X = torch.linalg.qr(X.permute(1, 2, 0)).Q.permute(2, 0, 1)
+            Y = self.forward(X)
+            gram = torch.einsum("kid,lid->ikl", Y, Y)
+            if not bool(torch.isfinite(gram).all()):
+                raise NoClaim("bounds around the images overflow")
+            top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(1e-300)
+            settled = settled + 1 if bool((top <= _AIM * _NEAR).all()) else 0
+            if done >= least and settled >= 3:
+                break
+            X, rate = self.adjoint(Y), max(_LEAST_RATE, first * _DECAY**done)
+            self._step(self._shares(X, self.counts), self._shares(Y, self.sizes), top, rate)
+
+    @staticmethod
+    def _shares(vectors: Tensor, counts: list[int]) -> list[Tensor]:
+        squares = vectors.square().sum(0)
+        return list((squares / squares.sum(1, keepdim=True).clamp_min(1e-300)).split(counts, dim=1))
+
+    def _step(self, ins: list[Tensor], outs: list[Tensor], top: Tensor, rate: float) -> None:
+        """Change the multipliers by the elements' shares of the map's inputs and outputs, and its largest squared norm."""
+        budget = [(term, part.sum(1)) for term, part in zip(self.terms.values(), ins, strict=True) if term.fixed]
+        share = sum((part for _, part in budget), torch.zeros_like(top))
+        total = sum((term.log[:, 0].exp() for term, _ in budget), torch.zeros_like(top))
+        rise = _SCALE_RATE * (top / _AIM).log() / share.clamp_min(0.2)
+        for term, part in budget:
+            wanted = (part / share.clamp_min(1e-30) * total).clamp_min(1e-6 * total).log()
+            term.log = term.log + (2 * rate * (wanted - term.log[:, 0]) + rise).clamp(-1, 1)[:, None]
+        energies = iter(outs[1:])
+        for term, given in zip(self.terms.values(), ins, strict=True):
+            if term.fixed:
+                continue
+            met = next(energies)
+            if term.log.shape[1] > 1:
+                met = met.reshape(len(met), -1, given.shape[1]).sum(1)
+            else:
+                met, given = met.sum(1, keepdim=True), given.sum(1, keepdim=True)
+            least = _LEAST_SHARE * (given.mean(1, keepdim=True) + met.mean(1, keepdim=True)) + 1e-30
+            term.log = term.log + (rate * ((given + least) / (met + least)).log()).clamp(-1, 1)
+
+    def _fit_scale(self, X: Tensor) -> None:
+        """Add to all logarithms what makes the function alone as large as is aimed at."""
+        for _ in range(3):
+            Y = self.parts(X / X.norm(dim=2, keepdim=True).clamp_min(1e-300))
+            alone = torch.cat([Y[0], *(torch.zeros_like(part) for part in Y[1:])], 2)
+            X = self.adjoint(alone)
+        size = Y[0].norm(dim=2).amax(0)
+        size = torch.where(size > 1e-100, (size.clamp_min(1e-100).square() * 2).log(), 0.0)[:, None]
+        for term in self.terms.values():
+            term.log = term.log + size

@@ -103,7 +103,7 @@ class Linearised:
     def _derivative(self, node: fx.Node, given: list[Any]) -> Any:
         centres = tuple(self.values[source] for source in self.sources[node])
         count = next(_first(part).shape[0] for part in given if part is not None)
-        tangents = tuple(_zeros(centre, count) if part is None else part for part, centre in zip(given, centres, strict=True))
+        tangents = tuple(zeros(centre, count) if part is None else part for part, centre in zip(given, centres, strict=True))
         if node not in self._functions:
             self._functions[node] = self._change_function(node, centres)
         function = self._functions[node]
@@ -171,9 +171,10 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(_map(function, part) for part in value) if isinstance(value, tuple | list) else function(value)
 
 
-def _zeros(centre: Any, count: int) -> Any:
+def zeros(centre: Any, count: int) -> Any:
+    """No change of a value, or of the tensors of a tuple: (count, ...)."""
     if isinstance(centre, tuple | list):
-        return type(centre)(_zeros(part, count) for part in centre)
+        return type(centre)(zeros(part, count) for part in centre)
     return centre.new_zeros(count, *centre.shape)
 
 

@@ -20,7 +20,7 @@ from ..lipschitz import Box, Graph, LipschitzWalk, NoClaim, named, operation_of,
 from ..norms import largest_by_group
 from . import pooling_errors as pooling_errors
 from .errors import RULES, LocalError
-from .joint_map import Energy, JointMap
+from .joint_map import Energy, JointMap, Term
 from .linear_operations import is_linear
 from .linearised import Linearised, rows
 from .supports import support
@@ -30,7 +30,11 @@ _UP = 1 + 1e-9
 _FEW = 256  # elements up to which rows are computed without a sketch first
 _MOST_ROWS = 8192  # most elements of a node for which each has a row of its own
 _SKETCH = 128  # Gaussian vectors that bound all rows of a node
+_RTOL, _MOST_STEPS = 0.01, 60  # of norms
 _MOST_NUMBERS = 2e7  # in the tensors of one pass
+
+
+Kept = dict[Any, dict[fx.Node, Tensor]]  # by what is bounded, the logarithms of the multipliers of all terms
 
 
 class LocalWalk(LipschitzWalk):
@@ -44,11 +48,12 @@ class LocalWalk(LipschitzWalk):
         failure_probability: Allowed for each norm.
         norms: Norms of layers that are known.
         seed: Of the random starts.
+        start: The multipliers of another walk around the same images, its attribute ``kept``.
     """
 
     def __init__(
         self, graph: Graph, values: Mapping[fx.Node, Any], radii: Tensor, box: Box, failure_probability: float,
-        norms: Any = None, seed: int = 0,
+        norms: Any = None, seed: int = 0, start: Kept | None = None,
     ) -> None:  # fmt: skip
         x, self._limits = values[graph.input], box
         wide = radii.reshape(-1, *[1] * (x.ndim - 1))
@@ -58,7 +63,13 @@ class LocalWalk(LipschitzWalk):
         self.images = len(radii)
         self.errors: dict[fx.Node, LocalError] = {}
         self.sizes: dict[fx.Node, Tensor] = {}  # bound of each error's norm, (images,)
-        self.balls: dict[fx.Node, Tensor] = {}  # bound of the norm of the change of a non-linear node's argument, (images,)
+        self.balls: dict[fx.Node, Tensor] = {}  # bound of the norm of the change of a node, (images,)
+        self.tight: set[fx.Node] = set()  # nodes with exact boxes
+        x = rows(values[graph.input], self.images)
+        size = radii[:, None]
+        self.terms = {graph.input: Term(radii, size.expand_as(x), torch.zeros_like(size), None, [])}
+        self.start: Kept = start or {}
+        self.kept: Kept = {}
         self.spent = 0.0  # failure probability of this walk's own bounds
 
     def run(self) -> None:
@@ -118,12 +129,16 @@ class LocalWalk(LipschitzWalk):
         centre = self.env[value] if isinstance(value, fx.Node) else torch.as_tensor(value)
         return torch.maximum(high - centre, centre - low).clamp_min(0)
 
-    def ball(self, node: fx.Node) -> Tensor:
-        """Bound of the L2 norm of an argument's change, (images,)."""
+    def ball(self, node: fx.Node, tuned: bool = True) -> Tensor:
+        """Bound of the L2 norm of an argument's change, (images,); ``tuned``: by a map of its own, if it has none yet."""
         if node not in self.balls:
             far = rows(self.furthest(node), self.images).norm(dim=1) * _UP
-            known = self.bound(node)
-            self.balls[node] = far if known == math.inf else torch.minimum(far, self.radii * (known * _UP))
+            if not tuned:
+                return far
+            far = torch.minimum(far, self.radii * (self.bound(node) * _UP))
+            if node is not self.graph.input:
+                far = torch.minimum(far, self._norm(self._joint([node], lambda changes: [changes[0]]), (node, "ball")))
+            self.balls[node] = far
         return self.balls[node]
 
     def _wide(self, by_image: Tensor, like: Tensor) -> Tensor:
@@ -133,37 +148,39 @@ class LocalWalk(LipschitzWalk):
 
     def _tighten(self, node: fx.Node) -> None:
         """Bound how far a non-linear operation's argument moves: all elements together, and each."""
-        if node in self.balls or node is self.graph.input:
+        if node in self.tight or node is self.graph.input:
             return
+        self.tight.add(node)
         value, (low, high) = self.env[node], self.boxes[node]
         if not isinstance(value, Tensor) or value.shape[0] % self.images:
             raise NoClaim(f"{named(node, 'with the images on another axis than the first')} has no local error")
         if not bool(torch.isfinite(value).all()):
             raise NoClaim(f"{named(node, 'is not finite')} at an image")
-        joint = self._joint([node], lambda changes: [changes[0]])
-        far = self._norm(joint)
-        reach = self._sketched(joint, value) if value.numel() // self.images > _FEW else far[:, None]
-        reach = torch.minimum(reach, far[:, None]).expand(self.images, value.numel() // self.images).reshape(value.shape)
-        low, high = torch.fmax(low, value - reach), torch.fmin(high, value + reach)
+        if value.numel() // self.images > _FEW:
+            reach = self._sketched(node, value).reshape(value.shape)
+            low, high = torch.fmax(low, value - reach), torch.fmin(high, value + reach)
         self.boxes[node] = self._exact_rows(node, low, high)
-        self.balls[node] = torch.minimum(far, rows(self.furthest(node), self.images).norm(dim=1) * _UP)
-        self.bounds[node] = float((self.balls[node] / self.radii).max()) * _UP
+        self.bounds[node] = float((self.ball(node, tuned=False) / self.radii).max()) * _UP
 
-    def _sketched(self, joint: JointMap, value: Tensor) -> Tensor:
+    def _sketched(self, node: fx.Node, value: Tensor) -> Tensor:
         """A bound of each row's norm: of m Gaussian vectors g, Σ (row · g)² is the squared norm times a χ² variable of m."""
-        generator = torch.Generator().manual_seed(self.seed)
-        squares, left = (
-            torch.zeros(self.images, value.numel() // self.images, dtype=torch.float64, device=value.device),
-            _SKETCH,
-        )
+        generator = torch.Generator().manual_seed(self._fresh_seed())
+        elements = value.numel() // self.images
+        squares, left = torch.zeros(self.images, elements, dtype=torch.float64, device=value.device), _SKETCH
+        terms = {n: term for n, term in self.terms.items() if n in {self.graph.input, *self.linear.steps(node)}}
+        factors = {n: term.size[:, None] * term.moves * math.sqrt(len(terms)) for n, term in terms.items()}
+        given = sum(term.reach.shape[1] for term in terms.values())
         while left:
-            some = min(left, max(1, int(_MOST_NUMBERS / (sum(joint.counts) * self.images * 4))))
-            g = torch.randn(some, self.images, sum(joint.counts), generator=generator, dtype=torch.float64).to(value.device)
-            squares += joint.forward(g).square().sum(0)
+            some = min(left, max(1, int(_MOST_NUMBERS / (given * self.images * 4))))
+            changes = {}
+            for n, factor in factors.items():
+                g = torch.randn(some, *factor.shape, generator=generator, dtype=torch.float64).to(value.device)
+                changes[n] = (g * factor).reshape(some, *self.env[n].shape)
+            start = {self.graph.input: changes.pop(self.graph.input)}
+            squares += rows(self.linear.push(start, node, changes)[node], self.images, 1).square().sum(0)
             left -= some
-        self.seed += 1
         self.spent += self.each
-        return (squares / _quantile(self.each / squares.shape[1])).sqrt() * _UP
+        return (squares / _quantile(self.each / elements)).sqrt() * _UP
 
     def _exact_rows(self, node: fx.Node, low: Tensor, high: Tensor) -> Box:
         """Tighten the box of the elements that may meet a kink of what follows, by their rows of the linearised network."""
@@ -189,8 +206,8 @@ class LocalWalk(LipschitzWalk):
         cotangent, errors = self.linear.pull({node: one.reshape(k, *value.shape)})
         around = torch.zeros(k, self.images, dtype=value.dtype, device=value.device)
         for error, seen in errors.items():
-            reach = rows(self.errors[error].reach, self.images)
-            around = around + support(rows(seen, self.images, 1), self.sizes[error], reach)
+            if error in self.terms:
+                around = around + self.terms[error].support(rows(seen, self.images, 1))
         ends = [around, around]
         if cotangent is not None:
             v = rows(cotangent, self.images, 1)
@@ -220,10 +237,11 @@ class LocalWalk(LipschitzWalk):
         if error.size is not None:
             size = torch.minimum(size, error.size)
         if error.energy is not None and bool((size > 0).any()):
-            size = torch.minimum(size, self._norm(self._joint(self.linear.sources[node], error.energy)))
+            size = torch.minimum(size, self._norm(self._joint(self.linear.sources[node], error.energy), (node, "error")))
         if not bool(torch.isfinite(size).all() and torch.isfinite(error.reach).all()):
             raise NoClaim(f"{named(node, 'with an unlimited error')} has no local error")
         self.linear.slopes[node], self.errors[node], self.sizes[node] = error.slope, error, size
+        self._add_term(node, error, size)
         low, high = self.boxes[node]
         if error.slope is not None and not isinstance(error.slope, float):
             below, above = (end for end in self._source_span(node))
@@ -239,22 +257,44 @@ class LocalWalk(LipschitzWalk):
         return low - self.env[source], high - self.env[source]
 
     def _joint(self, sources: list[fx.Node], energy: Energy) -> JointMap:
-        """The map from the input's change and the errors before some nodes, by their sizes, to a linear function of changes."""
+        """The map from the input's change and the errors before some nodes to a linear function of the nodes' changes."""
         last = max(sources, key=self.linear.order.__getitem__)
-        steps = set(self.linear.steps(last))
-        scales = {self.graph.input: self.radii}
-        scales |= {node: size for node, size in self.sizes.items() if node in steps and bool((size > 0).any())}
-        self.seed += 1
-        return JointMap(self.linear, scales, sources, energy, self.seed)
+        steps = {self.graph.input, *self.linear.steps(last)}
+        terms = {n: term for n, term in self.terms.items() if n in steps}
+        return JointMap(self.linear, terms, sources, energy, self._fresh_seed())
 
-    def _norm(self, joint: JointMap) -> Tensor:
-        """A bound of the norm of what a joint map gives, (images,)."""
+    def _fresh_seed(self) -> int:
+        """A seed that nothing else of this walk is drawn with."""
         self.seed += 1
+        return self.seed
+
+    def _add_term(self, node: fx.Node, error: LocalError, size: Tensor) -> None:
+        if bool((size > 0).any()):
+            reach = rows(error.reach.expand_as(self.env[node]), self.images)
+            log = torch.zeros_like(reach) if error.by_element else torch.zeros_like(reach[:, :1])
+            self.terms[node] = Term(size, reach, log, error.energy, self.linear.sources[node])
+
+    def _norm(self, joint: JointMap, of: Any) -> Tensor:
+        """A bound of the norm of what a joint map gives, (images,); ``of`` says what that is, for walks that start from it."""
+        known = self.start.get(of, {})
+        for node, term in joint.terms.items():
+            if node in known and known[node].shape == term.log.shape:
+                term.log = known[node]
         self.spent += self.each
         try:
-            return largest_by_group(joint.operator(), self.each, rtol=0.03, max_steps=40, seed=self.seed) * _UP
+            if len(joint.terms) > 1:
+                joint.tune(near=bool(known))
+            else:
+                joint.terms[self.graph.input].log = torch.zeros_like(self.radii[:, None])
+            s = largest_by_group(joint.operator(), self.each, rtol=_RTOL, max_steps=_MOST_STEPS, seed=self._fresh_seed())
         except ValueError as error:
             raise NoClaim(f"bounds around the images overflow: {error}") from error
+        found = joint.bound(s)
+        scale = torch.where(found > 1e-100, 2 * found.clamp_min(1e-100).log(), 0.0)[:, None]
+        for term in joint.terms.values():
+            term.log = term.log - scale
+        self.kept[of] = {node: term.log for node, term in joint.terms.items()}
+        return found * _UP
 
 
 def minus(one: Any, other: Any) -> Any:

@@ -49,10 +49,14 @@ class Margins:
         self.nodes = [node for node in walk.errors if bool((walk.sizes[node] > 0).any())]
         v, seen = self._pull(None)
         norm = v.norm(dim=2)
-        self.best = self.centre - support(-v, walk.radii, *self._span()) - sum(
-            (support(rows(c, walk.images, 1), walk.sizes[n], rows(walk.errors[n].reach, walk.images))
-             for n, c in seen.items() if n in self.nodes), torch.zeros_like(self.centre),
-        )  # fmt: skip
+        self.best = (
+            self.centre
+            - support(-v, walk.radii, *self._span())
+            - sum(
+                (walk.terms[n].support(rows(c, walk.images, 1)) for n, c in seen.items() if n in walk.terms),
+                torch.zeros_like(self.centre),
+            )
+        )
         self.input = (norm / walk.radii).clamp_min(_LEAST).log()
         self.choices: dict[fx.Node, _Choice] = {}
         for node, c in seen.items():
@@ -65,7 +69,9 @@ class Margins:
                 )
 
     def _ball(self, node: fx.Node) -> Tensor:
-        return self.walk.ball(self.walk.linear.sources[node][0])
+        """A bound of ‖Δz‖: of a dense layer, whose elements rarely move their farthest together, by a map of its own."""
+        source = self.walk.linear.sources[node][0]
+        return self.walk.ball(source, tuned=self.walk.env[source].ndim == 2)
 
     def _span(self) -> tuple[Tensor, Tensor]:
         low, high = (rows(end, self.walk.images) for end in self.walk.span)
@@ -108,7 +114,7 @@ class Margins:
                 continue
             choice, error = self.choices.get(node), walk.errors[node]
             if choice is None:
-                total = total - support(rows(c, walk.images, 1), walk.sizes[node], rows(error.reach, walk.images))
+                total = total - walk.terms[node].support(rows(c, walk.images, 1))
                 continue
             lam, kap, slope = choice.ball.exp(), choice.energy.exp(), walk.linear.slopes[node]
             assert isinstance(slope, Tensor)

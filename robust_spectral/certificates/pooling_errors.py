@@ -58,7 +58,7 @@ def max_pool(walk: Any, n: fx.Node) -> LocalError:
         from_mean = (x - (x * share[:, None]).sum(0)) * around[:, None]
         return [*from_own, *from_mean]
 
-    return LocalError(None, reach, energy, linear=lambda x: (windows(x) * share).sum(0))
+    return LocalError(None, reach, energy, by_element=True, linear=lambda x: (windows(x) * share).sum(0))
 
 
 def may_win(n: fx.Node, low: Tensor, high: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ from ..layers import uncompiled
 from ..lipschitz import Graph, NoClaim, certified_radius, graph_of, lipschitz_bound, pair_of, preserved
 from ..operators import full_precision_no_grad
 from .forms import written_out
-from .local_walk import LocalWalk
+from .local_walk import Kept, LocalWalk
 from .margins import Margins
 
 _SHARE = 1e-3  # of the failure probability, for each norm
 _MOST_ELEMENTS = 4e6  # of all activations of the images that are treated together
 _MOST_IMAGES = 16
+_FIRST = 1 / 144  # of the distance at which a linear network changes its class: the first radius tried is 1 / 12 of it
 _LEAST_RADIUS = 1e-7  # a smaller radius is certified by this one
 
 
@@ -45,6 +46,23 @@ class Certificates:
 
     margins: Tensor
     certified: Tensor
+    local: Tensor
+    failure_probability: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Radii:
+    """Proved L2 radii around images.
+
+    Attributes:
+        radii: (n,) float64, never below those of the global Lipschitz bound; 0 where nothing is proved.
+        local: (n,) whether the radius is from the bounds around the image, and not from the global Lipschitz bound.
+        failure_probability: Of each image; the sum over all probabilistic bounds that its radius rests on.
+        reason: Why there are no bounds around the images, or none around some of them, or None.
+    """
+
+    radii: Tensor
     local: Tensor
     failure_probability: float
     reason: str | None = None
@@ -84,7 +102,7 @@ def certify(
 
 def local_radius(
     model: nn.Module, images: Tensor, labels: Tensor, box: tuple[float, float] | None = (0.0, 1.0), *,
-    rounds: int = 8, steps: int = 20, failure_probability: float = 1e-9, progress: Callable[[int, int], None] | None = None,
+    rounds: int = 4, steps: int = 20, failure_probability: float = 1e-9, progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """The largest L2 radius proved around each image, by bisection: (n,) float64, never below that of the global bound.
 
@@ -102,9 +120,21 @@ def local_radius(
         ValueError: an image is outside the box, or shapes do not fit.
         TypeError: as `lipschitz_bound`.
     """
+    found = largest_radii(
+        model, images, labels, box, rounds=rounds, steps=steps, failure_probability=failure_probability, progress=progress
+    )
+    return found.radii
+
+
+def largest_radii(
+    model: nn.Module, images: Tensor, labels: Tensor, box: tuple[float, float] | None = (0.0, 1.0), *,
+    rounds: int = 4, steps: int = 20, failure_probability: float = 1e-9, progress: Callable[[int, int], None] | None = None,
+) -> Radii:  # fmt: skip
+    """The radii of `local_radius`, with the bound that each rests on; arguments and errors are the same."""
     _check(images, labels, box)
     if len(images) == 0:
-        return torch.zeros(0, dtype=torch.float64)
+        none = torch.zeros(0, dtype=torch.float64)
+        return Radii(none, none > 0, 0.0)
     return _Prover(model, images, labels, box, failure_probability, steps, None, progress).radii(rounds)
 
 
@@ -120,15 +150,19 @@ class _Prover:
         self.model, self.images, self.labels, self.box = uncompiled(model), images, labels.long(), box
         self.allowed, self.steps, self.progress = failure_probability, steps, progress
         self.until = math.inf if seconds is None else time.perf_counter() + seconds
-        self.bound = lipschitz_bound(self.model, images[:2], failure_probability / 2, box)
+        self.bound = lipschitz_bound(self.model, images[:2], failure_probability * _SHARE, box)
         self.spent = torch.full((len(images),), self.bound.failure_probability, dtype=torch.float64)
         self.reason: str | None = None
         self.seed = 0  # of random starts, a fresh one for every walk
         self.norms: dict[Any, Any] = {}
         self.graph: Graph | None = None
+        self.start: Kept = {}  # multipliers of the last walk around the images of a search
+        self.searching = False
         self.size = _MOST_IMAGES  # of a batch
         with torch.inference_mode(False), preserved(self.model), full_precision_no_grad():
             self.logits, self.dtype = self._logits()
+        if self.bound.errors.get(self.dtype, 0.0) == math.inf:
+            self.reason = self.bound.errors_reason
 
     def _logits(self) -> tuple[Tensor, torch.dtype]:
         """The logits of all images, in float64, and the dtype that the model computes in."""
@@ -152,8 +186,6 @@ class _Prover:
     def at(self, radii: Tensor) -> Certificates:
         """The certificates at given radii."""
         margins = self._global_margins(radii)
-        if self.bound.errors.get(self.dtype, 0.0) == math.inf:
-            self.reason = self.bound.errors_reason
         local = torch.zeros_like(margins, dtype=torch.bool)
         due = (self._right() & ~(margins > 0) & (self.reason is None)).nonzero()[:, 0]
         for done, indices in self._batches(due):
@@ -164,23 +196,37 @@ class _Prover:
                 self.progress(len(margins) - len(due) + done, len(margins))
         return Certificates(margins, margins > 0, local, float(self.spent.max()), self.reason)
 
-    def radii(self, rounds: int) -> Tensor:
-        """The largest radii that are found, by bisection of their logarithms from that of the global bound."""
+    def radii(self, rounds: int) -> Radii:
+        """The largest radii that are found, with the global ones, and whether each is from around the image."""
         proved = certified_radius(self.logits.to(self.dtype), self.labels, self.bound)
+        local = torch.zeros_like(proved, dtype=torch.bool)
         for done, indices in self._batches((self._right() & (self.reason is None)).nonzero()[:, 0]):
-            low, high = proved[indices], self._steepest(indices)
-            for _ in range(rounds):
-                tried = torch.where(low > 0, (low * high).clamp_min(0).sqrt(), high / 10)
-                tried = torch.where(high > 1.02 * low, tried, 0.98 * low)
-                holds = self._local_margins(indices, tried) > 0
-                low, high = (
-                    torch.where(holds, torch.maximum(low, tried), low),
-                    torch.where(holds, high, torch.minimum(high, tried)),
-                )
-            proved[indices] = torch.maximum(proved[indices], low)
+            found = self._searched(indices, proved[indices], rounds)
+            local[indices] = found > proved[indices]
+            proved[indices] = torch.maximum(proved[indices], found)
             if self.progress is not None:
                 self.progress(done, len(proved))
-        return proved
+        return Radii(proved, local, float(self.spent.max()), self.reason)
+
+    def _searched(self, indices: Tensor, proved: Tensor, rounds: int) -> Tensor:
+        """The largest radii whose margins are positive among those tried: between the best and the least that fails.
+
+        A radius is tried where a straight line through the margins at both meets 0, not near either; or a few times the best
+        one while none has failed.
+        """
+        low, high = proved, self._steepest(indices)
+        above, below = self._others(indices)[0].amin(1), torch.full_like(low, -math.inf)
+        self.start, self.searching = {}, True
+        for _ in range(rounds):
+            share = (above / (above - below)).clamp(0.2, 0.8)
+            tried = torch.where(below > -math.inf, low + share * (high - low), (low.clamp_min(_FIRST * high) * high).sqrt())
+            tried = torch.where(high > 1.02 * low, tried, 0.98 * low)
+            margins = self._local_margins(indices, tried)
+            better, worse = (margins > 0) & (tried > low), ~(margins > 0) & (tried < high)
+            low, above = torch.where(better, tried, low), torch.where(better, margins, above)
+            high, below = torch.where(worse, tried, high), torch.where(worse, margins, below)
+        self.start, self.searching = {}, False
+        return low
 
     def _right(self) -> Tensor:
         return self.logits.argmax(1) == self.labels
@@ -222,7 +268,7 @@ class _Prover:
         try:
             return self._walked(indices, radii) - self._rounding(self.logits)
         except NoClaim as refused:
-            self.reason = str(refused)
+            self.reason, self.start = str(refused), {}
             if len(set(indices.tolist())) == 1:
                 return torch.full((len(indices),), -math.inf, dtype=torch.float64)
         return torch.cat([self._local_margins(indices[i : i + 1], radii[i : i + 1]) for i in range(len(indices))])
@@ -251,8 +297,10 @@ class _Prover:
                 self.allowed * _SHARE,
                 self.norms,
                 seed=self.seed,
+                start=self.start,
             )
             walk.run()
+            self.start = walk.kept if self.searching else {}
             margins, others = self._others(which)
             classes = torch.eye(margins.shape[1] + 1, dtype=torch.float64, device=x.device)
             functionals = (classes[self.labels[which]][:, None] - classes[others]).transpose(0, 1)

@@ -22,11 +22,11 @@ def support(c: Tensor, radius: Tensor, above: Tensor, below: Tensor | None = Non
     """
     below = above if below is None else below
     norm = c.norm(dim=2)
-    best, kappa = norm * radius, (norm / radius.clamp_min(1e-300)).detach()
+    best, kappa = norm * radius, (norm / radius.clamp_min(1e-300)).clamp_max(1e150).detach()
     for _ in range(rounds):
         wide = kappa[..., None].clamp_min(1e-300)
         d = torch.minimum(torch.maximum((c / wide).detach(), -below), above)
         value = (c * d).sum(2) - kappa / 2 * d.square().sum(2) + kappa / 2 * radius.square()
         best = torch.minimum(best, value)
-        kappa = kappa * (d.norm(dim=2) / radius.clamp_min(1e-300))
+        kappa = (kappa * (d.norm(dim=2) / radius.clamp_min(1e-300))).clamp_max(1e150)
     return best

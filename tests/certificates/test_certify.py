@@ -1,12 +1,13 @@
 """Certificates around images: never above what a search finds, never worse than the global bound, exact for affine networks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from local_networks import NETWORKS, network, smallest_margins, some_images
-from networks import Call
+from networks import Call, seeded
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -181,3 +182,36 @@ def test_a_local_radius_is_at_least_the_global_one_and_its_ball_is_certified() -
     assert bool(rs.certify(model, images, labels, found * 0.999).certified.all())
     assert bool((smallest_margins(model, images, labels, found) >= 0).all())
     assert math.isfinite(float(found.max()))
+
+
+def test_an_image_whose_units_cannot_move_does_not_disturb_the_others_of_its_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.relu(x[:, :4] - 0.5)
+        z = F.relu(h - x[:, 4:]) * torch.sigmoid(x[:, 4:])
+        return m.o(F.relu(m.i(torch.cat([x, z, h], 1)) * 4))
+
+    model = seeded(lambda: Call(forward, i=nn.Linear(16, 6), o=nn.Linear(6, 3))).double()
+    images = torch.rand(3, 8, dtype=torch.float64)
+    images[0], images[1, :4], images[1, 4:] = 0, 0.9, 0.35
+    found = rs.certify(model, images, model(images).argmax(1), 0.3, steps=5)
+    assert found.reason is None and bool(torch.isfinite(found.margins).all())
+
+
+@pytest.mark.parametrize("exponent", [0, 26, 34])
+def test_margins_do_not_depend_on_the_scale_of_a_hidden_layer(exponent: int) -> None:
+    small = 2.0**-exponent
+    first, second = torch.randn(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    second[1:, 0] = torch.tensor([1.0, -0.5, 0.75]) * small
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a = F.relu((x - 0.5) @ first + 8 * (x[:, :1] - 0.5))
+        b = F.relu((x - 0.5) @ second)
+        return torch.cat([a.sum(1, keepdim=True) * 2.0**-12 + 0.01 - b.sum(1, keepdim=True) / small, 0 * a[:, :1]], 1)
+
+    images = torch.full((2, 4), 0.5, dtype=torch.float64)
+    images[0, 0] = 0.875
+    model, radii = Call(forward), torch.tensor([2.0**-10, 0.3], dtype=torch.float64)
+    labels = model(images).argmax(1)
+    found = rs.certify(model, images, labels, radii, steps=20)
+    assert bool((found.margins <= smallest_margins(model, images, labels, radii) + 1e-12).all())
+    assert bool(found.certified[0]) and not bool(found.certified[1])

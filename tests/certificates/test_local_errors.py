@@ -24,7 +24,6 @@ FLAT: dict[Any, Row] = {  # on inputs (64,)
     aten.relu: (lambda m, x: torch.relu(x), -2, 2),
     aten.relu6: (lambda m, x: aten.relu6(x), -3, 9),
     aten.abs: (lambda m, x: x.abs(), -2, 2),
-    aten.hardsigmoid: (lambda m, x: aten.hardsigmoid(x), -5, 5),
     aten.leaky_relu: (lambda m, x: aten.leaky_relu(x, 3.0), -2, 2),
     aten.prelu: (lambda m, x: aten.prelu(x, m.c), -2, 2),
     aten._prelu_kernel: (lambda m, x: aten._prelu_kernel(x, m.c[None]), -2, 2),
@@ -85,7 +84,7 @@ class Rules(LocalWalk):
     def _joint(self, sources: list[fx.Node], energy: Energy) -> None:
         """No map is needed for a norm that is not computed."""
 
-    def _norm(self, joint: None) -> Tensor:
+    def _norm(self, joint: None, of: Any) -> Tensor:
         return torch.full((self.images,), torch.inf, dtype=torch.float64)
 
 
