@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RS := $(BIN)/robust-spectral
 RUN := runs/demo
+AROUND := 8  # images of the demo around which radii are proved one by one
+ATTACKS := --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 --samples 200 --autoattack-eps 0.5 \
+  --autoattack-eps 1 --autoattack-samples 50
 PHOTOS := runs/demo-pretrained
 TWO := -n 2 --dist loadfile --no-loadscope-reorder  # a module's fixtures are made in one process only
 CORE_TESTS := $(addprefix tests/,operators singular_values norms layers clipping lipschitz training)
@@ -52,8 +55,8 @@ demo: env  ## two twins from one trained model on MNIST-5k, attacked and compare
 	$(RS) finetune --model test_resnet --data mnist5k --epochs 6 --lr 2e-3 --max-norm inf --out $(RUN)-start
 	$(RS) finetune --model test_resnet --data mnist5k --epochs 14 --lr 2e-3 --initial-checkpoint $(RUN)-start/model.safetensors \
 	  --freeze-bn --max-norm 1.3 --logit-scale 20 --spectral-warmup 0.5 --twin --out $(RUN)
-	$(RS) evaluate $(RUN) --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 \
-	  --samples 200 --autoattack-eps 0.5 --autoattack-eps 1 --autoattack-samples 50
+	$(RS) evaluate $(RUN) $(ATTACKS)
+	$(RS) evaluate $(RUN)/clipped $(ATTACKS) --local-certificates $(AROUND)
 	$(RS) report $(RUN)
 
 demo-pretrained: env  ## make demo from ImageNet weights, on colour photographs: runs/demo-pretrained/report.html

@@ -40,6 +40,16 @@ def not_tested(gates: list[dict[str, Any]]) -> str:
     return f"{len(names)} checks not tested ({', '.join(names)}); give more --gate-samples" if names else ""
 
 
+def local_in_words(found: dict[str, Any]) -> str:
+    """One sentence on the certificates around single images, from the entry ``local_certificates`` of a report."""
+    first, better = found["images"], found["local"]
+    told = f"Certificates around the first {first} images: {better} above the global radius"
+    if better:
+        told += f", for the forward pass in {found['dtype']}, failure probability {number(found['failure_probability'])} each"
+    around = "some of the images" if better else "the images"
+    return f"{told}; nothing is proved around {around}: {found['reason']}" if found["reason"] else told
+
+
 def size(eps: float, norm: str) -> str:
     """The size of a perturbation; in L∞ as a fraction of 255 where it is a whole number of 255ths."""
     levels = eps * 255

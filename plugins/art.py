@@ -8,6 +8,8 @@ trained classifier; `LipschitzClassifier` certifies predictions, and `LipschitzR
 
 from __future__ import annotations
 
+from typing import Any
+
 import art.defences.trainer
 import art.defences.transformer
 import art.estimators.classification
@@ -18,7 +20,7 @@ from .art_certifying import LipschitzReport as LipschitzReport
 from .art_clipping import FastClipTrainer as FastClipTrainer
 from .art_clipping import FastClipTransformer as FastClipTransformer
 
-_HOMES = {
+_HOMES: dict[Any, type] = {
     art.defences.trainer: FastClipTrainer,
     art.defences.transformer: FastClipTransformer,
     art.estimators.classification: LipschitzClassifier,

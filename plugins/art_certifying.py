@@ -16,6 +16,7 @@ from art.metrics import clever_u, loss_sensitivity
 from art.utils import check_and_transform_label_format
 
 from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, lipschitz_estimate
+from robust_spectral.certificates import largest_radii
 from robust_spectral.lipschitz import ESTIMATE_ROUNDING, disagreement
 from robust_spectral.user_warnings import warn_user
 
@@ -48,7 +49,7 @@ class LipschitzClassifier(PyTorchClassifier):
         images = self._images("lipschitz_estimate", x).float().to(self.device)
         return lipschitz_estimate(preprocessed("LipschitzClassifier", self), images)
 
-    def certify(self, x: np.ndarray, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    def certify(self, x: np.ndarray, batch_size: int = 32, local: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Predicted classes and the L2 radii within which they provably do not change; -1 and 0 where nothing is proved.
 
         Both are for the network in float64: a float64 copy of the model behind ART's standardisation. (``predict`` computes in
@@ -58,16 +59,25 @@ class LipschitzClassifier(PyTorchClassifier):
         Args:
             x: Images, (n, ...), within ``clip_values``.
             batch_size: Images in a forward pass.
+            local: Also prove a radius around each image (`robust_spectral.local_radius`), and return the larger one. Such a
+                radius is of the same network, holds for perturbed images inside ``clip_values`` if there are any, fails with a
+                probability of at most 1e-9, and takes seconds to minutes an image. If none can be proved for the network, there
+                is a warning with the reason, and the radii are those of the Lipschitz bound.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: The classes, (n,) int64, and the radii, (n,) float64, in the units of x.
 
         Raises:
             TypeError: x is no array of numbers.
             ValueError: an image is not of the classifier's ``input_shape`` or has values outside ``clip_values``, or the model
-                does not give logits: one for each class, or one for two classes.
+                does not give logits: one for each class, or one for two classes (not with ``local``).
             NotImplementedError: as `lipschitz_bound`.
         """
-        return self._certify(x, self.lipschitz_bound(), batch_size)
+        return self._certify(x, self.lipschitz_bound(), batch_size, local)
 
-    def _certify(self, x: Any, bound: LipschitzBound, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    def _certify(
+        self, x: Any, bound: LipschitzBound, batch_size: int = 32, local: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         images = self._images("certify", x)
         self._check_range(images)
         exact = copy.deepcopy(preprocessed("LipschitzClassifier", self)).double().eval()
@@ -77,7 +87,23 @@ class LipschitzClassifier(PyTorchClassifier):
             logits = torch.cat([self._logits(exact(part.to(self.device))) for part in images.split(batch_size)])
         prediction = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
         radius = certified_radius(logits, prediction, bound)
+        if local and logits.shape[1] == 1:
+            raise ValueError(
+                "certify(local=True): the model gives one logit, and radii around images need one for each class; give a model "
+                "with two, such as torch.cat([-z, z], 1) / 2, or local=False"
+            )
+        if local:
+            radius = torch.maximum(radius, self._local_radius(exact, images, prediction))
         return torch.where(radius > 0, prediction, -1).numpy(), radius.numpy()
+
+    def _local_radius(self, network: torch.nn.Module, images: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The radii proved around images (n, ...) for a network in float64, on the CPU; a warning if there are none."""
+        found = largest_radii(network.cpu(), images, prediction, self._box())
+        if found.reason is not None and not bool(found.local.any()):
+            warn_user(
+                f"certify(local=True): nothing is proved around images, radii are those of the Lipschitz bound: {found.reason}"
+            )
+        return found.radii
 
     def refutation(self, x: np.ndarray, bound: LipschitzBound | None = None) -> str | None:
         """A sentence if images refute the bound or its graph, so that no certificate is valid; else None.
@@ -158,10 +184,11 @@ class LipschitzReport(Evaluation):
     Args:
         eps: L2 sizes of perturbation, in the units of the classifier's arrays.
         clever_samples: Number of first images whose CLEVER score, ART's estimate of the minimal perturbation, is computed.
+        local: Certify also by radii around each image, as `LipschitzClassifier.certify` does; seconds to minutes an image.
     """
 
-    def __init__(self, eps: Sequence[float], clever_samples: int = 0) -> None:
-        self.eps, self.clever_samples = [float(e) for e in eps], clever_samples
+    def __init__(self, eps: Sequence[float], clever_samples: int = 0, local: bool = False) -> None:
+        self.eps, self.clever_samples, self.local = [float(e) for e in eps], clever_samples, local
 
     def evaluate(self, classifier: LipschitzClassifier, x: np.ndarray, y: np.ndarray, **pgd: Any) -> dict[str, Any]:
         """Evaluate on images (n, ...) with their labels, one-hot or indices.
@@ -195,7 +222,7 @@ class LipschitzReport(Evaluation):
         if (refuted := classifier.refutation(x, bound)) is not None:
             warn_user(f"LipschitzReport.evaluate: nothing is certified: {refuted}")
             bound = LipschitzBound(math.inf, reason=refuted)
-        prediction, radius = classifier._certify(x, bound)
+        prediction, radius = classifier._certify(x, bound, local=self.local and refuted is None)
         _, attacked, accuracy = SecurityCurve(self.eps).evaluate(classifier, x, y, **{"norm": 2, "verbose": False} | pgd)
         right = prediction == y.argmax(1)
         return {

@@ -79,23 +79,36 @@ class CertifiedAccuracy:
     proves. Predictions must be logits, not probabilities: the bound is for the model without a softmax. Their dtype must be the
     one that the model computed in, without autocast or TF32. An array does not show this; `ImageClassifier` ensures it.
 
+    A metric sees no images, so radii proved around them are given to it: ``local_radius(model.double(), images.double(),
+    labels)`` of the images in the order of the updates. An image is then certified by the larger of the two radii.
+
     Args:
         bound: The result of ``lipschitz_bound`` for the same model.
         eps: L2 sizes of perturbation, in the units of the model's input.
         id: The metric's name in MAITE's records.
+        local_radii: L2 radii proved around the images of all updates, (n,), 0 for misclassified images; default: none.
 
     Raises:
         TypeError: ``bound`` is not a `LipschitzBound`.
-        ValueError: ``eps`` is empty, or an eps is not positive and finite.
+        ValueError: ``eps`` is empty, an eps is not positive and finite, or a local radius is negative or not a number.
     """
 
-    def __init__(self, bound: LipschitzBound, eps: Sequence[float], id: str = "certified_accuracy") -> None:
+    def __init__(
+        self, bound: LipschitzBound, eps: Sequence[float], id: str = "certified_accuracy", local_radii: ArrayLike | None = None
+    ) -> None:
         if not isinstance(bound, LipschitzBound):
             raise TypeError(f"CertifiedAccuracy(bound={bound!r}): takes the result of lipschitz_bound")
         if not len(eps) or not all(0 < e < math.inf for e in eps):
             raise ValueError(f"CertifiedAccuracy(eps={eps}): give at least one size, each positive and finite")
         self.metadata = MetricMetadata(id=id)
         self.bound, self.eps = bound, [float(e) for e in eps]
+        given = local_radii.detach().cpu() if isinstance(local_radii, Tensor) else local_radii
+        self.local_radii = None if given is None else torch.as_tensor(given, dtype=torch.float64)
+        if self.local_radii is not None and (self.local_radii.ndim != 1 or not bool((self.local_radii >= 0).all())):
+            raise ValueError(
+                f"CertifiedAccuracy(local_radii): got shape {tuple(self.local_radii.shape)}; give one radius for each image, "
+                "(n,), none of them negative or NaN, as local_radius returns them"
+            )
         self.reset()
 
     def reset(self) -> None:
@@ -114,7 +127,8 @@ class CertifiedAccuracy:
 
         Raises:
             TypeError: the predictions are not arrays of one dtype, float32 or float64.
-            ValueError: the predictions are probabilities, or predictions and targets do not fit.
+            ValueError: the predictions are probabilities, predictions and targets do not fit, or the local radii are too few or
+                of other images: one is positive for a misclassified image.
         """
         if len(pred_batch) != len(target_batch):
             raise ValueError(f"CertifiedAccuracy.update: {len(pred_batch)} predictions for {len(target_batch)} targets")
@@ -123,8 +137,23 @@ class CertifiedAccuracy:
         logits = _logits(pred_batch)
         labels = torch.tensor([_label(i, target, logits.shape[1]) for i, target in enumerate(target_batch)])
         right = (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
-        self._right = torch.cat([self._right, right])
-        self._radii = torch.cat([self._radii, certified_radius(logits, labels, self.bound)])
+        radii = torch.maximum(certified_radius(logits, labels, self.bound), self._local(right))
+        self._right, self._radii = torch.cat([self._right, right]), torch.cat([self._radii, radii])
+
+    def _local(self, right: Tensor) -> Tensor:
+        """The radii proved around the next images, of which some are classified correctly; 0 without such radii."""
+        if self.local_radii is None:
+            return torch.zeros(len(right), dtype=torch.float64)
+        seen, found = len(self._right), self.local_radii[len(self._right) :][: len(right)]
+        if len(found) < len(right) or bool((found[~right] > 0).any()):
+            what = f"{len(self.local_radii)} radii for {seen + len(right)} images"
+            if len(found) == len(right):
+                what = f"image {seen + int(((found > 0) & ~right).nonzero()[0])} is misclassified and has a positive radius"
+            raise ValueError(
+                f"CertifiedAccuracy.update: {what}; give local_radii of all images in the order of the updates, and call reset "
+                "before the first image again"
+            )
+        return found
 
     def compute(self) -> dict[str, Any]:
         """The accuracies over all batches since the last reset.

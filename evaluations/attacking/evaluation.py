@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -23,18 +22,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from robust_spectral import LipschitzBound, certified_radius
+from robust_spectral import LipschitzBound
 
 from ..records import FOLDER, Record, Unit, failed_proofs, figures, read_record, refuse_foreign, seconds_of
 from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
-from ..wording import not_tested, percent
+from ..wording import local_in_words, not_tested, percent
 from .engine import Engine, in_this_process, run_units
+from .radii import certified_radii, local_radii, radius_columns
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, network_gates, open_subject, plan_work
 
 Say = Callable[[str], None]
 Fallen = tuple[Tensor, Tensor]
 Errors = dict[tuple[str, str, float], str]
-_MOST_OF_IT = 0.99  # share of each certified radius that rounding in float32 must leave; else float64 is certified
+Columns = dict[str, list[Any]]
 _EXAMPLES = 8  # number of adversarial images stored for the pages
 
 
@@ -46,6 +46,7 @@ def evaluate(
     device: str = "cpu",
     block: int = 128,
     gate_samples: int = 64,
+    local_certificates: int = 0,
     engine: Engine = in_this_process,
     shard: tuple[int, int] = (1, 1),
     say: Say = print,
@@ -61,6 +62,8 @@ def evaluate(
         device: Device of the model.
         block: Number of images in a unit of work.
         gate_samples: Number of images for the checks (called gates in report.json).
+        local_certificates: Number of first images around which radii are proved one by one, which takes seconds to minutes for
+            each; 0 for the global bound alone. Radii of an earlier evaluation of the run stay in the report.
         engine: The engine that does the units.
         shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
         say: Called with each message on the results.
@@ -73,7 +76,7 @@ def evaluate(
     Raises:
         ValueError: the folder is no run, the model does not match its record, or an option is out of range.
     """
-    check_options(plans, device, block, gate_samples, shard)
+    check_options(plans, device, block, gate_samples, shard, local_certificates)
     complete = True
     opened = open_run(folder)
     for name, run in opened.models.items():
@@ -83,6 +86,7 @@ def evaluate(
         refuse_foreign(run.folder, run.record["model_sha256"], run.record["test_data_sha256"])
         how = {"seed": seed, "block": block, "gate_samples": gate_samples}
         everything = _with_earlier(run, plans, how, tell)
+        how["local_certificates"] = max(local_certificates, _certified_earlier(run))
         work = plan_work(run.record, subject.data.tests, everything, **how)
         mine = work.units[shard[0] - 1 :: shard[1]]
         _do(engine, run.folder, mine, device, progress)
@@ -99,7 +103,10 @@ def evaluate(
     return complete
 
 
-def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int]) -> None:
+def check_options(
+    plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int],
+    local_certificates: int = 0,
+) -> None:  # fmt: skip
     """Check the options of an evaluation before it starts.
 
     Raises:
@@ -110,6 +117,8 @@ def check_options(plans: Sequence[AttackPlan], device: str, block: int, gate_sam
         raise ValueError(
             f"block={block}, gate_samples={gate_samples}: at least 1; shard {shard[0]}/{shard[1]}: from 1/n to n/n"
         )
+    if local_certificates < 0:
+        raise ValueError(f"local_certificates={local_certificates}: expected the number of images to certify one by one, or 0")
     if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
         raise ValueError("evaluate: give at least one attack, and each attack once for a norm, with all its sizes")
 
@@ -129,6 +138,7 @@ def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], sa
     """The plans and the plans of an earlier report, so that running another attack does not lose its results."""
     report = run.report() if run.evaluated else {}
     planned = dict(report.get("planned") or {"plans": []})
+    planned.pop("local_certificates", None)  # does not change the results of an attack
     found = {(plan.attack, plan.norm): plan for plan in plans}
     for earlier in _plans_in(planned):
         mine = found.get((earlier.attack, earlier.norm))
@@ -142,6 +152,12 @@ def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], sa
         else:
             found[earlier.attack, earlier.norm] = earlier
     return list(found.values())
+
+
+def _certified_earlier(run: Run) -> int:
+    """The number of images that an earlier evaluation of a run certified one by one."""
+    planned = (run.report().get("planned") or {}) if run.evaluated else {}
+    return int(planned.get("local_certificates", 0))
 
 
 def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
@@ -164,21 +180,27 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     """Compute the verdicts and figures from the records of all units, and write them."""
     folder, record = subject.run.folder, subject.run.record
     lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
-    proof = network_gates(lipschitz)
+    local = local_radii([_read(folder, unit) for unit in work.local])
+    proof = network_gates(lipschitz, local)
     refuted = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in failed_proofs(proof))
     bound = LipschitzBound(math.inf, reason=f"refuted by a check: {refuted}") if refuted else bound_of(lipschitz)
+    local = local.withdrawn(f"refuted by a check: {refuted}") if refuted and local else local
     logits, exact, labels = (torch.cat([r.tensors[key] for r in clean]) for key in ("logits", "logits_float64", "labels"))
     on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are bounded
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
     say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
-    rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), radii)
-    attacked, errors = _verdicts(folder, work, radii, say)
+    proved = radius_columns(radii, local)
+    rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), proved)
+    attacked, errors = _verdicts(folder, work, proved, say)
     rows += attacked
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [*proof, *(gate for unit in work.gates for gate in _read(folder, unit).told["gates"])]
-    made = figures(record, rows, _network_figures(lipschitz, bound, dtype), subject.data.example().numel(), gates, errors)
+    network, around = _network_figures(lipschitz, bound, dtype), local.figures(radii) if local else None
+    made = figures(record, rows, network, subject.data.example().numel(), gates, errors, around)
+    if around:
+        say(local_in_words(made["local_certificates"]))
     _write_figures(folder, work, made, lipschitz.told["parameters"])
     _keep_examples(subject, work)
     seen = max(unit.stop for unit in work.gates)
@@ -186,7 +208,7 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     _say_gates(made["gates"], f"{seen} images for the checks{known}", say)
 
 
-def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[dict[str, Any]], Errors]:
+def _verdicts(folder: Path, work: Work, proved: Columns, say: Say) -> tuple[list[dict[str, Any]], Errors]:
     """The rows of all attacks, and the error of each failed attack."""
     rows: list[dict[str, Any]] = []
     errors: Errors = {}
@@ -200,7 +222,7 @@ def _verdicts(folder: Path, work: Work, radii: Tensor, say: Say) -> tuple[list[d
         failed = [block.told["error"] for block in blocks if block.told["error"]]
         if failed:
             errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
-        rows += _rows(attack, norm, eps, labels, guess, robust, far, radii, "invalid" if failed else "ok")
+        rows += _rows(attack, norm, eps, labels, guess, robust, far, proved, "invalid" if failed else "ok")
         say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images survive"
             + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
     return rows, errors
@@ -243,33 +265,15 @@ def _read(folder: Path, unit: Unit) -> Record:
 
 
 def _rows(
-    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, radii: Tensor,
+    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, proved: Columns,
     status: str = "ok",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    columns = (column.tolist() for column in (labels, predicted, robust, distance, radii[: len(labels)]))
+    columns = (column.tolist() for column in (labels, predicted, robust, distance))
     return [
         {"sample": i, "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess, "robust": ok,
-         "distance": far, "certified_radius": radius, "status": status}
-        for i, (label, guess, ok, far, radius) in enumerate(zip(*columns, strict=True))
+         "distance": far, **{name: column[i] for name, column in proved.items()}, "status": status}
+        for i, (label, guess, ok, far) in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
-
-
-def certified_radii(logits: Tensor, exact: Tensor, labels: Tensor, bound: LipschitzBound) -> tuple[Tensor, torch.dtype]:
-    """Certified radii and the dtype of the certified forward pass: float64 where rounding in float32 costs much.
-
-    Args:
-        logits: The logits of the images in float32, (n, classes).
-        exact: The logits in float64, (n, classes).
-        labels: (n,).
-        bound: The Lipschitz bound of the network.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "certified_radius: rounding")  # float64 is then certified
-        single, double = certified_radius(logits, labels, bound), certified_radius(exact, labels, bound)
-    kept = double > 0
-    if bool(kept.any()) and bool((single[kept] >= _MOST_OF_IT * double[kept]).all()):
-        return single, torch.float32
-    return double, torch.float64
 
 
 def _in_float64(bound: LipschitzBound) -> LipschitzBound:

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +28,11 @@ from ..models import restore
 from ..records import NETWORK_CHECKS, Record, Unit, bound_gate, graph_gate
 from ..run_folder import Run, environment, open_run
 from .gates import VERSION, check_attacks, check_model
+from .radii import BLOCK, PIXELS, SETTINGS, LocalRadii, prove_around
 
 CHECKS = {"gates": VERSION, "harness": HARNESS, "network": NETWORK_CHECKS}  # versions that a report records
 _FOR_ESTIMATE = 64  # number of images at which Jacobian norms are sampled
 _FOR_GRAPH = 16  # number of images on which the graph that is bounded is compared with the model
-_PIXELS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,19 @@ def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
         raise ValueError(f"eps {told}: expected positive numbers or fractions, such as 0.5 or 8/255") from error
 
 
+def images_to_certify(given: str | int, plans: Sequence[AttackPlan]) -> int:
+    """Parse the number of images that are certified one by one: a whole number, or ``all`` for all that are attacked.
+
+    Raises:
+        ValueError: anything else is given.
+    """
+    if given == "all":
+        return max(plan.samples for plan in plans)
+    if not str(given).isdecimal():
+        raise ValueError(f"local_certificates {given!r}: expected a number of images, 0 for none, or all")
+    return int(given)
+
+
 @dataclass(frozen=True)
 class Work:
     """All units of an evaluation, by kind.
@@ -101,35 +114,42 @@ class Work:
         clean: Logits of the images, block by block.
         gates: The checks, for each norm.
         attacks: The blocks of each attack, norm and size.
+        local: The radii around the first images, block by block.
     """
 
     lipschitz: Unit
     clean: list[Unit]
     gates: list[Unit]
     attacks: dict[tuple[str, str, float], list[Unit]]
+    local: list[Unit] = field(default_factory=list)
 
     @property
     def units(self) -> list[Unit]:
-        """All units, with AutoAttack before other attacks: a long unit at the end would leave other processes idle."""
+        """All units, long ones before short ones of their kind: a long unit at the end would leave other processes idle."""
         longest_first = sorted(self.attacks.items(), key=lambda item: "autoattack" not in item[0][0])
-        return [self.lipschitz, *self.clean, *self.gates, *(unit for _, blocks in longest_first for unit in blocks)]
+        attacks = (unit for _, blocks in longest_first for unit in blocks)
+        return [self.lipschitz, *self.clean, *self.gates, *self.local, *attacks]
 
 
-def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int) -> Work:
-    """Plan the units for attacks on a run with ``images`` test images."""
+def plan_work(
+    run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int,
+    local_certificates: int = 0,
+) -> Work:  # fmt: skip
+    """Plan the units for attacks on a run with ``images`` test images, of which the first ones are certified one by one."""
 
     def unit(task: str, config: dict[str, Any], start: int, stop: int) -> Unit:
         return Unit(run["model_sha256"], run["test_data_sha256"], task, config, start, stop, seed)
 
-    def blocks(task: str, config: dict[str, Any], count: int) -> list[Unit]:
+    def blocks(task: str, config: dict[str, Any], count: int, block: int = block) -> list[Unit]:
         count = min(count, images)
         return [unit(task, config, start, min(start + block, count)) for start in range(0, count, block)]
 
     ours = {"package": f"robust_spectral {__version__}", "harness": HARNESS}
+    samples = max(plan.samples for plan in plans)
     by_norm = {plan.norm: sorted({e for other in plans if other.norm == plan.norm for e in other.eps}) for plan in plans}
     return Work(
         unit("lipschitz", {"version": NETWORK_CHECKS, **ours}, 0, min(_FOR_ESTIMATE, images)),
-        blocks("clean", ours, max(plan.samples for plan in plans)),
+        blocks("clean", ours, samples),
         [
             unit("gates", {"norm": norm, "eps": eps[len(eps) // 2], "version": VERSION, **ours}, 0, min(gate_samples, images))
             for norm, eps in by_norm.items()
@@ -139,6 +159,7 @@ def plan_work(run: dict[str, Any], images: int, plans: Sequence[AttackPlan], see
             for plan in plans
             for eps in sorted(set(plan.eps))
         },
+        blocks("local-certificates", {**SETTINGS, **ours}, min(local_certificates, samples), BLOCK),
     )
 
 
@@ -151,7 +172,7 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
     subject = open_subject(open_run(folder), device)
     images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
     started = time.perf_counter()
-    tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates}
+    tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates, "local-certificates": _local}
     with full_precision(torch.device(device)):
         record = tasks.get(unit.task, _attack)(subject.model, images, labels, unit)
     return record, time.perf_counter() - started, environment(device)["hardware"]
@@ -172,7 +193,7 @@ def _clean(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Reco
 def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
     """The bound and what may refute it: the largest Jacobian norm at the images, and how its graph differs from the model."""
     try:
-        bound = lipschitz_bound(model, images[:1], box=_PIXELS)
+        bound = lipschitz_bound(model, images[:1], box=PIXELS)
     except RuntimeError as error:
         bound = LipschitzBound(math.inf, reason=f"the network could not be bounded: {error}")
     try:
@@ -180,7 +201,7 @@ def _lipschitz(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> 
     except RuntimeError:
         estimate = math.nan  # no gradient reaches the pixels, which a check reports
     claimed = math.isfinite(min(bound.value, bound.local))
-    boxed = bool(((images >= _PIXELS[0]) & (images <= _PIXELS[1])).all())
+    boxed = bool(((images >= PIXELS[0]) & (images <= PIXELS[1])).all())
     rounding = 2 * bound.errors.get(images.dtype, math.inf) if boxed else math.inf
     differs = disagreement(model, images[:_FOR_GRAPH], rounding) if claimed else None
     errors = {str(dtype).removeprefix("torch."): repr(error) for dtype, error in bound.errors.items()}
@@ -201,12 +222,17 @@ def bound_of(record: Record) -> LipschitzBound:
     )  # fmt: skip
 
 
-def network_gates(record: Record) -> list[dict[str, Any]]:
-    """The checks of the bound in a record."""
+def _local(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:
+    return prove_around(model, images, labels, unit.config)
+
+
+def network_gates(record: Record, around: LocalRadii | None = None) -> list[dict[str, Any]]:
+    """The checks of the bound in a record, and of the graph that it and the radii around images are of."""
     told = record.told
-    bound, local, estimate = (float(told[key]) for key in ("value", "local", "estimate"))
-    claimed = math.isfinite(min(bound, local))
-    return [bound_gate(bound, local if told["boxed"] else math.inf, estimate), graph_gate(claimed, told["differs"])]
+    bound, boxed, estimate = (float(told[key]) for key in ("value", "local", "estimate"))
+    claimed = math.isfinite(min(bound, boxed)) or (around is not None and bool((around.radii > 0).any()))
+    differs = told["differs"] or (around.differs if around else None)
+    return [bound_gate(bound, boxed if told["boxed"] else math.inf, estimate), graph_gate(claimed, differs)]
 
 
 def _gates(model: nn.Module, images: Tensor, labels: Tensor, unit: Unit) -> Record:

@@ -39,6 +39,12 @@ def evaluate(
     autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default: those of --eps.")] = None,
     autoattack_samples: Annotated[int | None, typer.Option(help="Number of images for AutoAttack; default: --samples.")] = None,
     gate_samples: Annotated[int, typer.Option(help="Number of images for the checks (gates in report.json).")] = 64,
+    local_certificates: Annotated[
+        str,
+        typer.Option(
+            help="Prove a radius around each of this many first images, or all; seconds to minutes each. 0: global bound alone."
+        ),
+    ] = "0",
     block: Annotated[
         int, typer.Option(help="Images in a unit of work (an attack at one size); a stop loses the units in progress.")
     ] = 128,
@@ -54,7 +60,7 @@ def evaluate(
 
     An evaluation that was stopped continues: the run's folder contains one file for each finished unit of work.
     """
-    from ..attacking import AttackPlan, check_options, make_engine, sizes
+    from ..attacking import AttackPlan, check_options, images_to_certify, make_engine, sizes
     from ..attacking import evaluate as attack_run
     from ..records import failed_proofs
     from ..run_folder import open_run
@@ -65,6 +71,7 @@ def evaluate(
     plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
     who, share = make_engine(engine, workers, address), _share(shard)
     check_options(plans, device, block, gate_samples, share)
+    certified = images_to_certify(local_certificates, plans)
     adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
                "std": numbers("std", std)}  # fmt: skip
     folder = _folder_to_evaluate(run, model, adopted, defence)
@@ -72,8 +79,9 @@ def evaluate(
     with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
         task = bar.add_task("units", total=None)
         complete = attack_run(
-            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, engine=who, shard=share,
-            command=_command(), say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
+            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, local_certificates=certified,
+            engine=who, shard=share, command=_command(),
+            say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if not complete:

@@ -36,15 +36,15 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
         if entry["attack"] != "worst case"
     }
     sizes_seen = {(entry["norm"], entry["eps"]) for entry in report["robust"]}
-    proved = {
-        f"{entry['norm']} {entry['eps']:g}": entry["accuracy"]
-        for entry in report["certified"]
-        if (entry["norm"], entry["eps"]) in sizes_seen and entry["valid"]
-    }
+    proved: dict[str, Any] = {
+        kind: {f"{entry['norm']} {entry['eps']:g}": entry["accuracy"] for entry in report[kind]
+               if (entry["norm"], entry["eps"]) in sizes_seen and entry["valid"]}
+        for kind in ("certified", "certified_local") if kind in report
+    }  # fmt: skip
     return {
         "name": name, "defence": run["defence"], "max_norm": run["config"]["max_norm"],
         "logit_scale": run["config"]["logit_scale"], "seed": run["seed"], "clean": report["accuracy"]["clean"],
-        "robust": attacked, "certified": proved, "lipschitz": report["lipschitz"]["bound"],
+        "robust": attacked, **proved, "lipschitz": report["lipschitz"]["bound"],
         "estimate": report["lipschitz"]["estimate"], "largest_norm": max((row["upper"] for row in run["layers"]), default=None),
         "seconds": run["seconds"], **{f"gates_{told}": [gate["name"] for gate in report["gates"] if gate["status"] == told]
                                       for told in ("fail", "skip")},

@@ -2,7 +2,8 @@
 
 A grid is a TOML file. ``[finetune]`` contains the options of every run, each ``[[runs]]`` further options and a name; a list of
 values gives one run per combination. A name in braces in a text is replaced by that option of the run, or by the grid's
-folder ({out}). ``[[evaluate]]`` tables are the attacks on every run, and ``[frontier]`` is the criterion of the choice:
+folder ({out}). ``[[evaluate]]`` tables are the attacks on every run, and ``[frontier]`` is the criterion of the choice.
+``gate_samples`` and ``local_certificates`` are numbers of images, as for ``evaluate``:
 
     [[runs]]
     name = "clipped-{max_norm}-{logit_scale}"
@@ -24,24 +25,25 @@ from typing import Any
 
 import torch
 
-from ..attacking import CHECKS, AttackPlan, check_options, evaluate, sizes
+from ..attacking import CHECKS, AttackPlan, check_options, evaluate, images_to_certify, sizes
 from ..config import FinetuneConfig, config_of, read_toml
 from ..finetuning import finetune
 from ..run_folder import make_folder, read_json, write_json
 from .frontier import Frontier, frontier_of, row_of
 
 Say = Callable[[str], None]
-_TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples"}
+_TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples", "local_certificates"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs by name, the attacks on each, and the criterion of the choice."""
+    """All runs by name, the attacks and the number of images certified one by one on each, and the criterion of the choice."""
 
     runs: dict[str, FinetuneConfig]
     plans: list[AttackPlan]
     frontier: Frontier | None
     gate_samples: int = 64
+    local_certificates: int = 0
 
 
 def read_grid(path: Path, out: Path) -> Grid:
@@ -72,6 +74,7 @@ def read_grid(path: Path, out: Path) -> Grid:
         if frontier:
             frontier = replace(frontier, eps=sizes([frontier.eps])[0], drops=tuple(frontier.drops))
         check_options(plans, "cpu", 1, text.get("gate_samples", 64), (1, 1))
+        local = images_to_certify(text.get("local_certificates", 0), plans)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: [[evaluate]] takes attack, norm, eps and samples, [frontier] plain, …: {error}") from error
     if frontier and frontier.plain not in runs:
@@ -80,7 +83,7 @@ def read_grid(path: Path, out: Path) -> Grid:
     if frontier and (frontier.attack, frontier.norm, frontier.eps) not in attacked:
         raise ValueError(f"{path}: the frontier's {frontier.attack} {frontier.norm} {frontier.eps:g} is under no [[evaluate]]")
     runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # all runs of one seed before the next seed
-    return Grid(runs, plans, frontier, text.get("gate_samples", 64))
+    return Grid(runs, plans, frontier, text.get("gate_samples", 64), local)
 
 
 def _combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -135,7 +138,8 @@ def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: st
             say(f"{places[name]} {name}")
             try:
                 finetune(replace(config, device=device), folder, resume=True)
-                evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples, say=say)
+                evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples,
+                         local_certificates=grid.local_certificates, say=say)  # fmt: skip
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
@@ -152,7 +156,8 @@ def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
     planned = report.get("planned", {"plans": [], "gate_samples": None})
     seen = {(plan["attack"], plan["norm"], plan["samples"]): set(plan["eps"]) for plan in planned["plans"]}
     covered = all(set(plan.eps) <= seen.get((plan.attack, plan.norm, plan.samples), set()) for plan in grid.plans)
-    return covered and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
+    certified = planned.get("local_certificates", 0) >= grid.local_certificates
+    return covered and certified and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
 
 
 @contextmanager

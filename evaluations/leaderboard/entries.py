@@ -19,7 +19,7 @@ from typing import Any
 
 from ..records import bound_gate, failed_proofs
 from ..run_folder import begun, open_run, read_json
-from ..wording import portable
+from ..wording import local_in_words, portable
 
 Figures = dict[str, Any]
 NOT_FAILED = ("pass", "flag", "skip")
@@ -76,13 +76,15 @@ def completed(report: Figures) -> Figures:
             "bound_in_pixel_box": math.inf,
             "reason": f"refuted by a check: {_in_words(proof_failed)}",
         }
-    proved = [_attack({"attack": "certified", "valid": True, **entry}) for entry in report.get("certified") or []]
+    proved = {key: [_attack({"attack": "certified", "valid": True, **entry}) for entry in report.get(key) or []]
+              for key in ("certified", "certified_local")}  # fmt: skip
     config = report.get("config") or {}
     return {
         "model": str(report["model"]), "defence": str(report.get("defence", "unknown")),
         "data": portable(report.get("data", "unknown")), "seed": report.get("seed"), "clean": _accuracy(clean),
         "robust": [_judged(_attack(entry), failed) for entry in report["robust"]],
-        "certified": [_without_value(_judged(entry, proof_failed)) for entry in proved], "gates": gates,
+        **{key: [_without_value(_judged(entry, proof_failed)) for entry in entries] for key, entries in proved.items()},
+        "local_certificates": _local(None if proof_failed else report.get("local_certificates")), "gates": gates,
         "lipschitz": lipschitz, "layers": [_layer(layer) for layer in report.get("layers") or []],
         "config": {str(key): portable(value) for key, value in config.items() if value is not None},
         "versions": {str(key): str(value) for key, value in (report.get("versions") or {}).items()},
@@ -162,6 +164,11 @@ def _lipschitz(found: Figures | None) -> Figures:
     bounds = {key: _or_infinite(found[key]) if key in found else None for key in ("bound", "bound_in_pixel_box")}
     rest = {key: _finite(found.get(key)) for key in ("estimate", "failure_probability")}
     return {**bounds, **rest, **{key: found.get(key) for key in ("reason", "certified_dtype")}}
+
+
+def _local(found: Figures | None) -> str | None:
+    """The sentence on the certificates around single images, if there are any."""
+    return portable(local_in_words(found)) if found else None
 
 
 def _layer(layer: Figures) -> Figures:

@@ -56,7 +56,8 @@ def _index(entries: list[Entry], levels: list[Board]) -> str:
     first = max(levels, key=lambda board: len(board.rows))
     shapes = markers([entry.figures["defence"] for entry in entries])
     pictures = {board.id: picture(board) for board in levels}
-    return render("leaderboard.html", boards=levels, first=first, models=len(entries), shapes=shapes, pictures=pictures)
+    return render("leaderboard.html", boards=levels, first=first, models=len(entries), shapes=shapes, pictures=pictures,
+                  around_images=any(entry.figures["local_certificates"] for entry in entries))  # fmt: skip
 
 
 def _page(entry: Entry, levels: list[Board], say: Callable[[str], None]) -> str:
@@ -67,7 +68,7 @@ def _page(entry: Entry, levels: list[Board], say: Callable[[str], None]) -> str:
         shown = []
     standings = [(board, row) for board in levels for row in board.rows if row["id"] == entry.id]
     return render("model.html", entry=entry, figures=entry.figures, standings=standings, examples=shown,
-                  plots=_plots(entry.figures))  # fmt: skip
+                  plots=_plots(entry.figures), around_images=bool(entry.figures["local_certificates"]))  # fmt: skip
 
 
 def _plots(figures: Figures) -> dict[str, list[str]]:
@@ -93,7 +94,13 @@ def _for_charts(figures: Figures) -> dict[str, Any]:
                **{key: gap if layer[key] in (None, float("inf")) else layer[key] for key in ("lower", "upper", "before")}}
               for layer in figures["layers"]]  # fmt: skip
     accuracy = {"clean": gap if figures["clean"]["accuracy"] is None else figures["clean"]["accuracy"]}
-    return {"accuracy": accuracy, "robust": cells("robust"), "certified": cells("certified"), "layers": layers}
+    return {
+        "accuracy": accuracy,
+        "robust": cells("robust"),
+        "certified": cells("certified"),
+        "certified_local": cells("certified_local"),
+        "layers": layers,
+    }
 
 
 def _label(text: str) -> str:

@@ -85,13 +85,16 @@ def _row(entry: Entry, norm: str, label: str) -> Row | None:
     if not here:
         return None
     attacks = {e["attack"]: e for e in here if e["attack"] != "worst case"}
-    proved = next((e for e in figures["certified"] if (e["norm"], size(e["eps"], norm)) == (norm, label)), None)
+    proved, around = (next((e for e in figures[key] if (e["norm"], size(e["eps"], norm)) == (norm, label)), None)
+                      for key in ("certified", "certified_local"))  # fmt: skip
+    if displayable(around) and around and proved and around["n"] == proved["n"]:
+        proved = around
     kept = ("seed", "lipschitz", "gates", "parameters", "training_seconds", "attack_seconds", "model_sha256", "data_sha256")
     return {
         "id": entry.id, "page": f"models/{entry.id}.html", "run": entry.run, "model": figures["model"],
         "defence": figures["defence"], "data": figures["data"], "norm": norm, "eps": here[0]["eps"],
         "clean": figures["clean"], "worst_case": _worst_case(here, attacks), "attacks": attacks,
-        "certified": proved, "bound": _bound(figures["lipschitz"]),
+        "certified": proved, **({"certified_local": around} if around else {}), "bound": _bound(figures["lipschitz"]),
         **{key: figures[key] for key in kept},
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 def figures(
     run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int, gates: Sequence[Row] = (),
-    errors: Mapping[tuple[str, str, float], str] | None = None,
+    errors: Mapping[tuple[str, str, float], str] | None = None, local: Row | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute the report.json of one model.
 
@@ -25,6 +25,8 @@ def figures(
         pixels: Number of values of an image; an L-inf ball of radius eps lies in the L2 ball of radius eps sqrt(pixels).
         gates: The results of the checks of the model and the attacks: name, status, detail.
         errors: Why an attack failed, by attack, norm and eps.
+        local: images, local, dtype, failure_probability and reason of the certificates around single images, if there are any;
+            the report then has the keys ``local_certificates`` and ``certified_local``.
     """
     clean = [row for row in rows if row["attack"] == "none"]
     stand = [row["robust"] for row in clean]
@@ -39,14 +41,20 @@ def figures(
     broken = failed_proofs(all_gates)
     withdrawn = {"bound": math.inf, "bound_in_pixel_box": math.inf, "reason": f"refuted by a check: {_in_words(broken)}"}
     entries = (*_per_attack(attacked), *map(_worst, sandwiches))
+
+    def proved(around: bool) -> list[Row]:
+        return [judged_proof(entry, _in_words(broken)) for norm in norms
+                for entry in certified(clean, norm, attacked, pixels, around)]  # fmt: skip
+
     judged = [_judged(entry, _in_words(failed), _in_words(skipped), errors or {}) for entry in entries]
     return {
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share(stand), "n": len(stand), "ci": _with_interval(stand)["ci"]},
         "robust": judged,
-        "certified": [judged_proof(entry, _in_words(broken)) for norm in norms
-                      for entry in certified(clean, norm, attacked, pixels)],
+        "certified": proved(around=False),
+        **({"certified_local": proved(around=True)} if local else {}),
         "lipschitz": lipschitz | withdrawn if broken else lipschitz,
+        **({"local_certificates": local | {"local": 0, "reason": withdrawn["reason"]} if broken else local} if local else {}),
         "layers": run["layers"],
         "sandwich": [level | {"certified": None} if broken else level for level in sandwiches],
         "gates": all_gates,
@@ -56,19 +64,37 @@ def figures(
     }  # fmt: skip
 
 
-def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int) -> list[Row]:
-    """Certified accuracy at the attacked sizes and on a 1-2-5 grid that extends down to sizes with positive accuracy."""
-    radii = sorted(row["certified_radius"] / _l2_radius(norm, pixels) for row in clean)
+def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int, around: bool = False) -> list[Row]:
+    """Certified accuracy at the attacked sizes and on a 1-2-5 grid that extends down to sizes with positive accuracy.
+
+    Args:
+        clean: The rows of the images without an attack.
+        norm: The norm of the sizes, l2 or linf.
+        attacked: The rows of the attacks.
+        pixels: Number of values of an image.
+        around: Take the images with certificates around single images only, with the larger of both radii; empty if no radius
+            rests on the bounds around its image. Default: all images, with the radii of the global bound.
+    """
+    if around and not any(row.get("certified_by") == "local" for row in clean):
+        return []
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
-    return certified_at(clean, norm, sorted(attacked_eps | set(_one_two_five(radii))), pixels)
+    sizes = _one_two_five(sorted(_radii(clean, norm, pixels, around)))
+    return certified_at(clean, norm, sorted(attacked_eps | set(sizes)), pixels, around)
 
 
-def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int) -> list[Row]:
-    """Certified accuracy at the given sizes."""
-    radii = [row["certified_radius"] / _l2_radius(norm, pixels) for row in clean]
+def certified_at(clean: list[Row], norm: str, grid: list[float], pixels: int, around: bool = False) -> list[Row]:
+    """Certified accuracy at the given sizes, of the images and radii that `certified` takes."""
+    radii = _radii(clean, norm, pixels, around)
     return [
         {"norm": norm, "eps": eps, "n": len(radii), **_with_interval([radius >= eps for radius in radii])} for eps in grid
     ]  # fmt: skip
+
+
+def _radii(clean: list[Row], norm: str, pixels: int, around: bool) -> list[float]:
+    """Radii in a norm; rows of evaluations without certificates around single images have one radius only, the global one."""
+    rows = [row for row in clean if row.get("local_radius") is not None] if around else clean
+    column = "certified_radius" if around or not rows or "global_radius" not in rows[0] else "global_radius"
+    return [row[column] / _l2_radius(norm, pixels) for row in rows]
 
 
 def judged_proof(entry: Row, refuted: str) -> Row:

@@ -15,11 +15,14 @@ STYLE = {
     "font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "robust_spectral", "svg.fonttype": "path",
 }  # fmt: skip
-KINDS = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certified": ("--", "")}
+KINDS: dict[str, tuple[Any, str]] = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certified": ("--", "v"),
+         "certified_local": ((0, (6, 1, 1, 1)), "^")}  # fmt: skip
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
     """Accuracy against the size of the perturbation: clean, under each attack, and certified, for every model, if valid.
+
+    Certificates around single images are a curve of their own, with the number of images in its label.
 
     The axis of sizes is logarithmic, because certified sizes are orders of magnitude smaller than attacked ones.
     """
@@ -31,11 +34,10 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
         for attack in sorted({e["attack"] for e in shown} - {"worst case"}):
             entries = sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])
             _attack_line(axes, colour, name, attack, entries)
-        valid = [e for e in figures["certified"] if e["norm"] == norm and e.get("valid") is not False]
-        proved = sorted(valid, key=lambda e: e["eps"])
-        if any(e["accuracy"] for e in proved):
-            axes.plot([e["eps"] for e in proved], [100 * e["accuracy"] for e in proved], color=colour, marker="v", ms=4,
-                      ls=KINDS["certified"][0], lw=1.4, label=f"{name}: certified")  # fmt: skip
+        for kind in ("certified", "certified_local"):
+            valid = [e for e in figures.get(kind, []) if e["norm"] == norm and e.get("valid") is not False]
+            if any(e["accuracy"] for e in valid):
+                _certified_line(axes, colour, name, kind, sorted(valid, key=lambda e: e["eps"]))
     axes.set(xlabel=f"size of the perturbation, {'L2' if norm == 'l2' else 'L∞'}, pixels in [0, 1]", ylabel="accuracy, %",
              ylim=(-2, 102), xscale="log")  # fmt: skip
     _name_near_sizes(axes)
@@ -61,6 +63,12 @@ def _attack_line(axes: Axes, colour: str, name: str, attack: str, entries: list[
         x, y, yerr=[below, above], color=colour, ls=line or "none", marker=marker, ms=8 if attack == "autoattack" else 5,
         capsize=2, elinewidth=0.8, label=f"{name}: {attack}",
     )  # fmt: skip
+
+
+def _certified_line(axes: Axes, colour: str, name: str, kind: str, entries: list[dict[str, Any]]) -> None:
+    label = "certified" if kind == "certified" else f"certified around each\nimage ({entries[0]['n']} images)"
+    axes.plot([e["eps"] for e in entries], [100 * e["accuracy"] for e in entries], color=colour, marker=KINDS[kind][1], ms=4,
+              ls=KINDS[kind][0], lw=1.4, label=f"{name}: {label}")  # fmt: skip
 
 
 def layer_norms(models: dict[str, dict[str, Any]]) -> str:

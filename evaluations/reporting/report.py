@@ -13,11 +13,12 @@ from rich.table import Table
 
 from ..records import certified_at, judged_proof
 from ..run_folder import Run, open_run, write_json, write_text
-from ..wording import NORM_NAMES, interval, not_tested, number, percent, verdict
+from ..wording import NORM_NAMES, interval, local_in_words, not_tested, number, percent, verdict
 from . import charts
 from .pages import render
 
 Figures = dict[str, Any]
+_PROVED = {"certified": "certified", "certified_local": "certified around each image"}  # the label of each list of figures
 
 
 def write_report(folder: Path) -> dict[str, Figures]:
@@ -53,6 +54,8 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
             f"largest layer norm {number(largest)}; certified: the forward pass in {lipschitz['certified_dtype']}",
             highlight=False,
         )  # fmt: skip
+        if local := figures.get("local_certificates"):
+            console.print(f"  {local_in_words(local)}", highlight=False, markup=False)
         noted = [gate for gate in figures["gates"] if gate["status"] != "pass"]
         console.print(f"  {len(figures['gates']) - len(noted)} of {len(figures['gates'])} checks pass", highlight=False)
         if untested := not_tested(noted):
@@ -66,7 +69,7 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
 
 
 def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
-    """Rows of the main table: clean, then each attack and size, then certified; one cell for each model."""
+    """Rows of the main table: clean, each attack and size, certified, certified around each image; a cell for each model."""
     labels: dict[tuple[str, ...], dict[str, str]] = {("clean",): {}}
     for name, figures in models.items():
         accuracy = figures["accuracy"]
@@ -75,11 +78,12 @@ def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:
             if entry["attack"] != "worst case":
                 key = (entry["attack"], f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
                 labels.setdefault(key, {})[name] = _cell(entry)
-    proved = {(e["norm"], e["eps"]) for figures in models.values() for e in figures["certified"] if e["accuracy"]}
-    for name, figures in models.items():
-        for entry in figures["certified"]:
-            if (entry["norm"], entry["eps"]) in proved:
-                key = ("certified", f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
+    for kind, label in _PROVED.items():
+        found = {name: figures.get(kind, []) for name, figures in models.items()}
+        positive = {(e["norm"], e["eps"]) for entries in found.values() for e in entries if e["accuracy"]}
+        for name, entry in ((name, entry) for name, entries in found.items() for entry in entries):
+            if (entry["norm"], entry["eps"]) in positive:
+                key = (label, f"{NORM_NAMES[entry['norm']]} {entry['eps']:g}", f"{entry['n']} images")
                 labels.setdefault(key, {})[name] = _cell(entry)
     return [(" · ".join(key), [cells.get(name, "–") for name in models]) for key, cells in labels.items()]
 
@@ -95,16 +99,21 @@ def _certify_alike(models: dict[str, Figures], runs: dict[str, Run]) -> None:
     """Recompute certified accuracy on a common grid of sizes for all models, from their verdicts per sample."""
     import pyarrow.parquet as pq  # the leaderboard, which imports the charts of this package, does without
 
-    for norm in {entry["norm"] for figures in models.values() for entry in figures["certified"]}:
-        grid = sorted({e["eps"] for figures in models.values() for e in figures["certified"] if e["norm"] == norm})
-        for name, figures in models.items():
-            run = runs[name].record
-            rows = pq.read_table(runs[name].folder / "samples.parquet").to_pylist()
-            clean = [row for row in rows if row["attack"] == "none"]
-            others = [e for e in figures["certified"] if e["norm"] != norm]
-            refuted = next((e["reason"] for e in figures["certified"] if e.get("valid") is False), "")
-            proved = certified_at(clean, norm, grid, run["channels"] * run["image_size"] ** 2)
-            figures["certified"] = others + [judged_proof(entry, refuted) for entry in proved]
+    grids: dict[str, dict[str, list[float]]] = {}
+    for kind in _PROVED:
+        found = {(e["norm"], e["eps"]) for figures in models.values() for e in figures.get(kind, [])}
+        grids[kind] = {norm: sorted(eps for own, eps in found if own == norm) for norm in sorted({norm for norm, _ in found})}
+    for name, figures in models.items():
+        run = runs[name].record
+        rows = pq.read_table(runs[name].folder / "samples.parquet").to_pylist()
+        clean = [row for row in rows if row["attack"] == "none"]
+        pixels = run["channels"] * run["image_size"] ** 2
+        for kind in (kind for kind in _PROVED if figures.get(kind)):
+            refuted = next((e["reason"] for e in figures[kind] if e.get("valid") is False), "")
+            figures[kind] = [
+                judged_proof(entry, refuted) for norm, grid in grids[kind].items()
+                for entry in certified_at(clean, norm, grid, pixels, around=kind == "certified_local")
+            ]  # fmt: skip
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -119,4 +128,5 @@ def _render(models: dict[str, Figures], training: dict[str, list[dict[str, Any]]
         "layers": charts.layer_norms(models),
         "training": charts.training_norms(training) if any(training.values()) else "",
     }
-    return render("report.html", models=models, first=first, rows=accuracy_rows(models), plots=plots)
+    around = any(figures.get("local_certificates") for figures in models.values())
+    return render("report.html", models=models, first=first, rows=accuracy_rows(models), plots=plots, around_images=around)

@@ -46,7 +46,8 @@ def figure(label: str, figures: Any) -> tuple[float, int | None]:
         return 100 * figures["accuracy"]["clean"], figures["accuracy"]["n"]
     eps = float(rest[0].removeprefix("L2 "))
     attacked = [entry for entry in figures["robust"] if entry["attack"] == ATTACKS.get(kind)]
-    entry = at(figures["certified"] if kind == "certified" else attacked, eps)
+    proved = {"certified": "certified", "certified around each image": "certified_local"}
+    entry = at(figures[proved[kind]] if kind in proved else attacked, eps)
     return 100 * entry["accuracy"], entry["n"]
 
 

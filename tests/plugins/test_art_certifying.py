@@ -13,7 +13,8 @@ from art.preprocessing.standardisation_mean_std.numpy import StandardisationMean
 from reference import norm
 from torch import nn
 
-from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound
+from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, local_radius
+from robust_spectral.certificates import Radii
 from robust_spectral.plugins import art_certifying
 from robust_spectral.plugins.art import LipschitzClassifier, LipschitzReport
 
@@ -251,3 +252,65 @@ def test_art_itself_predicts_the_sign_of_one_logit():
     given = binary()
     plain = PyTorchClassifier(given.model, nn.BCEWithLogitsLoss(), (3, 5, 5), 2, preprocessing=(MEAN, STD))
     assert given.certify(images())[0].tolist() == (plain.predict(images())[:, 0] > 0).astype(int).tolist()
+
+
+@pytest.mark.parametrize("clip_values", [(0, 1), None])
+def test_radii_around_images_are_of_the_standardised_network_in_its_box_and_at_least_the_global_ones(clip_values):
+    given = classifier(clip_values=clip_values)
+    prediction, radius = given.certify(images(4))
+    nearer, larger = given.certify(images(4), local=True)
+    assert (nearer == prediction).all() and (larger >= radius).all() and (larger > 1.2 * radius).all()
+    box = None if clip_values is None else (-1e-40, 1 + 1e-6)
+    by_itself = nn.Sequential(Standardise(), copy.deepcopy(given.model)).double()
+    x = torch.from_numpy(images(4)).double()
+    wanted = local_radius(by_itself, x, torch.from_numpy(prediction), box)
+    assert larger == pytest.approx(wanted.numpy(), rel=0.05)
+
+
+class Standardise(nn.Module):
+    """The standardisation that ART applies, by hand."""
+
+    def forward(self, x):
+        mean, std = (torch.from_numpy(v.astype(np.float32)).to(x.dtype).reshape(1, 3, 1, 1) for v in (MEAN, STD))
+        return (x - mean) / std
+
+
+def test_attacks_inside_a_radius_around_an_image_do_not_change_its_class():
+    given = classifier()
+    x = images(4)
+    prediction, radius = given.certify(x, local=True)
+    for scale in (0.5, 0.999):
+        steps = given.loss_gradient(x, np.eye(3, dtype=np.float32)[prediction])
+        steps *= (scale * radius / np.linalg.norm(steps.reshape(4, -1), axis=1))[:, None, None, None]
+        assert by_hand(given.model, np.clip(x + steps, 0, 1)).argmax(1).tolist() == prediction.tolist()
+
+
+def test_a_network_without_radii_around_images_keeps_the_global_ones_with_a_warning_that_says_why(monkeypatch):
+    def none(model, x, prediction, box):
+        nothing = torch.zeros(len(x), dtype=torch.float64)
+        return Radii(nothing, nothing > 0, 0.0, "cummax has no bound")
+
+    monkeypatch.setattr(art_certifying, "largest_radii", none)
+    with pytest.warns(UserWarning, match=r"certify\(local=True\): nothing is proved around images, .*: cummax has no bound"):
+        _, radius = classifier().certify(images(), local=True)
+    assert (radius == classifier().certify(images())[1]).all()
+
+
+def test_radii_around_images_of_one_logit_or_behind_unknown_preprocessing_are_refused():
+    with pytest.raises(ValueError, match=r"certify\(local=True\): the model gives one logit, .* or local=False"):
+        binary().certify(images(), local=True)
+    squeezing = FeatureSqueezing(clip_values=(0, 1), bit_depth=4)
+    with pytest.raises(NotImplementedError, match="FeatureSqueezing"):
+        classifier(preprocessing_defences=[squeezing]).certify(images(), local=True)
+
+
+def test_the_report_certifies_by_radii_around_images_if_asked():
+    x, y = images(4), labels(4)
+    options = {"eps_step": 0.01, "max_iter": 2}
+    given = classifier()
+    prediction, radius = given.certify(x, local=True)
+    level = float(np.median(radius))
+    right = prediction == y.argmax(1)
+    found = LipschitzReport([level], local=True).evaluate(given, x, y, **options)
+    assert found["certified"] == {level: float((right & (radius >= level)).mean())}
+    assert found["certified"][level] >= LipschitzReport([level]).evaluate(given, x, y, **options)["certified"][level]

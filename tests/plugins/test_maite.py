@@ -1,5 +1,6 @@
 """The MAITE plugin: its model and its metric, run by MAITE's own tasks."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound
+from robust_spectral import LipschitzBound, certified_radius, lipschitz_bound, local_radius
 
 pytest.importorskip("maite")
 
@@ -207,3 +208,40 @@ def test_predictions_of_one_logit_are_refused() -> None:
     metric = CertifiedAccuracy(ONE, [0.5])
     with pytest.raises(ValueError, match=r"one logit each.*two logits, such as torch.cat\(\[-z, z\], 1\) / 2"):
         metric.update([torch.tensor([3.0])], [torch.tensor([1.0])])
+
+
+def test_an_image_is_certified_by_the_larger_of_its_radius_and_the_global_one() -> None:
+    model = network().eval()
+    data = Images(model, 6)
+    x, y = data.images.double(), data.labels
+    local = local_radius(copy.deepcopy(model).double(), x, y, rounds=2, steps=2)
+    bound = lipschitz_bound(model, data.images)
+    alone = certified_radius(model(data.images).detach(), y, bound)
+    assert bool((local[3:] > alone[3:]).all())
+    eps = [float(alone[3:].max()) * 1.001, float(local.max())]
+    metric = CertifiedAccuracy(bound, eps, local_radii=local)
+    for _ in range(2):
+        found, _, _ = tasks.evaluate(model=ImageClassifier(model, "net"), dataloader=Loader(data, 4), metric=metric)
+        for size in eps:
+            wanted = float((torch.maximum(alone, local) >= size).double().mean())
+            assert found[f"certified_accuracy_l2_{size}"] == wanted > 0
+        metric.reset()
+
+
+@pytest.mark.parametrize(
+    "radii, message",
+    [
+        ([0.5], "1 radii for 2 images; give local_radii of all images in the order of the updates"),
+        ([0.5, 0.5], "image 1 is misclassified and has a positive radius"),
+    ],
+)
+def test_local_radii_of_other_images_are_refused(radii: list[float], message: str) -> None:
+    metric = CertifiedAccuracy(ONE, [0.5], local_radii=radii)
+    with pytest.raises(ValueError, match=message):
+        metric.update(rows([3, 0], [3, 0]), rows([1, 0], [0, 1]))
+
+
+@pytest.mark.parametrize("radii", [[-1.0], [math.nan], [[0.5]]])
+def test_local_radii_that_are_none_are_refused(radii: list) -> None:
+    with pytest.raises(ValueError, match="give one radius for each image"):
+        CertifiedAccuracy(ONE, [0.5], local_radii=radii)
