@@ -81,3 +81,16 @@ def test_the_certified_accuracy_in_the_readme_agrees_with_its_report() -> None:
 def test_the_readme_and_contributing_are_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 50
+
+
+def test_the_table_of_certificates_around_images_agrees_with_the_stored_result() -> None:
+    rows = json.loads((ROOT / "evaluations/benchmarks/results/certify_local.json").read_text())["rows"]
+    header = "| network | L2 radius | clean | PGD | certified | global bound | SDP-CROWN | s an image |"
+    (table,) = tables("docs/figures.md", header)
+    shares = ("clean", "pgd", "certified", "certified_globally")
+    wanted = [
+        [row["network"], f"{row['radius']:.3g}", *(f"{row[share]:.1f}" for share in shares),
+         f"{row['published']['sdp_crown']:.1f}", f"{row['seconds_per_image']:.2g}"]
+        for row in rows if row["factor"] == 1 and row["published"]["sdp_crown"]
+    ]  # fmt: skip
+    assert table == wanted and not any(row["certified_and_broken"] for row in rows)
