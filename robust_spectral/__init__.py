@@ -7,6 +7,7 @@ evaluations and the command line in `robust_spectral.evaluations`.
 from .certificates import Certificates as Certificates
 from .certificates import certify as certify
 from .certificates import local_radius as local_radius
+from .certificates import refined_bound as refined_bound
 from .clipping import ClipResult as ClipResult
 from .clipping import MoveGamma as MoveGamma
 from .clipping import MoveWeight as MoveWeight

@@ -15,7 +15,7 @@ CORE = [
     "lipschitz_estimate", "certified_radius", "Lanczos", "PowerQR", "NormInterval", "LinearOperator", "LipschitzBound",
     "ClipResult", "SingularTriplets", "LinearLayer", "linear_layers", "circular_singular_values",
     "duplicate_structure", "representation_gap", "DuplicateStructure", "RepresentationGap", "MoveWeight",
-    "MoveGamma", "MoveWeightAndGamma", "projected_weight", "fold_batchnorms_", "__version__",
+    "MoveGamma", "MoveWeightAndGamma", "projected_weight", "fold_batchnorms_", "refined_bound", "__version__",
 ]  # fmt: skip
 HOMES = {
     "operators": ["LinearOperator", "linear_operator"],
@@ -35,6 +35,7 @@ HOMES = {
     "clipping": ["clip_", "ClipResult", "projected_weight", "MoveWeight", "MoveGamma", "MoveWeightAndGamma"],
     "training": ["FastClip"],
     "lipschitz": ["lipschitz_bound", "lipschitz_estimate", "LipschitzBound", "certified_radius"],
+    "certificates": ["refined_bound"],
 }
 PLUGINS = {
     "art": ["FastClipTrainer", "FastClipTransformer", "LipschitzClassifier", "register"],

@@ -8,3 +8,4 @@ from .prover import Radii as Radii
 from .prover import certify as certify
 from .prover import largest_radii as largest_radii
 from .prover import local_radius as local_radius
+from .refinement import refined_bound as refined_bound

@@ -98,7 +98,7 @@ def _limits(n: fx.Node) -> list[float]:
     return [float(limit) for limit in found if limit is not None]
 
 
-_KINKS: dict[Any, Callable[..., tuple[list[float], Any, Any]]] = {
+KINKS: dict[Any, Callable[..., tuple[list[float], Any, Any]]] = {
     aten.relu: lambda walk, n: ([0.0], 0.0, 1.0),
     aten.relu6: lambda walk, n: ([0.0, 6.0], 0.0, 1.0),
     aten.abs: lambda walk, n: ([0.0], -1.0, 1.0),
@@ -108,14 +108,14 @@ _KINKS: dict[Any, Callable[..., tuple[list[float], Any, Any]]] = {
 }  # fmt: skip
 
 
-@local(*_KINKS)
+@local(*KINKS)
 def piecewise_linear(walk: Any, n: fx.Node) -> LocalError:
     """The secant from the centre to t is monotone in t on each piece, so that its extremes are at kinks and ends.
 
     Where no kink is in the box, there is no error. Where a kink is next to the centre, or nothing moves, the secants are only
     known to be between the least and largest slope.
     """
-    kinks, least, most = _KINKS[operation_of(n.target)](walk, n)
+    kinks, least, most = KINKS[operation_of(n.target)](walk, n)
     z, (low, high) = walk.env[n.args[0]], walk.box(n.args[0])
     least, most = (torch.as_tensor(slope, dtype=z.dtype, device=z.device).expand_as(z) for slope in (least, most))
     ends = [low, *(_between(torch.full_like(z, kink), low, high) for kink in sorted(kinks)), high]
@@ -167,7 +167,7 @@ def _derivative(walk: Any, n: fx.Node, t: Tensor) -> Tensor:
 
 
 # Largest |φ''|, rounded up, with the least and largest slope: tanh 4/(3√3), sigmoid 1/(6√3), erf √(8/(π e)) · …
-_CURVED = {
+CURVED = {
     aten.tanh: (0.7699, 0.0, 1.0), aten.sigmoid: (0.09623, 0.0, 0.25), aten.sin: (1.0, -1.0, 1.0), aten.cos: (1.0, -1.0, 1.0),
     aten.gelu: (0.80, -0.1295, 1.1295), aten.silu: (0.5001, -0.1, 1.09984), aten.erf: (0.9679, 0.0, 1.12838),
     aten.atan: (0.6496, 0.0, 1.0), aten.log_sigmoid: (0.2501, 0.0, 1.0),
@@ -175,10 +175,10 @@ _CURVED = {
 }  # fmt: skip
 
 
-@local(*_CURVED)
+@local(*CURVED)
 def curved(walk: Any, n: fx.Node) -> LocalError:
     """Secants from the centre are within M / 2 times the distance of the derivative there, where |φ''| ≤ M."""
-    most, least, largest = _CURVED[operation_of(n.target)]
+    most, least, largest = CURVED[operation_of(n.target)]
     z, (low, high) = walk.env[n.args[0]], walk.box(n.args[0])
     slope, reach = _derivative(walk, n, z), torch.maximum(high - z, z - low) * (most / 2 * _UP)
     lower, upper = (slope - reach - 1e-12).clamp_min(least), (slope + reach + 1e-12).clamp_max(largest)

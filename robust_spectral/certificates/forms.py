@@ -135,11 +135,11 @@ def written_out(program: Any) -> Any:
     program = program.run_decompositions(dict(FORMS))
     for node in list(program.graph.nodes):
         if operation_of(node.target) is aten.max_pool2d:
-            _exchange(program.graph, node)
+            move_relu_behind(program.graph, node)
     return program
 
 
-def _exchange(graph: fx.Graph, pool: fx.Node) -> None:
+def move_relu_behind(graph: fx.Graph, pool: fx.Node) -> None:
     """Move the ReLU before a max-pooling behind it."""
     relu: Any = pool.args[0]
     if operation_of(relu.target) is not aten.relu or len(relu.users) > 1:

@@ -101,10 +101,11 @@ class JointMap:
         self.linear, self.terms, self.sources, self.energy, self.seed = linear, terms, sources, energy, seed
         self.last = max(sources, key=linear.order.__getitem__)
         self.images, self.device = linear.images, linear.values[linear.graph.input].device
+        self.dtype = linear.values[linear.graph.input].dtype
         self.shapes = {node: linear.values[node].shape for node in terms}
         self.counts = [shape.numel() // self.images for shape in self.shapes.values()]
         self.given = sum(self.counts)
-        nothing = torch.zeros(1, self.images, self.given, dtype=torch.float64, device=self.device)
+        nothing = torch.zeros(1, self.images, self.given, dtype=self.dtype, device=self.device)
         self.sizes = [part.shape[2] for part in self.parts(nothing)]
 
     def _energies(self) -> Iterator[tuple[list[fx.Node], Energy, Tensor | float]]:
@@ -158,7 +159,7 @@ class JointMap:
     def operator(self) -> LinearOperator:
         """The map as an operator with a group for each image."""
         shapes = (self.images, self.given), (self.images, sum(self.sizes))
-        return LinearOperator(*shapes, torch.float64, self.device, self.forward, self.adjoint, groups=self.images)
+        return LinearOperator(*shapes, self.dtype, self.device, self.forward, self.adjoint, groups=self.images)
 
     def bound(self, s: Tensor) -> Tensor:
         """A bound of the function's norm from one of the map's, (images,)."""
@@ -180,7 +181,7 @@ class JointMap:
         least, first = (_LEAST_ROUNDS // 3, _FIRST_RATE / 3) if near else (_LEAST_ROUNDS, _FIRST_RATE)
         generator = torch.Generator().manual_seed(self.seed)
         X = torch.randn(_BLOCK, self.images, self.given, generator=generator, dtype=torch.float64).to(self.device)
-        self._fit_scale(X)
+        self.fit_scale(X)
         settled = 0
         for done in range(_MOST_ROUNDS):
             X = torch.linalg.qr(X.permute(1, 2, 0)).Q.permute(2, 0, 1)
@@ -221,7 +222,7 @@ class JointMap:
             least = _LEAST_SHARE * (given.mean(1, keepdim=True) + met.mean(1, keepdim=True)) + 1e-30
             term.log = term.log + (rate * ((given + least) / (met + least)).log()).clamp(-1, 1)
 
-    def _fit_scale(self, X: Tensor) -> None:
+    def fit_scale(self, X: Tensor) -> None:
         """Add to all logarithms what makes the function alone as large as is aimed at."""
         for _ in range(3):
             Y = self.parts(X / X.norm(dim=2, keepdim=True).clamp_min(1e-300))

@@ -30,7 +30,7 @@ def max_pool(walk: Any, n: fx.Node) -> LocalError:
     Where only ReLUs follow, an element that stays below 0 is no rival: whatever stands in its place, a ReLU gives the same. The
     box then has to contain what stands in the place of the maximum, which may be the element of the centre's maximum.
     """
-    windows, (low, high), z = _Windows(n, walk.env[n.args[0]]), walk.box(n.args[0]), walk.env[n.args[0]]
+    windows, (low, high), z = Windows(n, walk.env[n.args[0]]), walk.box(n.args[0]), walk.env[n.args[0]]
     parts, above, below = (windows(x) for x in (z, high - z, z - low))
     value, best = parts.max(0, keepdim=True)
     own = torch.zeros_like(parts, dtype=torch.bool).scatter(0, best, True)
@@ -63,7 +63,7 @@ def max_pool(walk: Any, n: fx.Node) -> LocalError:
 
 def may_win(n: fx.Node, low: Tensor, high: Tensor) -> Tensor:
     """The elements that may be the largest of a window, and above 0 if only ReLUs follow."""
-    windows = _Windows(n, low)
+    windows = Windows(n, low)
     least = windows(low).amax(0)
     if all(operation_of(user.target) is aten.relu for user in n.users):
         least = least.clamp_min(0)
@@ -72,7 +72,7 @@ def may_win(n: fx.Node, low: Tensor, high: Tensor) -> Tensor:
         return torch.autograd.grad(windows(met), met, (windows(high) >= least).to(low))[0] > 0
 
 
-class _Windows:
+class Windows:
     """The elements of the windows of a max-pooling, on a new first axis; places in the padding are replaced by others."""
 
     def __init__(self, n: fx.Node, z: Tensor) -> None:

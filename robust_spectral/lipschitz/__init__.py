@@ -21,6 +21,7 @@ from .graph import preserved as preserved
 from .graph import where as where
 from .precision import full_precision as full_precision
 from .rounding_walk import RoundingWalk as RoundingWalk
+from .rules.activations import elementwise_slope as elementwise_slope
 from .rules.node_arguments import arguments as arguments
 from .rules.node_arguments import exact as exact
 from .rules.node_arguments import increasing as increasing

@@ -48,7 +48,7 @@ class LipschitzBound:
     Attributes:
         value: Valid for all inputs; inf where nothing is proved.
         nodes: The bounds of single nodes; an affine node inside a longer affine stretch has no row of its own.
-        reason: Why ``value`` is infinite, and why ``local`` is, if so; None otherwise.
+        reason: Why ``value`` or ``local`` is infinite, or why `refined_bound` did not refine it; None otherwise.
         failure_probability: Sum over the layers' probabilistic norm bounds; 0 if all are deterministic.
         local: Valid between any two inputs in the box; never above ``value``, and inf where nothing is proved.
         pairs: (classes, classes), the Lipschitz constants of the differences of two outputs, for all inputs; None where

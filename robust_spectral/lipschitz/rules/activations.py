@@ -39,7 +39,7 @@ _PRELU = (aten.prelu, aten._prelu_kernel)
 _LOWEST = {aten.silu: -0.2785, aten.gelu: -0.1701, aten.mish: -0.3089, aten.hardswish: -0.375}
 
 
-def slope(walk: LipschitzWalk, n: fx.Node) -> float:
+def elementwise_slope(walk: LipschitzWalk, n: fx.Node) -> float:
     """Largest slope of an elementwise operation of one argument, rounded up; walk may be of any kind.
 
     Raises:
@@ -69,7 +69,7 @@ def elementwise(walk: LipschitzWalk, n: fx.Node) -> float:
     a = arguments(n)
     if any(walk.depends(value) for name, value in a.items() if name not in ("self", "input")):
         raise NoClaim("with parameters that depend on the input")
-    return product_up(walk.bound(n.args[0]), slope(walk, n), repeats(walk, n, n.args[0]))
+    return product_up(walk.bound(n.args[0]), elementwise_slope(walk, n), repeats(walk, n, n.args[0]))
 
 
 def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
@@ -78,7 +78,7 @@ def smooth(walk: Any, n: fx.Node) -> tuple[int, float]:
     Softplus with beta computes log(1 + exp(beta x)) / beta, with |f(0)| = log 2 / beta. Where it turns into the identity, at
     beta x = threshold, it jumps by less than exp(-threshold) / beta.
     """
-    if not slope(walk, n) <= 2:
+    if not elementwise_slope(walk, n) <= 2:
         raise NoClaim("with a slope above 2")
     offset = 1.0
     if operation_of(n.target) is aten.softplus:
@@ -124,7 +124,7 @@ def rising_slopes(walk: LipschitzWalk, n: fx.Node) -> Box:
 
 def slope_times(walk: Any, n: fx.Node) -> tuple[int, float]:
     """One product with a slope."""
-    return 2, walk.size(n.args[0]) * repeats(walk, n, n.args[0]) * slope(walk, n)
+    return 2, walk.size(n.args[0]) * repeats(walk, n, n.args[0]) * elementwise_slope(walk, n)
 
 
 rule(aten.leaky_relu, *_PRELU, box=rising_slopes, rounding=slope_times)(elementwise)

@@ -15,7 +15,7 @@ from torch import fx
 from ...numerics import product_up
 from ..table import NoClaim, operation_of, pattern
 from ..walk import LipschitzWalk
-from .activations import slope
+from .activations import elementwise_slope
 from .arithmetic import constant_factor
 from .node_arguments import UP, arguments, aten, calls, same
 
@@ -280,7 +280,7 @@ def _slope_from(walk: LipschitzWalk, node: Any, x: Any) -> float | None:
         return None
     inner = _slope_from(walk, node.args[0], x)
     try:
-        return None if inner is None else product_up(inner, slope(walk, node))
+        return None if inner is None else product_up(inner, elementwise_slope(walk, node))
     except NoClaim:
         return None
 
