@@ -30,7 +30,7 @@ aten = torch.ops.aten
 _WRITTEN_OUT = (aten.max_pool1d, aten.max_pool3d, aten.maximum, aten.minimum, aten.max, aten.min, aten.amax, aten.amin,
                 aten._native_batch_norm_legit_no_training)  # fmt: skip
 _FORMS = {operation: form for operation, form in FORMS.items() if operation_of(operation) in _WRITTEN_OUT}
-_LAST_AIM = 0.995  # of the squared norm, so that its bound is at most 1
+_LEAST_AIM, _LAST_AIM = 0.88, 0.995  # of the squared norm, so that its bound is at most 1, or a little larger
 _MOST_IN_FLOAT32 = 1e12  # largest size of an error with which multipliers are tuned in float32
 _PARTS = (0.4, 0.8, 1.0)  # of the time, after which bounds are computed
 _MOST_OF_TIME = 0.1  # for one bound; if it takes longer, there is one at the end only
@@ -224,9 +224,9 @@ class Refinement:
         return square
 
     def _aim(self, square: float) -> None:
-        """Aim at the largest squared norm whose bound will be below 1."""
+        """Aim at the largest squared norm whose bound will be about 1."""
         if self.tuning.rounds:
-            self.tuning.aim = min(_LAST_AIM, 0.998 * self.tuning.top / square)
+            self.tuning.aim = min(_LAST_AIM, max(_LEAST_AIM, 0.998 * self.tuning.top / square))
 
     def _tune(self, until: float) -> None:
         while (over := self.over()) < until:
