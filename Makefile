@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RS := $(BIN)/robust-spectral
 RUN := runs/demo
-AROUND := 8  # images of the demo around which radii are proved one by one
+AROUND := 4  # images of the demo around which radii are proved one by one
 ATTACKS := --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 --samples 200 --autoattack-eps 0.5 \
   --autoattack-eps 1 --autoattack-samples 50
 PHOTOS := runs/demo-pretrained
