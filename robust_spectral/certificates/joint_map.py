@@ -83,6 +83,21 @@ class Term:
         by_element = (numbers * share).sum(1) if numbers.shape[1] > 1 else numbers[:, 0]
         return torch.minimum(by_element, numbers.amax(1)) * (1 + 1e-9)
 
+    def equalise(self, given: Tensor, met: Tensor, rate: float) -> None:
+        """Move the logarithms towards equal shares of the map's inputs and of what ``energy`` gives.
+
+        Args:
+            given: Shares of the inputs, (images, elements).
+            met: Shares of the outputs, (images, outputs).
+            rate: Of the step; at 0.5 it is a whole one.
+        """
+        if self.log.shape[1] > 1:
+            met = met.reshape(len(met), -1, given.shape[1]).sum(1)
+        else:
+            met, given = met.sum(1, keepdim=True), given.sum(1, keepdim=True)
+        least = _LEAST_SHARE * (given.mean(1, keepdim=True) + met.mean(1, keepdim=True)) + 1e-30
+        self.log = self.log + (rate * ((given + least) / (met + least)).log()).clamp(-1, 1)
+
 
 class JointMap:
     """The map whose norm bounds a linear function of the changes of some nodes, by image.
@@ -214,13 +229,7 @@ class JointMap:
         for term, given in zip(self.terms.values(), ins, strict=True):
             if term.fixed:
                 continue
-            met = next(energies)
-            if term.log.shape[1] > 1:
-                met = met.reshape(len(met), -1, given.shape[1]).sum(1)
-            else:
-                met, given = met.sum(1, keepdim=True), given.sum(1, keepdim=True)
-            least = _LEAST_SHARE * (given.mean(1, keepdim=True) + met.mean(1, keepdim=True)) + 1e-30
-            term.log = term.log + (rate * ((given + least) / (met + least)).log()).clamp(-1, 1)
+            term.equalise(given, next(energies), rate)
 
     def fit_scale(self, X: Tensor) -> None:
         """Add to all logarithms what makes the function alone as large as is aimed at."""

@@ -167,7 +167,7 @@ class LocalWalk(LipschitzWalk):
         generator = torch.Generator().manual_seed(self._fresh_seed())
         elements = value.numel() // self.images
         squares, left = torch.zeros(self.images, elements, dtype=torch.float64, device=value.device), _SKETCH
-        terms = {n: term for n, term in self.terms.items() if n in {self.graph.input, *self.linear.steps(node)}}
+        terms = self._terms_before(node)
         factors = {n: term.size[:, None] * term.moves * math.sqrt(len(terms)) for n, term in terms.items()}
         given = sum(term.reach.shape[1] for term in terms.values())
         while left:
@@ -259,9 +259,11 @@ class LocalWalk(LipschitzWalk):
     def _joint(self, sources: list[fx.Node], energy: Energy) -> JointMap:
         """The map from the input's change and the errors before some nodes to a linear function of the nodes' changes."""
         last = max(sources, key=self.linear.order.__getitem__)
+        return JointMap(self.linear, self._terms_before(last), sources, energy, self._fresh_seed())
+
+    def _terms_before(self, last: fx.Node) -> dict[fx.Node, Term]:
         steps = {self.graph.input, *self.linear.steps(last)}
-        terms = {n: term for n, term in self.terms.items() if n in steps}
-        return JointMap(self.linear, terms, sources, energy, self._fresh_seed())
+        return {node: term for node, term in self.terms.items() if node in steps}
 
     def _fresh_seed(self) -> int:
         """A seed that nothing else of this walk is drawn with."""

@@ -46,7 +46,6 @@ class Margins:
 
     def __init__(self, walk: LocalWalk, node: fx.Node, functionals: Tensor, centre: Tensor) -> None:
         self.walk, self.functionals, self.output, self.centre = walk, functionals, node, centre
-        self.nodes = [node for node in walk.errors if bool((walk.sizes[node] > 0).any())]
         v, seen = self._pull(None)
         norm = v.norm(dim=2)
         self.best = (
@@ -61,7 +60,7 @@ class Margins:
         self.choices: dict[fx.Node, _Choice] = {}
         for node, c in seen.items():
             slope = walk.linear.slopes[node]
-            if node in self.nodes and isinstance(slope, Tensor):
+            if node in walk.terms and isinstance(slope, Tensor):
                 size = rows(c, walk.images, 1).norm(dim=2)
                 ball, energy = (size / bound.clamp_min(1e-30) for bound in (self._ball(node) * 100, walk.sizes[node]))
                 self.choices[node] = _Choice(
@@ -110,7 +109,7 @@ class Margins:
         d = torch.minimum(torch.maximum((-v / kappa[..., None]).detach(), low), high)
         total = self.centre + (v * d).sum(2) + kappa / 2 * d.square().sum(2) - kappa / 2 * walk.radii.square()
         for node, c in seen.items():
-            if node not in self.nodes:
+            if node not in walk.terms:
                 continue
             choice, error = self.choices.get(node), walk.errors[node]
             if choice is None:

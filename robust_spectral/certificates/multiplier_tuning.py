@@ -21,7 +21,6 @@ _SHARPNESS = 50.0  # a singular value counts by this power of its square
 _FIRST_RATE, _LAST_RATE = 0.5, 0.003  # of the logarithms
 _LEAST_ROUNDS = 3.0  # the last rate is at least this number, divided by that of the rounds
 _SETTLING = 20  # steps of a power iteration
-_LEAST_SHARE = 1e-2  # of the mean share: added to those of elements, so that none has none
 
 
 class Tuning:
@@ -97,10 +96,4 @@ class Tuning:
                 wanted = math.log(max(float(given.sum()) / max(budget, 1e-30), 1e-6) * total)
                 term.log = term.log + max(-1.0, min(1.0, (wanted - float(term.log[0, 0])) * rate * 2 + rise))
                 continue
-            met = next(energies)
-            if term.log.shape[1] > 1:
-                met = met.reshape(-1, len(given)).sum(0)
-            else:
-                given, met = given.sum()[None], met.sum()[None]
-            least = _LEAST_SHARE * (given.mean() + met.mean()) + 1e-30
-            term.log = term.log + (((given + least) / (met + least)).log() * rate).clamp(-1, 1)
+            term.equalise(given[None], next(energies)[None], rate)
