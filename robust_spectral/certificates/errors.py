@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..lipschitz import NoClaim, arguments, normalisation_settings, operation_of
+from .energies import Energy, Scaled
 
 aten = torch.ops.aten
 _NEAR = 1e-9  # a secant over a shorter distance, relative to 1 + |z|, is not computed
@@ -31,13 +32,14 @@ class LocalError:
         energy: Maps the changes of the sources, each (k, images, ...) or None, to tensors whose joint norm is at least ‖e‖.
         size: Another bound of ‖e‖ for each image.
         pieces: For an elementwise operation, its graph: see `Pieces`.
-        by_element: Whether the energy's tensors have the shape of y, with |e_i|² at most the sum of their squares at i.
+        by_element: Whether the energy's tensors have, for each image, the elements of y once or several times, with |e_i|² at
+            most the sum of their squares at i.
         linear: A linear function of a batch of arguments in place of the derivative, where ``slope`` is None.
     """
 
     slope: Tensor | float | None
     reach: Tensor
-    energy: Callable[[list[Any]], list[Tensor]] | None = None
+    energy: Energy | None = None
     size: Tensor | None = None
     pieces: Pieces | None = None
     by_element: bool = False
@@ -153,7 +155,7 @@ def elementwise_error(walk: Any, n: fx.Node, lower: Tensor, upper: Tensor, graph
     slope, half = (lower + upper) / 2, (upper - lower) / 2 * _UP
     furthest = torch.maximum(high - z, z - low)
     graph = graph or Pieces((low - z, high - z), (half,), sector=True)
-    return LocalError(slope, half * furthest, lambda given: [half * given[0]], pieces=graph, by_element=True)
+    return LocalError(slope, half * furthest, Scaled(half), pieces=graph, by_element=True)
 
 
 def _value(walk: Any, n: fx.Node, t: Tensor) -> Tensor:
@@ -268,7 +270,7 @@ def softmax(walk: Any, n: fx.Node) -> LocalError:
     both = most.norm(dim=dim, keepdim=True).clamp_max(1.0) + p.norm(dim=dim, keepdim=True)
     gain = (far.amax(dim, keepdim=True) + far.norm(dim=dim, keepdim=True) * both).clamp_max(1.0)
     reach = (gain * torch.maximum(high - z, z - low).norm(dim=dim, keepdim=True) * _UP).expand_as(p)
-    return LocalError(None, reach, lambda given: [gain * given[0] * _UP])
+    return LocalError(None, reach, Scaled(gain * _UP))
 
 
 def _extreme_share(own: Tensor, others: Tensor, dim: int, sign: float) -> Tensor:
@@ -303,4 +305,4 @@ def normalised(walk: Any, n: fx.Node) -> LocalError:
     gain = gain * (1.0 if weight is None else float(weight.abs().max()))
     whole = gain.expand_as(groups).reshape(z.shape)
     reach = (gain * far).expand_as(groups).reshape(z.shape)
-    return LocalError(None, reach, lambda given: [whole * given[0]])
+    return LocalError(None, reach, Scaled(whole))

@@ -188,18 +188,18 @@ def _max_pool(walk: LipschitzWalk, n: fx.Node) -> GlobalError:
     """
     z = walk.env[n.args[0]]  # type: ignore[index]
     windows = Windows(n, z)
-    first = windows.first[:, :1].to(z.dtype)  # the same for all images
-    share = first / first.sum(0)
-    around = first * (1 - 1 / first.sum(0)).sqrt() * _UP
+    inside = windows(torch.ones_like(z[:1, :1]))  # the same for all images
+    share = inside / inside.sum(1, keepdim=True)
+    around = inside * (1 - share).sqrt() * _UP
     with torch.enable_grad():
         met = torch.zeros_like(z, requires_grad=True)
-        windows_of_each = torch.autograd.grad(windows(met), met, first.expand_as(windows(z)))[0]
+        windows_of_each = torch.autograd.grad(windows(met), met, torch.ones_like(windows(z)))[0]
 
     def mean(x: Tensor) -> Tensor:
-        return (windows(x) * share.to(x.dtype)).sum(0)
+        return (windows(x) * share.to(x.dtype)).sum(1)
 
     def energy(given: list[Any]) -> list[Tensor]:
-        x = torch.stack([windows(part) for part in given[0]], 1)  # (window, k, images, ...)
-        return list((x - (x * share[:, None].to(x.dtype)).sum(0)) * around[:, None].to(x.dtype))
+        x = windows.of_changes(given[0])
+        return [(x - (x * share.to(x.dtype)).sum(2, keepdim=True)) * around.to(x.dtype)]
 
     return GlobalError(None, math.sqrt(float(windows_of_each.max())) * _UP, energy, linear=mean)

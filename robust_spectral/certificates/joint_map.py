@@ -12,7 +12,7 @@ s is bounded by Lanczos. For global sectors this is the condition of LipSDP (Faz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import Tensor, fx
 
 from ..lipschitz import NoClaim
 from ..operators import LinearOperator
+from .energies import Energy as Energy
+from .energies import Scaled, in_precision
 from .linearised import Linearised, rows, zeros
 from .supports import support
 
-Energy = Callable[[list[Any]], list[Tensor]]
 _AIM = 0.95  # of s², so that its bound is below 1
 _NEAR = 1.03  # times the aim: near enough to stop
 _BLOCK = 8  # vectors that follow the top singular space
@@ -57,6 +58,12 @@ class Term:
         self.moves = moves.to(self.reach)
         self.places = moves.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(moves.sum(1).max())]
         self.reach_there = self.reach.gather(1, self.places)
+        self._factors: tuple[Tensor, Tensor, Tensor] | None = None  # logarithms, and the factors that these give
+
+    def cast(self, dtype: torch.dtype) -> Term:
+        """The same in another precision."""
+        energy = None if self.energy is None else in_precision(self.energy, dtype)
+        return Term(self.size.to(dtype), self.reach.to(dtype), self.log.to(dtype), energy, self.sources)
 
     def support(self, c: Tensor) -> Tensor:
         """The largest value of functionals of it, (k, images, elements)."""
@@ -67,14 +74,23 @@ class Term:
         """Whether the energy is no function of changes: a part of the budget."""
         return self.energy is None
 
+    @property
     def scale(self) -> Tensor:
         """The change that an input of the map at 1 stands for."""
-        return self.size[:, None] * self.moves * (-self.log / 2).exp()
+        return self._scale_and_weight()[0]
 
+    @property
     def weight(self) -> Tensor:
         """The factor of what ``energy`` gives, (images, elements) or (images, 1)."""
-        moves = self.moves if self.log.shape[1] > 1 else self.moves.amax(1, keepdim=True)
-        return moves * (self.log / 2).exp() / self.size.clamp_min(1e-300)[:, None]
+        return self._scale_and_weight()[1]
+
+    def _scale_and_weight(self) -> tuple[Tensor, Tensor]:
+        if self._factors is None or self._factors[0] is not self.log:
+            root, size = (self.log / 2).exp(), self.size[:, None]
+            moves = self.moves if self.log.shape[1] > 1 else self.moves.amax(1, keepdim=True)
+            least = torch.finfo(size.dtype).tiny
+            self._factors = self.log, size * self.moves / root, moves * root / size.clamp_min(least)
+        return self._factors[1:]
 
     def slack(self, factor: Tensor) -> Tensor:
         """A bound of factor × Σ D_i e_i², (images,)."""
@@ -123,18 +139,18 @@ class JointMap:
         nothing = torch.zeros(1, self.images, self.given, dtype=self.dtype, device=self.device)
         self.sizes = [part.shape[2] for part in self.parts(nothing)]
 
-    def _energies(self) -> Iterator[tuple[list[fx.Node], Energy, Tensor | float]]:
+    def _energies(self) -> Iterator[tuple[list[fx.Node], Energy, Tensor | None]]:
         """The function and those of the errors: of which changes, and by which factor."""
-        yield self.sources, self.energy, 1.0
+        yield self.sources, self.energy, None
         for term in self.terms.values():
             if term.energy is not None:
-                yield term.sources, term.energy, term.weight()
+                yield term.sources, term.energy, term.weight
 
     def parts(self, X: Tensor) -> list[Tensor]:
         """(k, images, given) -> the function and the energies of the errors, (k, images, elements) each."""
         changes = {}
         for (node, shape), part in zip(self.shapes.items(), X.split(self.counts, dim=2), strict=True):
-            changes[node] = (part * self.terms[node].scale()).reshape(len(X), *shape)
+            changes[node] = (part * self.terms[node].scale).reshape(len(X), *shape)
         start = {self.linear.graph.input: changes.pop(self.linear.graph.input)}
         found = self.linear.push(start, self.last, changes)
         return [
@@ -154,22 +170,36 @@ class JointMap:
         """(k, images, outputs) -> (k, images, given)."""
         cotangents: dict[fx.Node, Tensor] = {}
         for (sources, energy, weight), y in zip(self._energies(), Y.split(self.sizes, dim=2), strict=True):
-            with torch.enable_grad():
-                given = [zeros(self.linear.values[source], len(y)).requires_grad_() for source in sources]
-                found = torch.autograd.grad(self._joined(energy, given, weight), given, y)
+            found: Sequence[Any]
+            if isinstance(energy, Scaled):
+                y = y if weight is None else y * weight
+                found = energy([y.reshape(len(y), *self.linear.values[sources[0]].shape)])
+            else:
+                with torch.enable_grad():
+                    given = [zeros(self.linear.values[source], len(y)).requires_grad_() for source in sources]
+                    found = torch.autograd.grad(self._joined(energy, given, weight), given, y)
             for source, part in zip(sources, found, strict=True):
                 cotangents[source] = cotangents[source] + part if source in cotangents else part
         back, seen = self.linear.pull(cotangents)
         if back is not None:
             seen[self.linear.graph.input] = back
         parts = [
-            rows(seen[node], self.images, 1) * term.scale() if node in seen else Y.new_zeros(len(Y), self.images, count)
+            rows(seen[node], self.images, 1) * term.scale if node in seen else Y.new_zeros(len(Y), self.images, count)
             for (node, term), count in zip(self.terms.items(), self.counts, strict=True)
         ]
         return torch.cat(parts, 2)
 
-    def _joined(self, energy: Energy, given: list[Any], weight: Tensor | float) -> Tensor:
-        return torch.cat([rows(part, self.images, 1) * weight for part in energy(given)], 2)
+    def cast(self, linear: Linearised) -> JointMap:
+        """The same map of the network in another precision."""
+        dtype = linear.values[linear.graph.input].dtype
+        terms = {node: term.cast(dtype) for node, term in self.terms.items()}
+        return JointMap(linear, terms, self.sources, in_precision(self.energy, dtype), self.seed)
+
+    def _joined(self, energy: Energy, given: list[Any], weight: Tensor | None) -> Tensor:
+        parts = [rows(part, self.images, 1).to(self.dtype) for part in energy(given)]
+        if weight is not None:
+            parts = [(part.unflatten(2, (-1, weight.shape[1])) * weight[:, None]).flatten(2) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def operator(self) -> LinearOperator:
         """The map as an operator with a group for each image."""
@@ -184,6 +214,20 @@ class JointMap:
             total = total + (square * term.log.exp().amax(1) if term.fixed else term.slack(square - 1))
         return total.sqrt() * (1 + 1e-12)
 
+    def tune_by(self, linear: Linearised | None, near: bool = False) -> None:
+        """Tune with the network in another precision where that works; arguments as of `tune`."""
+        try:
+            if linear is None:
+                raise NoClaim
+            other = self.cast(linear)
+            other.tune(near)
+            found = {node: term.log.to(self.dtype) for node, term in other.terms.items()}
+        except (NoClaim, RuntimeError):  # numbers too large, or an operation that casts
+            self.tune(near)
+            return
+        for node, log in found.items():
+            self.terms[node].log = log
+
     def tune(self, near: bool = False) -> None:
         """Move the multipliers towards those with the least bound.
 
@@ -195,7 +239,7 @@ class JointMap:
         """
         least, first = (_LEAST_ROUNDS // 3, _FIRST_RATE / 3) if near else (_LEAST_ROUNDS, _FIRST_RATE)
         generator = torch.Generator().manual_seed(self.seed)
-        X = torch.randn(_BLOCK, self.images, self.given, generator=generator, dtype=torch.float64).to(self.device)
+        X = torch.randn(_BLOCK, self.images, self.given, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         self.fit_scale(X)
         settled = 0
         for done in range(_MOST_ROUNDS):
@@ -204,7 +248,7 @@ class JointMap:
             gram = torch.einsum("kid,lid->ikl", Y, Y)
             if not bool(torch.isfinite(gram).all()):
                 raise NoClaim("bounds around the images overflow")
-            top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(1e-300)
+            top = torch.linalg.eigvalsh(gram.double())[:, -1].to(X).clamp_min(torch.finfo(X.dtype).tiny)
             settled = settled + 1 if bool((top <= _AIM * _NEAR).all()) else 0
             if done >= least and settled >= 3:
                 break
@@ -214,7 +258,7 @@ class JointMap:
     @staticmethod
     def _shares(vectors: Tensor, counts: list[int]) -> list[Tensor]:
         squares = vectors.square().sum(0)
-        return list((squares / squares.sum(1, keepdim=True).clamp_min(1e-300)).split(counts, dim=1))
+        return list((squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)).split(counts, dim=1))
 
     def _step(self, ins: list[Tensor], outs: list[Tensor], top: Tensor, rate: float) -> None:
         """Change the multipliers by the elements' shares of the map's inputs and outputs, and its largest squared norm."""
@@ -234,7 +278,7 @@ class JointMap:
     def fit_scale(self, X: Tensor) -> None:
         """Add to all logarithms what makes the function alone as large as is aimed at."""
         for _ in range(3):
-            Y = self.parts(X / X.norm(dim=2, keepdim=True).clamp_min(1e-300))
+            Y = self.parts(X / X.norm(dim=2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny))
             alone = torch.cat([Y[0], *(torch.zeros_like(part) for part in Y[1:])], 2)
             X = self.adjoint(alone)
         size = Y[0].norm(dim=2).amax(0)

@@ -48,6 +48,12 @@ class Linearised:
         self._functions: dict[fx.Node, Callable[..., Any]] = {}
         self._adjoints: dict[fx.Node, Callable[..., Any]] = {}
 
+    def cast(self, dtype: torch.dtype) -> Linearised:
+        """The same in another precision, for changes of that precision."""
+        other = Linearised(self.graph, {node: cast(value, dtype) for node, value in self.values.items()})
+        other.slopes, other.replaced = {node: cast(slope, dtype) for node, slope in self.slopes.items()}, dict(self.replaced)
+        return other
+
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """The arguments whose changes a node's change depends on: moving ones of floating-point numbers."""
         return [a for a in node.all_input_nodes if a in self.graph.moving and _is_float(self.values[a])]
@@ -169,6 +175,13 @@ def _first(value: Any) -> Any:
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(_map(function, part) for part in value) if isinstance(value, tuple | list) else function(value)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of floating-point numbers, or those of a tuple, in a precision; anything else as it is."""
+    if isinstance(value, tuple | list):
+        return type(value)(cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def zeros(centre: Any, count: int) -> Any:

@@ -22,7 +22,7 @@ from . import pooling_errors as pooling_errors
 from .errors import RULES, LocalError
 from .joint_map import Energy, JointMap, Term
 from .linear_operations import is_linear
-from .linearised import Linearised, rows
+from .linearised import Linearised, cast, rows
 from .supports import support
 
 aten = torch.ops.aten
@@ -60,6 +60,7 @@ class LocalWalk(LipschitzWalk):
         self.span = (torch.maximum(box[0] - x, -wide), torch.minimum(box[1] - x, wide))
         super().__init__(graph, values, failure_probability, norms, (x + self.span[0], x + self.span[1]), float(radii.max()))
         self.linear, self.radii, self.seed = Linearised(graph, values), radii, seed
+        self.quick = self.linear.cast(torch.float32)  # for what no proof rests on
         self.images = len(radii)
         self.errors: dict[fx.Node, LocalError] = {}
         self.sizes: dict[fx.Node, Tensor] = {}  # bound of each error's norm, (images,)
@@ -232,7 +233,7 @@ class LocalWalk(LipschitzWalk):
             size = self.radii * (known * _UP)
             error = LocalError(0.0, torch.minimum(self._wide(size, value), self.furthest(node)).expand_as(value), None, size)
         if error.linear is not None:
-            self.linear.replaced[node] = error.linear
+            self.linear.replaced[node] = self.quick.replaced[node] = error.linear
         size = rows(error.reach, self.images).norm(dim=1) * _UP
         if error.size is not None:
             size = torch.minimum(size, error.size)
@@ -241,6 +242,7 @@ class LocalWalk(LipschitzWalk):
         if not bool(torch.isfinite(size).all() and torch.isfinite(error.reach).all()):
             raise NoClaim(f"{named(node, 'with an unlimited error')} has no local error")
         self.linear.slopes[node], self.errors[node], self.sizes[node] = error.slope, error, size
+        self.quick.slopes[node] = cast(error.slope, torch.float32)
         self._add_term(node, error, size)
         low, high = self.boxes[node]
         if error.slope is not None and not isinstance(error.slope, float):
@@ -285,7 +287,7 @@ class LocalWalk(LipschitzWalk):
         self.spent += self.each
         try:
             if len(joint.terms) > 1:
-                joint.tune(near=bool(known))
+                joint.tune_by(self.quick, near=bool(known))
             else:
                 joint.terms[self.graph.input].log = torch.zeros_like(self.radii[:, None])
             s = largest_by_group(joint.operator(), self.each, rtol=_RTOL, max_steps=_MOST_STEPS, seed=self._fresh_seed())

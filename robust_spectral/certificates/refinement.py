@@ -22,8 +22,7 @@ from ..norms import largest_by_group
 from ..operators import LinearOperator, full_precision_no_grad
 from .forms import FORMS, move_relu_behind
 from .global_errors import GlobalWalk
-from .joint_map import JointMap, Term
-from .linearised import Linearised
+from .joint_map import JointMap
 from .multiplier_tuning import Tuning
 
 aten = torch.ops.aten
@@ -173,24 +172,18 @@ class Refinement:
         self.tuning = Tuning(self._in_precision)
         self.start = time.perf_counter()
 
-    def map_of(self, linear: Linearised, terms: dict[fx.Node, Term]) -> JointMap:
+    def map(self) -> JointMap:
         """The map from the terms to the output and the errors' energies."""
-        return JointMap(linear, terms, self.outputs, lambda changes: changes, 0)
+        return JointMap(self.walk.linear, self.terms, self.outputs, lambda changes: changes, 0)
 
     def _in_precision(self, dtype: torch.dtype) -> JointMap:
         """The map in another precision, for tuning."""
-        linear = self.walk.linear
+        joint = self.map()
         if dtype == torch.float64:
-            return self.map_of(linear, self.terms)
+            return joint
         if float(max(term.size.max() for term in self.terms.values())) > _MOST_IN_FLOAT32:
             raise OverflowError
-        low = Linearised(linear.graph, {node: _cast(value, dtype) for node, value in linear.values.items()})
-        low.slopes, low.replaced = {node: _cast(slope, dtype) for node, slope in linear.slopes.items()}, linear.replaced
-        cast = {
-            node: Term(term.size.to(dtype), term.reach.to(dtype), term.log.to(dtype), term.energy, term.sources)
-            for node, term in self.terms.items()
-        }
-        return self.map_of(low, cast)
+        return joint.cast(self.walk.linear.cast(dtype))
 
     def over(self) -> float:
         """The part of the time that is over."""
@@ -253,7 +246,7 @@ class Refinement:
         """Bound the network by the multipliers as they are, from a fresh start; returns the bound of the squared norm."""
         for term, tuned in zip(self.terms.values(), self.tuning.joint.terms.values(), strict=True):
             term.log = tuned.log.double()
-        joint = self.map_of(self.walk.linear, self.terms)
+        joint = self.map()
         self.tries += 1
         self.spent += self.walk.each
         seed = 1000 + self.tries
@@ -275,9 +268,3 @@ def _first_image(joint: JointMap) -> LinearOperator:
 
     shapes = (1, joint.given), (1, sum(joint.sizes))
     return LinearOperator(*shapes, joint.dtype, joint.device, alone(joint.forward), alone(joint.adjoint))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(part, dtype) for part in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

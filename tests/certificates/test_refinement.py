@@ -76,8 +76,8 @@ def test_the_change_of_a_maximum_is_near_the_mean_change_of_its_window(kernel: i
     other[::2] = one[::2] + 3 * torch.eye(30, dtype=torch.float64)[torch.arange(100) % 30].reshape(-1, 1, 5, 6)
     step = other - one
     missed = (pool(other) - pool(one) - error.linear(step)).square()
-    energy = sum(part.square() for part in error.energy([step[None]]))
-    assert bool((missed <= energy[0] + 1e-12).all())  # type: ignore[index]
+    energy = error.energy([step[None]])[0][0].square().sum(1)
+    assert bool((missed <= energy + 1e-12).all())
     assert bool((missed.flatten(1).sum(1).sqrt() <= error.gain * step.flatten(1).norm(dim=1)).all())
 
 
@@ -174,7 +174,7 @@ def test_progress_is_reported_and_time_limits_are_checked() -> None:
 
 def squared_norm(found: Refinement) -> float:
     """The squared norm of the map for the first image, from its matrix."""
-    joint = found.map_of(found.walk.linear, found.terms)
+    joint = found.map()
     columns = torch.eye(joint.given, dtype=torch.float64)[:, None].expand(-1, joint.images, -1)
     return float(torch.linalg.matrix_norm(joint.forward(columns)[:, 0], 2)) ** 2
 
