@@ -12,6 +12,7 @@ the sum is a bound; they are improved by gradient steps (ball: Chiu et al. 2025,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,40 @@ from .local_walk import LocalWalk
 from .supports import support
 
 _LEAST = 1e-12
+_MOST_NUMBERS = 2e7  # in the tensors of one pass back
+_PAIR = math.sqrt(2) * (1 + 1e-9)  # the norm of a difference of two elements, as a functional
+
+
+def least_margins(
+    walk: LocalWalk, node: fx.Node, margins: Tensor, labels: Tensor, others: Tensor, steps: int, until: float
+) -> Tensor:
+    """A lower bound of each image's smallest margin, (images,).
+
+    Classes are taken by their margins at the image, as many at once as fit. No element of the output's change exceeds its norm,
+    so that classes whose margin exceeds the bound found so far by √2 of that cannot lower it.
+
+    Args:
+        walk: The bounds of all changes up to the node.
+        node: The network's output, (images, classes).
+        margins: Of the true class to the others at the images, (images, classes - 1).
+        labels: (images,).
+        others: The other classes, (images, classes - 1).
+        steps: Gradient steps for each class.
+        until: The steps end where all bounds exceed this number.
+    """
+    classes = torch.eye(margins.shape[1] + 1, dtype=margins.dtype, device=margins.device)
+    margins, order = margins.sort(dim=1)
+    others = others.gather(1, order)
+    passed = sum(walk.env[n].numel() for n in (walk.graph.input, *walk.linear.steps(node)) if isinstance(walk.env[n], Tensor))
+    some = max(1, int(_MOST_NUMBERS / passed))
+    found = torch.full_like(walk.radii, torch.inf)
+    for i in range(0, margins.shape[1], some):
+        if i and bool((margins[:, i] - _PAIR * walk.ball(node) >= found).all()):
+            break
+        functionals = (classes[labels][:, None] - classes[others[:, i : i + some]]).transpose(0, 1)
+        part = Margins(walk, node, functionals, margins[:, i : i + some].mT).improve(steps, until=until)
+        found = torch.minimum(found, part.amin(0).nan_to_num(nan=-torch.inf))
+    return found
 
 
 @dataclass

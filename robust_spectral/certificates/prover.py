@@ -22,7 +22,7 @@ from ..lipschitz import Graph, NoClaim, certified_radius, graph_of, lipschitz_bo
 from ..operators import full_precision_no_grad
 from .forms import written_out
 from .local_walk import Kept, LocalWalk
-from .margins import Margins
+from .margins import least_margins
 
 _SHARE = 1e-3  # of the failure probability, for each norm
 _MOST_ELEMENTS = 4e6  # of all activations of the images that are treated together
@@ -139,7 +139,7 @@ def largest_radii(
 
 
 class _Prover:
-    """The bounds of a model around images, at any radii."""
+    """The bounds of a model around images, at any radii; its tensors by image are on the CPU."""
 
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, box: tuple[float, float] | None, failure_probability: float,
@@ -147,7 +147,7 @@ class _Prover:
     ) -> None:  # fmt: skip
         if not 0 < failure_probability < 1:
             raise ValueError(f"certify(failure_probability={failure_probability}): give a number between 0 and 1")
-        self.model, self.images, self.labels, self.box = uncompiled(model), images, labels.long(), box
+        self.model, self.images, self.labels, self.box = uncompiled(model), images, labels.long().cpu(), box
         self.allowed, self.steps, self.progress = failure_probability, steps, progress
         self.until = math.inf if seconds is None else time.perf_counter() + seconds
         self.bound = lipschitz_bound(self.model, images[:2], failure_probability * _SHARE, box)
@@ -181,7 +181,7 @@ class _Prover:
             raise ValueError(f"certify: the model must have one output, logits (n, classes); for two images it has {shapes}")
         if not bool(((self.labels >= 0) & (self.labels < shapes[0][1])).all()):
             raise ValueError(f"certify(labels): the classes are 0 to {shapes[0][1] - 1}")
-        return torch.cat([run[0] for run in runs])[: len(self.images)].double(), self.images.dtype
+        return torch.cat([run[0] for run in runs])[: len(self.images)].double().cpu(), self.images.dtype
 
     def at(self, radii: Tensor) -> Certificates:
         """The certificates at given radii."""
@@ -194,6 +194,7 @@ class _Prover:
             margins[indices] = torch.maximum(margins[indices], found)
             if self.progress is not None:
                 self.progress(len(margins) - len(due) + done, len(margins))
+        margins, local = margins.to(self.images.device), local.to(self.images.device)
         return Certificates(margins, margins > 0, local, float(self.spent.max()), self.reason)
 
     def radii(self, rounds: int) -> Radii:
@@ -206,7 +207,7 @@ class _Prover:
             proved[indices] = torch.maximum(proved[indices], found)
             if self.progress is not None:
                 self.progress(done, len(proved))
-        return Radii(proved, local, float(self.spent.max()), self.reason)
+        return Radii(proved.to(self.images.device), local.to(self.images.device), float(self.spent.max()), self.reason)
 
     def _searched(self, indices: Tensor, proved: Tensor, rounds: int) -> Tensor:
         """The largest radii whose margins are positive among those tried: between the best and the least that fails.
@@ -282,7 +283,8 @@ class _Prover:
                 self.graph = graph_of(self.model, images, written_out)
             values = self.graph.values(images)
             (output,) = self.graph.outputs
-            far = (values[output] - self.logits[which]).abs().max()
+            device = values[output].device
+            far = (values[output].cpu() - self.logits[which]).abs().max()
             if not float(far) <= 1e-9 * (1 + float(self.logits.abs().max())):
                 raise NoClaim(f"{self.graph.model} computes something else in a batch of {len(images)} than in a batch of 2")
             low, high = self.box or (-math.inf, math.inf)
@@ -292,7 +294,7 @@ class _Prover:
             walk = LocalWalk(
                 self.graph,
                 values,
-                radii.clamp_min(_LEAST_RADIUS),
+                radii.to(device).clamp_min(_LEAST_RADIUS),
                 box,
                 self.allowed * _SHARE,
                 self.norms,
@@ -301,31 +303,28 @@ class _Prover:
             )
             walk.run()
             self.start = walk.kept if self.searching else {}
-            margins, others = self._others(which)
-            classes = torch.eye(margins.shape[1] + 1, dtype=torch.float64, device=x.device)
-            functionals = (classes[self.labels[which]][:, None] - classes[others]).transpose(0, 1)
-            found = Margins(walk, output, functionals, margins.mT)
-            best = found.improve(
-                0 if time.perf_counter() > self.until else self.steps, until=float(self._rounding(self.logits))
-            )
+            margins, others = (tensor.to(device) for tensor in self._others(which))
+            steps = 0 if time.perf_counter() > self.until else self.steps
+            labels, until = self.labels[which].to(device), float(self._rounding(self.logits))
+            best = least_margins(walk, output, margins, labels, others, steps, until)
         self.spent[indices] += walk.spent + walk.failure_probability
         if not bool((self.spent[indices] <= self.allowed).all()):
             raise NoClaim(f"more norms than the failure probability {self.allowed:g} is enough for")
-        return best.amin(0)[:count].nan_to_num(nan=-math.inf)
+        return best[:count].cpu()
 
     def _steepest(self, indices: Tensor) -> Tensor:
         """A guess of radii that are not certified: the margin over its gradient's norm, as if the network were linear."""
         with torch.inference_mode(False), torch.enable_grad(), preserved(self.model):
-            own = self.labels.clone()[indices.clone()][:, None]
+            own = self.labels[indices].to(self.images.device, copy=True)[:, None]
             x = self.images[indices].detach().clone().requires_grad_()
             scores = self.model(x)
             margins = scores.gather(1, own) - scores.scatter(1, own, -math.inf).amax(1, keepdim=True)
             (slope,) = torch.autograd.grad(margins.sum(), x)
-        return (margins.detach()[:, 0] / slope.flatten(1).norm(dim=1).clamp_min(1e-12)).double()
+        return (margins.detach()[:, 0] / slope.flatten(1).norm(dim=1).clamp_min(1e-12)).double().cpu()
 
 
 def _radii(radius: float | Tensor, count: int) -> Tensor:
-    radii = torch.as_tensor(radius, dtype=torch.float64)
+    radii = torch.as_tensor(radius, dtype=torch.float64).cpu()
     if radii.shape not in ((), (count,)) or not bool(((radii >= 0) & (radii < math.inf)).all()):
         raise ValueError(f"certify(radius={radius}): give one for all images, or (n,); finite and at least 0")
     return radii.expand(count).clone()

@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import robust_spectral as rs
+from robust_spectral.certificates import margins
 
 RADII = torch.tensor([0.02, 0.1, 0.1, 0.4, 0.4, 1.5], dtype=torch.float64)
 
@@ -171,6 +172,25 @@ def test_a_batch_in_another_order_or_in_parts_has_nearly_the_same_certificates()
     torch.testing.assert_close(whole.margins, turned.margins.flip(0), rtol=0, atol=0.01)
     assert torch.equal(whole.certified, parts)
     assert torch.equal(whole.margins, rs.certify(model, images, labels, 0.4, steps=10).margins)
+
+
+def test_classes_taken_one_by_one_have_the_margins_of_all_at_once_and_far_ones_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 40)))
+    images, labels = some_images(model, 2)
+    wanted, made = rs.certify(model, images, labels, 0.02, steps=0), list[Any]()
+    make = margins.Margins.__init__
+
+    def counted(*args: Any) -> None:
+        made.append(args)
+        make(*args)
+
+    monkeypatch.setattr(margins, "_MOST_NUMBERS", 1.0)
+    monkeypatch.setattr(margins.Margins, "__init__", counted)
+    found = rs.certify(model, images, labels, 0.02, steps=0)
+    assert bool(wanted.local.all()) and 1 <= len(made) < 39
+    torch.testing.assert_close(found.margins, wanted.margins, rtol=0, atol=1e-6)
 
 
 def test_a_local_radius_is_at_least_the_global_one_and_its_ball_is_certified() -> None:
