@@ -50,6 +50,19 @@ def local_in_words(found: dict[str, Any]) -> str:
     return f"{told}; nothing is proved around {around}: {found['reason']}" if found["reason"] else told
 
 
+def images_in_words(report: dict[str, Any]) -> str:
+    """Which test images a report is on; reports without a record of it are on the first ones."""
+    evaluated, tests = report["accuracy"].get("n"), report.get("test_images")
+    drawn = (report.get("planned") or {}).get("sample_order")
+    if evaluated is None:
+        return "an unknown number of test images"
+    if evaluated == tests:
+        return f"all {tests} test images"
+    if drawn is None:
+        return f"the first {evaluated} {f'of {tests} ' if tests else ''}test images"
+    return f"{evaluated} of {tests} test images, drawn in proportion to their classes (order {drawn['sha256'][:12]})"
+
+
 def size(eps: float, norm: str) -> str:
     """The size of a perturbation; in L∞ as a fraction of 255 where it is a whole number of 255ths."""
     levels = eps * 255

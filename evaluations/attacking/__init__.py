@@ -2,6 +2,7 @@
 
 from .engine import make_engine as make_engine
 from .engine import run_units as run_units
+from .evaluated_images import ordered as ordered
 from .evaluation import check_options as check_options
 from .evaluation import evaluate as evaluate
 from .evaluation import planned_work as planned_work

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from robust_spectral import LipschitzBound
 
+from ..data import PROPORTIONAL
 from ..records import FOLDER, Record, Unit, failed_proofs, figures, read_record, refuse_foreign, seconds_of
 from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
 from ..wording import local_in_words, not_tested, percent
 from .engine import Engine, in_this_process, run_units
+from .evaluated_images import ORDERS, class_gate, order_to_take, ordered, record_of
 from .radii import certified_radii, local_radii, radius_columns
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, network_gates, open_subject, plan_work
 
@@ -47,6 +49,7 @@ def evaluate(
     block: int = 128,
     gate_samples: int = 64,
     local_certificates: int = 0,
+    sample_order: str | None = None,
     engine: Engine = in_this_process,
     shard: tuple[int, int] = (1, 1),
     say: Say = print,
@@ -64,6 +67,9 @@ def evaluate(
         gate_samples: Number of images for the checks (called gates in report.json).
         local_certificates: Number of first images around which radii are proved one by one, which takes seconds to minutes for
             each; 0 for the global bound alone. Radii of an earlier evaluation of the run stay in the report.
+        sample_order: "proportional", an order of the test images of which every first part is in proportion to their classes,
+            or "first", the data set's own order; attacks, checks and certificates take the first images of it. Default: the
+            order of an earlier evaluation of the run or its twins, else proportional.
         engine: The engine that does the units.
         shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
         say: Called with each message on the results.
@@ -76,17 +82,21 @@ def evaluate(
     Raises:
         ValueError: the folder is no run, the model does not match its record, or an option is out of range.
     """
-    check_options(plans, device, block, gate_samples, shard, local_certificates)
+    check_options(plans, device, block, gate_samples, shard, local_certificates, sample_order)
     complete = True
     opened = open_run(folder)
+    order = order_to_take(opened.models.values(), sample_order)
+    if order != (sample_order or PROPORTIONAL):
+        say("evaluated: the first test images, as earlier here; --sample-order proportional takes each class in proportion")
     for name, run in opened.models.items():
         tell = _prefixed(say, name) if opened.has_twins else say
         subject = open_subject(run, device)
         remove_scratch(run.folder / FOLDER)
         refuse_foreign(run.folder, run.record["model_sha256"], run.record["test_data_sha256"])
-        how = {"seed": seed, "block": block, "gate_samples": gate_samples}
+        how: dict[str, Any] = {"seed": seed, "block": block, "gate_samples": gate_samples}
+        how |= record_of(order, subject.data)
         everything = _with_earlier(run, plans, how, tell)
-        how["local_certificates"] = max(local_certificates, _certified_earlier(run))
+        how["local_certificates"] = max(local_certificates, _certified_earlier(run, how))
         work = plan_work(run.record, subject.data.tests, everything, **how)
         mine = work.units[shard[0] - 1 :: shard[1]]
         _do(engine, run.folder, mine, device, progress)
@@ -98,14 +108,15 @@ def evaluate(
             continue
         _merge(subject, work, tell)
         planned = {"plans": [asdict(plan) for plan in everything], **how}
-        here = {"evaluated_with": environment(device), "command": command, "planned": planned, "checks": CHECKS}
+        here = {"evaluated_with": environment(device), "command": command, "planned": planned, "checks": CHECKS,
+                "test_images": subject.data.tests, "class_names": subject.data.class_names}  # fmt: skip
         write_json(run.folder / "report.json", run.report() | here)
     return complete
 
 
 def check_options(
     plans: Sequence[AttackPlan], device: str, block: int, gate_samples: int, shard: tuple[int, int],
-    local_certificates: int = 0,
+    local_certificates: int = 0, sample_order: str | None = None,
 ) -> None:  # fmt: skip
     """Check the options of an evaluation before it starts.
 
@@ -119,6 +130,8 @@ def check_options(
         )
     if local_certificates < 0:
         raise ValueError(f"local_certificates={local_certificates}: expected the number of images to certify one by one, or 0")
+    if sample_order not in (*ORDERS, None):
+        raise ValueError(f"sample_order {sample_order!r}: expected {' or '.join(ORDERS)}")
     if len({(plan.attack, plan.norm) for plan in plans}) < len(plans) or not plans:
         raise ValueError("evaluate: give at least one attack, and each attack once for a norm, with all its sizes")
 
@@ -134,7 +147,7 @@ def _plans_in(planned: dict[str, Any]) -> list[AttackPlan]:
     return [AttackPlan(**plan | {"eps": tuple(plan["eps"])}) for plan in planned.pop("plans")]
 
 
-def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], say: Say) -> list[AttackPlan]:
+def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, Any], say: Say) -> list[AttackPlan]:
     """The plans and the plans of an earlier report, so that running another attack does not lose its results."""
     report = run.report() if run.evaluated else {}
     planned = dict(report.get("planned") or {"plans": []})
@@ -144,8 +157,8 @@ def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], sa
         mine = found.get((earlier.attack, earlier.norm))
         if planned != how or (mine and mine.samples != earlier.samples):
             say(
-                f"left out of the report: {earlier.attack} {earlier.norm} of an earlier evaluation with other samples, seed or "
-                "blocks"
+                f"left out of the report: {earlier.attack} {earlier.norm} of an earlier evaluation with other samples, another "
+                "order of them, another seed or other blocks"
             )
         elif mine:
             found[earlier.attack, earlier.norm] = replace(mine, eps=tuple(sorted({*mine.eps, *earlier.eps})))
@@ -154,10 +167,10 @@ def _with_earlier(run: Run, plans: Sequence[AttackPlan], how: dict[str, int], sa
     return list(found.values())
 
 
-def _certified_earlier(run: Run) -> int:
-    """The number of images that an earlier evaluation of a run certified one by one."""
+def _certified_earlier(run: Run, how: dict[str, Any]) -> int:
+    """The number of images that an earlier evaluation of a run certified one by one, in the same order of images."""
     planned = (run.report().get("planned") or {}) if run.evaluated else {}
-    return int(planned.get("local_certificates", 0))
+    return int(planned.get("local_certificates", 0)) if planned.get("sample_order") == how.get("sample_order") else 0
 
 
 def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
@@ -190,13 +203,16 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
     say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
-    proved = radius_columns(radii, local)
+    order = ordered(subject.data, work.sample_order)
+    proved = {"sample": order[: len(labels)].tolist()} | radius_columns(radii, local)
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), proved)
     attacked, errors = _verdicts(folder, work, proved, say)
     rows += attacked
     table = pa.Table.from_pylist(rows)
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
     gates = [*proof, *(gate for unit in work.gates for gate in _read(folder, unit).told["gates"])]
+    attacked_images = {(attack, norm): units[-1].stop for (attack, norm, _), units in work.attacks.items()}
+    gates.append(asdict(class_gate(subject.data, order, attacked_images)))
     network, around = _network_figures(lipschitz, bound, dtype), local.figures(radii) if local else None
     made = figures(record, rows, network, subject.data.example().numel(), gates, errors, around)
     if around:
@@ -270,8 +286,9 @@ def _rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     columns = (column.tolist() for column in (labels, predicted, robust, distance))
     return [
-        {"sample": i, "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess, "robust": ok,
-         "distance": far, **{name: column[i] for name, column in proved.items()}, "status": status}
+        {"sample": proved["sample"][i], "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess,
+         "robust": ok, "distance": far, **{name: column[i] for name, column in proved.items() if name != "sample"},
+         "status": status}
         for i, (label, guess, ok, far) in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
@@ -297,7 +314,7 @@ def _network_figures(record: Record, bound: LipschitzBound, dtype: torch.dtype) 
 def _keep_examples(subject: Subject, work: Work) -> None:
     """Store a few images that fell, at the smallest sizes at which any did, with their unperturbed versions."""
     folder = subject.run.folder
-    found = list(islice(_fallen_images(folder, work), _EXAMPLES))
+    found = list(islice(_fallen_images(subject, work), _EXAMPLES))
     if found:
         clean = torch.stack([subject.data.test[told["sample"]][0] for _, told in found])
         tensors = {"clean": clean, "adversarial": torch.stack([image for image, _ in found])}
@@ -305,17 +322,19 @@ def _keep_examples(subject: Subject, work: Work) -> None:
         write_atomically(folder / "examples.safetensors", lambda path: safetensors.torch.save_file(tensors, path, text))
 
 
-def _fallen_images(folder: Path, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _fallen_images(subject: Subject, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Adversarial images and the description of each, in order of size; for each sample only the first."""
     seen: set[int] = set()
+    order, name = ordered(subject.data, work.sample_order).tolist(), subject.data.class_name
     for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
         for unit in units:
-            tensors = _read(folder, unit).tensors
+            tensors = _read(subject.run.folder, unit).tensors
             for index, image in zip(tensors["fallen"].tolist(), tensors["adversarial"], strict=True):
-                if (sample := unit.start + index) not in seen:
+                if (sample := order[unit.start + index]) not in seen:
                     seen.add(sample)
+                    label, predicted = (int(tensors[key][index]) for key in ("labels", "predicted"))
                     yield image, {
-                        "sample": sample, "label": int(tensors["labels"][index]), "attack": attack, "norm": norm,
-                        "predicted": int(tensors["predicted"][index]), "eps": eps,
-                        "distance": float(tensors["distance"][index]),
+                        "sample": sample, "label": label, "attack": attack, "norm": norm, "predicted": predicted, "eps": eps,
+                        "distance": float(tensors["distance"][index]), "label_name": name(label),
+                        "predicted_name": name(predicted),
                     }  # fmt: skip

@@ -27,10 +27,11 @@ from ..data import ImageData, data_hash
 from ..models import restore
 from ..records import NETWORK_CHECKS, Record, Unit, bound_gate, graph_gate
 from ..run_folder import Run, environment, open_run
+from .evaluated_images import COVERAGE, ordered
 from .gates import VERSION, check_attacks, check_model
 from .radii import BLOCK, PIXELS, SETTINGS, LocalRadii, prove_around
 
-CHECKS = {"gates": VERSION, "harness": HARNESS, "network": NETWORK_CHECKS}  # versions that a report records
+CHECKS = {"gates": VERSION, "harness": HARNESS, "network": NETWORK_CHECKS, "classes": COVERAGE}  # versions that a report has
 _FOR_ESTIMATE = 64  # number of images at which Jacobian norms are sampled
 _FOR_GRAPH = 16  # number of images on which the graph that is bounded is compared with the model
 
@@ -64,7 +65,7 @@ def _subject(folder: Path, device: str, written: int) -> Subject:
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """One attack at several sizes of perturbation, on the first ``samples`` images."""
+    """One attack at several sizes of perturbation, on the first ``samples`` images of the evaluation's order."""
 
     attack: str
     norm: str
@@ -115,6 +116,7 @@ class Work:
         gates: The checks, for each norm.
         attacks: The blocks of each attack, norm and size.
         local: The radii around the first images, block by block.
+        sample_order: The record of the order of the images; None for the data set's own order.
     """
 
     lipschitz: Unit
@@ -122,6 +124,7 @@ class Work:
     gates: list[Unit]
     attacks: dict[tuple[str, str, float], list[Unit]]
     local: list[Unit] = field(default_factory=list)
+    sample_order: dict[str, Any] | None = None
 
     @property
     def units(self) -> list[Unit]:
@@ -133,12 +136,15 @@ class Work:
 
 def plan_work(
     run: dict[str, Any], images: int, plans: Sequence[AttackPlan], seed: int, block: int, gate_samples: int,
-    local_certificates: int = 0,
+    local_certificates: int = 0, sample_order: dict[str, Any] | None = None,
 ) -> Work:  # fmt: skip
-    """Plan the units for attacks on a run with ``images`` test images, of which the first ones are certified one by one."""
+    """Plan the units for attacks on a run with ``images`` test images, of which the first ones are certified one by one.
+
+    The first images are those of the recorded ``sample_order``, or without one of the data set's own order.
+    """
 
     def unit(task: str, config: dict[str, Any], start: int, stop: int) -> Unit:
-        return Unit(run["model_sha256"], run["test_data_sha256"], task, config, start, stop, seed)
+        return Unit(run["model_sha256"], run["test_data_sha256"], task, config, start, stop, seed, sample_order)
 
     def blocks(task: str, config: dict[str, Any], count: int, block: int = block) -> list[Unit]:
         count = min(count, images)
@@ -160,6 +166,7 @@ def plan_work(
             for eps in sorted(set(plan.eps))
         },
         blocks("local-certificates", {**SETTINGS, **ours}, min(local_certificates, samples), BLOCK),
+        sample_order,
     )
 
 
@@ -167,10 +174,11 @@ def do_unit(folder: Path, unit: Unit, device: str) -> tuple[Record, float, dict[
     """Do a unit; return its record, the seconds it took, and the hardware.
 
     Raises:
-        ValueError: as `open_subject`; the model's logits are not finite; or an attack here differs from the planned one.
+        ValueError: as `open_subject`; the model's logits are not finite; or the attack or the images here are not the planned.
     """
     subject = open_subject(open_run(folder), device)
-    images, labels = (tensor.to(device) for tensor in subject.data.test_images(unit.stop, unit.start))
+    places = ordered(subject.data, unit.sample_order)[unit.start : unit.stop]
+    images, labels = (tensor.to(device) for tensor in subject.data.images_at(places.tolist()))
     started = time.perf_counter()
     tasks = {"clean": _clean, "lipschitz": _lipschitz, "gates": _gates, "local-certificates": _local}
     with full_precision(torch.device(device)):

@@ -35,7 +35,11 @@ def evaluate(
     attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; repeatable.")] = ["pgd"],  # noqa: B006
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
     eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; repeatable.")] = ["0.5"],  # noqa: B006
-    samples: Annotated[int, typer.Option(help="Number of test images, from the first one.")] = 200,
+    samples: Annotated[int, typer.Option(help="Number of test images.")] = 200,
+    sample_order: Annotated[
+        str | None,
+        typer.Option(help="proportional to the classes, or first ones of the data; default: as earlier, else proportional."),
+    ] = None,
     autoattack_eps: Annotated[list[str] | None, typer.Option(help="Sizes for AutoAttack; default: those of --eps.")] = None,
     autoattack_samples: Annotated[int | None, typer.Option(help="Number of images for AutoAttack; default: --samples.")] = None,
     gate_samples: Annotated[int, typer.Option(help="Number of images for the checks (gates in report.json).")] = 64,
@@ -70,7 +74,7 @@ def evaluate(
     chosen = {name: own.get(name, usual) for name in attack}
     plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
     who, share = make_engine(engine, workers, address), _share(shard)
-    check_options(plans, device, block, gate_samples, share)
+    check_options(plans, device, block, gate_samples, share, sample_order=sample_order)
     certified = images_to_certify(local_certificates, plans)
     adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
                "std": numbers("std", std)}  # fmt: skip
@@ -80,7 +84,7 @@ def evaluate(
         task = bar.add_task("units", total=None)
         complete = attack_run(
             folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, local_certificates=certified,
-            engine=who, shard=share, command=_command(),
+            sample_order=sample_order, engine=who, shard=share, command=_command(),
             say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip

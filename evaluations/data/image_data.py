@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .idx import read_idx
+from .sample_order import proportional_order
 
 _READERS = {"hfds/": "datasets", "tfds/": "tensorflow_datasets", "wds/": "webdataset"}  # the packages that read them
 _BLOCK = 256  # number of images in memory while all are read
+_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+           "retina.jpg", "rocket.jpg", "china.jpg", "flower.jpg")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,16 @@ class ImageData:
     channels: int
     image_size: int
     came: str | None = None  # height and width before resizing, as 28x28, where known
+    class_names: tuple[str, ...] | None = None  # by class index, where the data set has names
 
     def example(self) -> Tensor:
         """One image as a batch, (1, channels, height, width)."""
         return self.test[0][0][None]
+
+    def class_name(self, index: int) -> str:
+        """The name of a class; its index where the data set has none."""
+        names = self.class_names or ()
+        return names[index] if index < len(names) else str(index)
 
     @property
     def tests(self) -> int:
@@ -56,9 +66,33 @@ class ImageData:
         Raises:
             ValueError: an image has values outside [0, 1] or not finite.
         """
-        images, labels = stack([self.test[i] for i in range(start, min(stop, self.tests))])
+        return self.images_at(range(start, min(stop, self.tests)))
+
+    def images_at(self, places: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """The test images with these indices, in their order, and their labels.
+
+        Raises:
+            ValueError: an image has values outside [0, 1] or not finite.
+        """
+        images, labels = stack([self.test[int(i)] for i in places])
         check_pixels(images, self.name)
         return images, labels
+
+    @cached_property
+    def digest_and_labels(self) -> tuple[str, Tensor]:
+        """The sha256 of all test images and labels, and the labels; reads every image, once."""
+        digest, labels = hashlib.sha256(), []
+        for start in range(0, self.tests, _BLOCK):
+            images, found = self.test_images(start + _BLOCK, start)
+            digest.update(images.numpy().tobytes())
+            labels.append(found)
+        digest.update(torch.cat(labels).numpy().tobytes())
+        return digest.hexdigest(), torch.cat(labels)
+
+    @cached_property
+    def proportional_order(self) -> Tensor:
+        """The indices of all test images in the order of `robust_spectral.evaluations.data.proportional_order`."""
+        return proportional_order(self.digest_and_labels[1])
 
 
 def check_pixels(images: Tensor, name: str) -> None:
@@ -85,6 +119,7 @@ def load_data(name: str, image_size: int | None = None) -> ImageData:
         return ImageData(
             name, TensorDataset(train, _labels(train_labels)), TensorDataset(test, _labels(test_labels)),
             classes, test.shape[1], test.shape[-1], "{}x{}".format(*test_images.shape[1:3]),
+            tuple(Path(photo).stem for photo in _PHOTOS) if name == "photos" else None,
         )  # fmt: skip
     if name.startswith(("folder:", "torch/", *_READERS)):
         return _timm_data(name, image_size or 224)
@@ -112,13 +147,7 @@ def _part(name: str, image_size: int | None) -> ImageData:
 
 def data_hash(data: ImageData) -> str:
     """The sha256 of all test images and their labels, taken block by block; it identifies the data of a measurement."""
-    digest, labels = hashlib.sha256(), []
-    for start in range(0, data.tests, _BLOCK):
-        images, found = data.test_images(start + _BLOCK, start)
-        digest.update(images.numpy().tobytes())
-        labels.append(found)
-    digest.update(torch.cat(labels).numpy().tobytes())
-    return digest.hexdigest()
+    return data.digest_and_labels[0]
 
 
 def _tensors(images: np.ndarray, image_size: int | None) -> Tensor:
@@ -192,9 +221,7 @@ def _photographs() -> list[np.ndarray]:
     except ImportError as error:
         raise ValueError("data 'photos': needs scikit-image and scikit-learn; pip install 'robust-spectral[demo]'") from error
     folder = Path(skimage.__file__).parent / "data"
-    names = ["astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-             "retina.jpg", "rocket.jpg"]  # fmt: skip
-    photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
+    photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in _PHOTOS[:8]]
     return [*photos, *(np.asarray(image) for image in load_sample_images().images)]
 
 
@@ -223,7 +250,8 @@ def _timm_data(name: str, image_size: int) -> ImageData:
     classes = getattr(getattr(train, "reader", train), "class_to_idx", None)
     if not classes:
         raise ValueError(f"data {name!r}: has no names of classes; put it into folders, one a class, and give folder:PATH")
-    return ImageData(name, train, test, len(classes), 3, image_size, f"{height}x{width}")
+    names = tuple(str(each) for each in sorted(classes, key=lambda each: classes[each]))
+    return ImageData(name, train, test, len(names), 3, image_size, f"{height}x{width}", names)
 
 
 def _coloured(image: Any) -> Any:

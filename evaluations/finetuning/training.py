@@ -246,7 +246,8 @@ class _Training:
         weights = save_weights(trained.model, self.out / "model.safetensors")
         write_json(self.out / "run.json", {
             "config": asdict(config) | {"max_norm": config.finite_max_norm},
-            "classes": self.data.classes, "channels": self.data.channels, "image_size": self.data.image_size,
+            "classes": self.data.classes, "class_names": self.data.class_names, "channels": self.data.channels,
+            "image_size": self.data.image_size,
             "model_sha256": weights, "test_data_sha256": data_hash(self.data), "seed": config.seed,
             "defence": self.defence, "layers": [row | {"before": self.before[row["name"]]} for row in layers],
             "skipped": self.skipped, "seconds": round(time.time() - self.started, 1), **environment(self.device),
@@ -255,10 +256,10 @@ class _Training:
 
     @torch.no_grad()
     def _show_accuracy(self, trained: PixelModel) -> None:
-        images, labels = self.data.test_images(_SHOWN)
+        images, labels = self.data.images_at(self.data.proportional_order[:_SHOWN].tolist())
         guesses = torch.cat([trained(part.to(self.device)).argmax(1).cpu() for part in images.split(self.config.batch_size)])
         told = percent(float((guesses == labels).double().mean()))
-        errors.print(f"clean accuracy {told} % on the first {len(labels)} test images", highlight=False)
+        errors.print(f"clean accuracy {told} % on {len(labels)} test images, in proportion to their classes", highlight=False)
 
     @property
     def defence(self) -> str:

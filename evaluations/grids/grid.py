@@ -3,7 +3,7 @@
 A grid is a TOML file. ``[finetune]`` contains the options of every run, each ``[[runs]]`` further options and a name; a list of
 values gives one run per combination. A name in braces in a text is replaced by that option of the run, or by the grid's
 folder ({out}). ``[[evaluate]]`` tables are the attacks on every run, and ``[frontier]`` is the criterion of the choice.
-``gate_samples`` and ``local_certificates`` are numbers of images, as for ``evaluate``:
+``gate_samples``, ``local_certificates`` and ``sample_order`` are the options of ``evaluate`` with these names:
 
     [[runs]]
     name = "clipped-{max_norm}-{logit_scale}"
@@ -27,23 +27,25 @@ import torch
 
 from ..attacking import CHECKS, AttackPlan, check_options, evaluate, images_to_certify, sizes
 from ..config import FinetuneConfig, config_of, read_toml
+from ..data import FIRST
 from ..finetuning import finetune
 from ..run_folder import make_folder, read_json, write_json
 from .frontier import Frontier, frontier_of, row_of
 
 Say = Callable[[str], None]
-_TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples", "local_certificates"}
+_TABLES = {"finetune", "runs", "evaluate", "frontier", "gate_samples", "local_certificates", "sample_order"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs by name, the attacks and the number of images certified one by one on each, and the criterion of the choice."""
+    """All runs by name, the attacks and images of each, the number certified one by one, and the criterion of the choice."""
 
     runs: dict[str, FinetuneConfig]
     plans: list[AttackPlan]
     frontier: Frontier | None
     gate_samples: int = 64
     local_certificates: int = 0
+    sample_order: str | None = None
 
 
 def read_grid(path: Path, out: Path) -> Grid:
@@ -73,7 +75,7 @@ def read_grid(path: Path, out: Path) -> Grid:
         frontier = Frontier(**text["frontier"]) if "frontier" in text else None
         if frontier:
             frontier = replace(frontier, eps=sizes([frontier.eps])[0], drops=tuple(frontier.drops))
-        check_options(plans, "cpu", 1, text.get("gate_samples", 64), (1, 1))
+        check_options(plans, "cpu", 1, text.get("gate_samples", 64), (1, 1), sample_order=text.get("sample_order"))
         local = images_to_certify(text.get("local_certificates", 0), plans)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: [[evaluate]] takes attack, norm, eps and samples, [frontier] plain, …: {error}") from error
@@ -83,7 +85,7 @@ def read_grid(path: Path, out: Path) -> Grid:
     if frontier and (frontier.attack, frontier.norm, frontier.eps) not in attacked:
         raise ValueError(f"{path}: the frontier's {frontier.attack} {frontier.norm} {frontier.eps:g} is under no [[evaluate]]")
     runs = dict(sorted(runs.items(), key=lambda item: item[1].seed))  # all runs of one seed before the next seed
-    return Grid(runs, plans, frontier, text.get("gate_samples", 64), local)
+    return Grid(runs, plans, frontier, text.get("gate_samples", 64), local, text.get("sample_order"))
 
 
 def _combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -139,7 +141,7 @@ def _one_pass(grid: Grid, left: dict[str, FinetuneConfig], out: Path, device: st
             try:
                 finetune(replace(config, device=device), folder, resume=True)
                 evaluate(folder, grid.plans, device=device, gate_samples=grid.gate_samples,
-                         local_certificates=grid.local_certificates, say=say)  # fmt: skip
+                         local_certificates=grid.local_certificates, sample_order=grid.sample_order, say=say)  # fmt: skip
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
@@ -157,7 +159,8 @@ def _done(folder: Path, grid: Grid, config: FinetuneConfig) -> bool:
     seen = {(plan["attack"], plan["norm"], plan["samples"]): set(plan["eps"]) for plan in planned["plans"]}
     covered = all(set(plan.eps) <= seen.get((plan.attack, plan.norm, plan.samples), set()) for plan in grid.plans)
     certified = planned.get("local_certificates", 0) >= grid.local_certificates
-    return covered and certified and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
+    alike = grid.sample_order in (None, planned.get("sample_order", {}).get("name", FIRST))
+    return covered and certified and alike and planned["gate_samples"] == grid.gate_samples and report.get("checks") == CHECKS
 
 
 @contextmanager

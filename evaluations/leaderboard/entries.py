@@ -19,7 +19,7 @@ from typing import Any
 
 from ..records import bound_gate, failed_proofs
 from ..run_folder import begun, open_run, read_json
-from ..wording import local_in_words, portable
+from ..wording import images_in_words, local_in_words, portable
 
 Figures = dict[str, Any]
 NOT_FAILED = ("pass", "flag", "skip")
@@ -85,6 +85,7 @@ def completed(report: Figures) -> Figures:
         "robust": [_judged(_attack(entry), failed) for entry in report["robust"]],
         **{key: [_without_value(_judged(entry, proof_failed)) for entry in entries] for key, entries in proved.items()},
         "local_certificates": _local(None if proof_failed else report.get("local_certificates")), "gates": gates,
+        "images": images_in_words(report), "sample_order": _order(report),
         "lipschitz": lipschitz, "layers": [_layer(layer) for layer in report.get("layers") or []],
         "config": {str(key): portable(value) for key, value in config.items() if value is not None},
         "versions": {str(key): str(value) for key, value in (report.get("versions") or {}).items()},
@@ -169,6 +170,12 @@ def _lipschitz(found: Figures | None) -> Figures:
 def _local(found: Figures | None) -> str | None:
     """The sentence on the certificates around single images, if there are any."""
     return portable(local_in_words(found)) if found else None
+
+
+def _order(report: Figures) -> str:
+    """The order of the test images of which the evaluated ones are the first: the data set's own, or a digest of another."""
+    drawn = (report.get("planned") or {}).get("sample_order")
+    return str(drawn["sha256"]) if drawn else "first"
 
 
 def _layer(layer: Figures) -> Figures:

@@ -69,6 +69,11 @@ def _board(name: str, data: str, norm: str, label: str, *, eps: float, entries: 
     notes = [text for _, _, text in noted]
     if len({row["data_sha256"] for row in ranked} - {None}) > 1:
         notes.append("The models of this board were not all tested on the same images: their data have different hashes")
+    if len({row["sample_order"] for row in ranked}) > 1:
+        notes.append(
+            "The models of this board may not all have been evaluated on the same images: some are on the first test images, "
+            "some on a draw in proportion to the classes"
+        )
     if len({row["worst_case"]["n"] for row in ranked if displayable(row["worst_case"])}) > 1:
         notes.append("The worst cases of this board are over different numbers of images: see their intervals")
     if len({_standing(row)[0] for row in ranked if displayable(row["worst_case"])}) > 1:
@@ -89,7 +94,8 @@ def _row(entry: Entry, norm: str, label: str) -> Row | None:
                       for key in ("certified", "certified_local"))  # fmt: skip
     if displayable(around) and around and proved and around["n"] == proved["n"]:
         proved = around
-    kept = ("seed", "lipschitz", "gates", "parameters", "training_seconds", "attack_seconds", "model_sha256", "data_sha256")
+    kept = ("seed", "lipschitz", "gates", "parameters", "training_seconds", "attack_seconds", "model_sha256", "data_sha256",
+            "sample_order")  # fmt: skip
     return {
         "id": entry.id, "page": f"models/{entry.id}.html", "run": entry.run, "model": figures["model"],
         "defence": figures["defence"], "data": figures["data"], "norm": norm, "eps": here[0]["eps"],

@@ -205,7 +205,8 @@ def adopt(
         _refuse_another(out, model, config)
         return out
     run = {
-        "config": config, "classes": classes, "channels": images.channels, "image_size": images.image_size,
+        "config": config, "classes": classes, "class_names": images.class_names, "channels": images.channels,
+        "image_size": images.image_size,
         "test_data_sha256": data_hash(images), "seed": 0, "defence": defence,
         "layers": _layers(model, images.example()), "seconds": None, **environment(),
     }  # fmt: skip

@@ -22,7 +22,7 @@ from robust_spectral.plugins.robustbench import BOARDS, TEST_IMAGES, model_info,
 from robust_spectral.plugins.robustbench_images import save_adversarial
 from robust_spectral.plugins.timm import PixelModel
 
-from ..attacking import open_subject, planned_work
+from ..attacking import open_subject, ordered, planned_work
 from ..attacks import predict
 from ..records import read_record
 from ..reporting import render
@@ -53,8 +53,8 @@ def to_hub(folder: Path, out: Path) -> Path:
     }
     with tempfile.TemporaryDirectory() as scratch:
         ready = Path(scratch) / "model"
-        save_for_hf(model, str(ready), model_config={"spectral": _spectral(run, report)}, safe_serialization=True,
-                    data_config=data)  # fmt: skip
+        extra = {"spectral": _spectral(run, report), **_labels(run)}
+        save_for_hf(model, str(ready), model_config=extra, safe_serialization=True, data_config=data)
         name = run["config"]["model"]
         (ready / "README.md").write_text(render("card.md", name=name, run=run, report=report), encoding="utf-8")
         again = timm.create_model(f"local-dir:{ready}", pretrained=True).eval()
@@ -115,16 +115,16 @@ def _adversarial(run: Run, norm: str, found: dict[str, Any]) -> tuple[torch.Tens
     """
     subject = open_subject(run, "cpu")
     clean, labels = subject.data.test_images(subject.data.tests)
-    images = clean.clone()
-    levels = sorted(
-        (level for level in planned_work(run).attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True
-    )
+    images, work = clean.clone(), planned_work(run)
+    order = ordered(subject.data, work.sample_order)
+    levels = sorted((level for level in work.attacks.items() if level[0][:2] == ("autoattack", norm)), reverse=True)
     for unit in (unit for (_, _, eps), units in levels if eps <= found["eps"] for unit in units):
         record = read_record(run.folder, unit)
         if record is None:
             raise ValueError(f"{unit.path(run.folder)}: is missing, evaluate again")
-        images[unit.start + record.tensors["fallen"]] = record.tensors["adversarial"]
-    right = predict(subject.model, images[: found["n"]]) == labels[: found["n"]]
+        images[order[unit.start + record.tensors["fallen"]]] = record.tensors["adversarial"]
+    attacked = order[: found["n"]]
+    right = predict(subject.model, images[attacked]) == labels[attacked]
     if float(right.double().mean()) != found["accuracy"]:
         raise ValueError(f"{run.folder}: the adversarial images do not give the accuracy of the report; evaluate again")
     return images, clean
@@ -149,6 +149,12 @@ def _spectral(run: dict[str, Any], report: dict[str, Any] | None) -> dict[str, A
     layers = {row["name"]: {key: row[key] for key in ("lower", "upper", "target")} for row in run["layers"]}
     bound = {} if report is None else {"lipschitz_bound": report["lipschitz"]["bound"], "input": "pixels in [0, 1]"}
     return {"defence": run["defence"], "max_norm": run["config"]["max_norm"], "layers": layers, **bound}
+
+
+def _labels(run: dict[str, Any]) -> dict[str, list[str]]:
+    """timm's entry of the names of the classes, where the run has a name for each logit."""
+    names = run.get("class_names") or []
+    return {"label_names": list(names)} if names and len(names) == run["classes"] else {}
 
 
 def _without_twins(folder: Path) -> Run:

@@ -12,6 +12,7 @@ from .units import Record as Record
 from .units import Unit as Unit
 from .units import read_record as read_record
 from .units import read_told as read_told
+from .units import recorded_orders as recorded_orders
 from .units import refuse_foreign as refuse_foreign
 from .units import seconds_of as seconds_of
 from .units import write_record as write_record

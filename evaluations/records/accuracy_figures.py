@@ -78,7 +78,8 @@ def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int, aro
     if around and not any(row.get("certified_by") == "local" for row in clean):
         return []
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
-    sizes = _one_two_five(sorted(_radii(clean, norm, pixels, around)))
+    whole = math.sqrt(pixels) / _l2_radius(norm, pixels)  # no two images with pixels in [0, 1] are farther apart
+    sizes = _one_two_five(sorted(min(radius, whole) for radius in _radii(clean, norm, pixels, around)))
     return certified_at(clean, norm, sorted(attacked_eps | set(sizes)), pixels, around)
 
 

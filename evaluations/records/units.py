@@ -32,9 +32,10 @@ class Unit:
         data_sha256: The sha256 of all test images and labels.
         task: An attack's name, or "clean", "lipschitz" or "gates".
         config: The task's configuration in full: class, budget, norm, eps, version.
-        start: Index of the first image of the block.
-        stop: Index after the last image of the block.
+        start: Place of the first image of the block in the order of the images.
+        stop: Place after the last image of the block.
         seed: Seed of the attack's random draws.
+        sample_order: The record of the order of the images; None for the data set's own order.
     """
 
     model_sha256: str
@@ -44,11 +45,12 @@ class Unit:
     start: int
     stop: int
     seed: int
+    sample_order: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
-        """The full description of the unit, as JSON with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The full description of the unit, as JSON with sorted keys; without an order, as before orders were recorded."""
+        return json.dumps({k: v for k, v in asdict(self).items() if (k, v) != ("sample_order", None)}, sort_keys=True)
 
     def path(self, folder: Path) -> Path:
         """The path of the unit's record in a run folder."""
@@ -121,6 +123,16 @@ def refuse_foreign(folder: Path, model_sha256: str, data_sha256: str) -> None:
                     f"{path}: contains verdicts on another {what} ({unit[f'{what}_sha256'][:12]}… not {wanted[:12]}…); "
                     "evaluate in another folder, or remove the records"
                 )
+
+
+def recorded_orders(folder: Path, unnamed: str) -> set[str]:
+    """The names of the orders of images in the records of a run folder; ``unnamed`` for records without one.
+
+    Raises:
+        ValueError: a record is not readable.
+    """
+    units = [_metadata(path)["unit"] for path in sorted((folder / FOLDER).glob("*.safetensors"))]
+    return {unit["sample_order"]["name"] if "sample_order" in unit else unnamed for unit in units}
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def _example(told: dict[str, Any], clean: np.ndarray, adversarial: np.ndarray) -
     change = np.nan_to_num(adversarial - clean)
     factor = _factor(float(np.abs(change).max()))
     return {
-        **{key: str(told.get(key, "unknown")) for key in ("sample", "label", "predicted", "attack", "norm")},
+        **{key: str(told.get(f"{key}_name", told.get(key, "unknown")))
+           for key in ("sample", "label", "predicted", "attack", "norm")},
         **{key: float(told[key]) for key in ("eps", "distance")}, "factor": factor, "height": clean.shape[1],
         "clean": png(clean), "adversarial": png(adversarial), "change": png(0.5 + factor * change),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..wording import NORM_NAMES, count, duration, interval, local_in_words, number, percent, size, verdict
+from ..wording import NORM_NAMES, count, duration, images_in_words, interval, local_in_words, number, percent, size, verdict
 
 
 def render(template: str, **values: Any) -> str:
@@ -32,6 +32,6 @@ def _environment() -> Environment:
         loader=PackageLoader("robust_spectral.evaluations"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    filters = (number, percent, interval, verdict, size, duration, count, breakable, local_in_words)
+    filters = (number, percent, interval, verdict, size, duration, count, breakable, local_in_words, images_in_words)
     environment.filters.update({function.__name__: function for function in filters})
     return environment

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..records import certified_at, judged_proof
 from ..run_folder import Run, open_run, write_json, write_text
-from ..wording import NORM_NAMES, interval, local_in_words, not_tested, number, percent, verdict
+from ..wording import NORM_NAMES, images_in_words, interval, local_in_words, not_tested, number, percent, verdict
 from . import charts
 from .pages import render
 
@@ -46,6 +46,8 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
     for label, cells in accuracy_rows(models):
         table.add_row(label, *cells)
     console.print(table)
+    for words, names in _by_images(models).items():
+        console.print(f"{', '.join(names)}: {words}", highlight=False, markup=False)
     for name, figures in models.items():
         lipschitz = figures["lipschitz"]
         largest = max((math.inf if layer["upper"] is None else layer["upper"] for layer in figures["layers"]), default=math.inf)
@@ -66,6 +68,14 @@ def print_report(models: dict[str, Figures], console: Console) -> None:
                 f"  [{colour}]{verdict(gate['status'])}[/{colour}] {escape(gate['name'])}: {escape(gate['detail'])}",
                 highlight=False,
             )
+
+
+def _by_images(models: dict[str, Figures]) -> dict[str, list[str]]:
+    """The names of the models on the same images, by what the images are."""
+    found: dict[str, list[str]] = {}
+    for name, figures in models.items():
+        found.setdefault(images_in_words(figures), []).append(name)
+    return found
 
 
 def accuracy_rows(models: dict[str, Figures]) -> list[tuple[str, list[str]]]:

@@ -133,7 +133,7 @@ def test_finetune_applies_the_given_mean_and_std_and_prints_them(tmp_path: Path,
     assert call(f"{start} --image-size 16 --mean 0 --std 1 --out {tmp_path / 'plain'}") == 0
     said = capsys.readouterr().err
     assert "images 1x16x16 (8x8 -> 16x16), standardised with mean 0, std 1\n" in said
-    assert "% on the first 200 test images" in said
+    assert "% on 200 test images, in proportion to their classes" in said
     model, data, run = load_run(tmp_path / "plain")
     x = data.test_images(4)[0]
     assert torch.equal(model(x), model.model(x)) and run["config"]["mean"] == "0"

@@ -45,7 +45,7 @@ def twins(tmp_path_factory):
         f"finetune --model test_resnet --data digits --image-size 16 --epochs 3 --lr 2e-3 --initial-checkpoint {start} "
         "--freeze-bn --max-norm 2 --logit-scale 10 --twin", folder / "run",
     )  # fmt: skip
-    options = "--attack pgd --attack autoattack --eps 0.25 --eps 3 --samples 24 --autoattack-eps 3 --autoattack-samples 4"
+    options = "--attack pgd --attack autoattack --eps 0.25 --eps 3 --samples 24 --autoattack-eps 3 --autoattack-samples 10"
     assert call(f"evaluate {folder / 'run'} {options}") == 0
     assert call(f"report {folder / 'run'}") == 0
     return folder / "run"
@@ -78,7 +78,7 @@ def test_the_sample_table_has_a_row_for_every_image_attack_and_eps(twins):
     rows = pq.read_table(twins / "clipped" / "samples.parquet").to_pylist()
     columns = "sample label attack norm eps predicted robust distance certified_radius status"
     assert list(rows[0]) == columns.split()
-    assert len(rows) == 24 + 2 * 24 + 4
+    assert len(rows) == 24 + 2 * 24 + 10
     assert all(row["distance"] <= row["eps"] * (1 + 1e-6) for row in rows)
     assert all(row["robust"] <= (row["predicted"] == row["label"]) for row in rows)
 

@@ -94,9 +94,10 @@ def test_a_robustbench_entry_has_the_accuracy_under_autoattack_and_its_images(
     assert info["autoattack_acc"] == f"{100 * found['accuracy']:.2f}" and robustbench.problems(info) == []
     images = torch.load(out / "Lee2026Held.pt", weights_only=True)
     model, data, _ = load_run(run)
-    y = data.test_images(16)[1]
-    assert float((model(images[:16]).argmax(1) == y).double().mean()) == found["accuracy"]
-    assert torch.equal(images[16:], data.test_images(360)[0][16:])
+    attacked, rest = data.proportional_order[:16], data.proportional_order[16:]
+    y = data.digest_and_labels[1][attacked]
+    assert float((model(images[attacked]).argmax(1) == y).double().mean()) == found["accuracy"]
+    assert torch.equal(images[rest], data.test_images(360)[0][rest])
 
 
 @pytest.mark.parametrize(

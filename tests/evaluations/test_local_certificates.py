@@ -102,7 +102,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, size: float, reason: str | None = N
 def test_each_of_the_first_images_has_the_larger_of_its_local_and_its_global_radius(whole: Path) -> None:
     rows = clean_rows(whole)
     model, data, _ = load_run(whole)
-    images, labels = data.test_images(8)
+    images, labels = data.images_at(data.proportional_order[:8])
     for block in (slice(0, 4), slice(4, 8)):
         found = local_radius(model.double(), images[block].double(), labels[block], rounds=2, steps=2)
         assert [row["certified_radius"] for row in rows[block]] == found.tolist()

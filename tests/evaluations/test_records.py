@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from robust_spectral.evaluations.attacking.engine import in_this_process, make_engine
-from robust_spectral.evaluations.attacking.evaluation import evaluate
-from robust_spectral.evaluations.attacking.work import AttackPlan, open_subject, plan_work
+from robust_spectral.evaluations.attacking.evaluation import evaluate, planned_work
+from robust_spectral.evaluations.attacking.work import AttackPlan, open_subject
 from robust_spectral.evaluations.config import FinetuneConfig
 from robust_spectral.evaluations.finetuning.training import finetune
 from robust_spectral.evaluations.records.units import Record, read_record, refuse_foreign
@@ -155,8 +155,7 @@ def test_a_record_of_another_model_or_of_other_data_is_refused(whole: Path, fres
 
 
 def test_a_record_under_the_file_name_of_another_eps_is_refused(whole: Path, fresh: Path) -> None:
-    told = open_subject(open_run(whole), "cpu").run.record
-    work = plan_work(told, 360, PLANS, 0, 8, 8)
+    work = planned_work(open_run(whole))
     small, large = (work.attacks["pgd", "l2", eps][0] for eps in (0.3, 0.6))
     (fresh / "records").mkdir()
     shutil.copy(small.path(whole), large.path(fresh))
@@ -194,7 +193,7 @@ def test_a_failed_attack_is_invalid_in_table_and_report(fresh: Path, monkeypatch
 
 
 def test_a_failed_attack_is_repeated_by_the_next_evaluation(fresh: Path) -> None:
-    plans = [AttackPlan("square", "l2", (8.0,), 8)]
+    plans = [AttackPlan("square", "l2", (8.0,), 10)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("robust_spectral.plugins.autoattack.AutoAttack.__call__", lambda *_: 1 / 0)
         evaluate(fresh, plans, **OPTIONS)
@@ -231,7 +230,7 @@ def test_saved_adversarial_examples_are_misclassified_by_the_model(whole: Path) 
         told = json.loads(file.metadata()["examples"])
     assert subject.model(tensors["adversarial"]).argmax(1).tolist() == [example["predicted"] for example in told]
     assert all(example["predicted"] != example["label"] for example in told)
-    assert torch.equal(tensors["clean"], subject.data.test_images(40)[0][[example["sample"] for example in told]])
+    assert torch.equal(tensors["clean"], subject.data.images_at(example["sample"] for example in told)[0])
 
 
 @pytest.mark.parametrize(
