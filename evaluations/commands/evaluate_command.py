@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import numbers
 from ..terminal import console, errors
+from .evaluation_display import EvaluationDisplay
 
 
 def evaluate(
@@ -62,34 +62,42 @@ def evaluate(
 ) -> None:
     """Attack a run with its twins, or any model, and record a verdict for every image.
 
-    An evaluation that was stopped continues: the run's folder contains one file for each finished unit of work.
+    An evaluation that was stopped continues: the run's folder contains one file for each finished unit of work. The result of
+    each attack is printed as soon as all its images are attacked.
     """
-    from ..attacking import AttackPlan, check_options, images_to_certify, make_engine, sizes
-    from ..attacking import evaluate as attack_run
+    says, display = errors if as_json else console, EvaluationDisplay(errors)
+    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
+               "std": numbers("std", std)}  # fmt: skip
+    try:
+        with display:  # the imports take seconds
+            from ..attacking import AttackPlan, check_options, images_to_certify, make_engine, sizes
+            from ..attacking import evaluate as attack_run
+
+            usual = eps, samples
+            own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
+            chosen = {name: own.get(name, usual) for name in attack}
+            plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
+            who, share = make_engine(engine, workers, address), _share(shard)
+            check_options(plans, device, block, gate_samples, share, sample_order=sample_order)
+            certified = images_to_certify(local_certificates, plans)
+            folder = _folder_to_evaluate(run, model, adopted, defence)
+            complete = attack_run(
+                folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, local_certificates=certified,
+                sample_order=sample_order, engine=who, shard=share, command=_command(), progress=display.watch,
+                say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        errors.print(display.kept(), highlight=False, markup=False, soft_wrap=True)
+        raise
+    if complete:
+        _show(folder, as_json)
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    """Print the figures as JSON if asked for, and exit with status 1 if a certificate was refuted."""
     from ..records import failed_proofs
     from ..run_folder import open_run
 
-    usual = eps, samples
-    own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
-    chosen = {name: own.get(name, usual) for name in attack}
-    plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
-    who, share = make_engine(engine, workers, address), _share(shard)
-    check_options(plans, device, block, gate_samples, share, sample_order=sample_order)
-    certified = images_to_certify(local_certificates, plans)
-    adopted = {"data": data, "out": out, "checkpoint": checkpoint, "image_size": image_size, "mean": numbers("mean", mean),
-               "std": numbers("std", std)}  # fmt: skip
-    folder = _folder_to_evaluate(run, model, adopted, defence)
-    says = errors if as_json else console
-    with Progress(TextColumn("units of work"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors) as bar:
-        task = bar.add_task("units", total=None)
-        complete = attack_run(
-            folder, plans, seed=seed, device=device, block=block, gate_samples=gate_samples, local_certificates=certified,
-            sample_order=sample_order, engine=who, shard=share, command=_command(),
-            say=lambda text: says.print(text, highlight=False, markup=False, soft_wrap=True),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    if not complete:
-        return
     found = {name: one.report() for name, one in open_run(folder).models.items()}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
