@@ -1,8 +1,8 @@
 """The test images of an evaluation: their order, its record, and the check that no class is missing among them.
 
 Attacks, checks and certificates each take the first images of one order, so that they share as many as can be. Units of work
-and reports record the order. Those without a record are of the data set's own order, which versions before it was recorded
-used, and are continued in it.
+and reports record the order. Evaluations without a record of it are in the data set's own order, which earlier versions took, and
+continue in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an evaluation shows while it runs, and after it was stopped."""
+"""The display of a running evaluation, its results as they come, and its message after a stop."""
 
 import io
 import shutil
