@@ -1,7 +1,7 @@
 """The test images of an evaluation: their order, its record, and the check that no class is missing among them.
 
 Attacks, checks and certificates each take the first images of one order, so that they share as many as can be. Units of work
-and reports record the order. Evaluations without a record of it are in the data set's own order, which earlier versions took, and
+and reports record the order. Evaluations without a record are in the data set's own order, which earlier versions took, and
 continue in it.
 """
 
