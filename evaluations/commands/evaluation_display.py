@@ -65,11 +65,11 @@ class EvaluationDisplay:
             total: The number of all units of this model.
         """
         now = time.monotonic()
-        for unit in self._left if left is not None and name == self._name else ():
-            if unit not in left:
+        if left is not None and name == self._name:
+            kept = {id(unit) for unit in left}  # comparing units would cost the square of their number
+            for unit in (unit for unit in self._left if id(unit) not in kept):
                 seconds, images = self._rates.get(unit.task, (0.0, 0))
                 self._rates[unit.task] = seconds + now - self._since, images + unit.stop - unit.start
-                self._since = now  # units that arrive together share the time before the first one
         self._name, self._left, self._total, self._since = name, list(left or ()), total, now
         doing = "loading the model and the data" if left is None else _in_words(left) if left else "writing the report"
         self._now = f"{name}: {doing}" if name else doing
