@@ -13,7 +13,15 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from robust_spectral import LinearLayer, LipschitzBound, linear_layers, lipschitz_bound, spectral_norm, top_singular
+from robust_spectral import (
+    LinearLayer,
+    LipschitzBound,
+    linear_layers,
+    lipschitz_bound,
+    refined_bound,
+    spectral_norm,
+    top_singular,
+)
 
 from ..config import numbers
 from ..run_folder import make_folder, write_text
@@ -38,6 +46,9 @@ def spectrum(
         float, typer.Option(help="Failure probability of each upper bound; 0 for deterministic bounds only.")
     ] = 1e-9,
     composites: Annotated[bool, typer.Option(help="Measure a layer together with the batch normalisation after it.")] = True,
+    refine: Annotated[
+        float, typer.Option(help="Seconds for a smaller Lipschitz bound, by multipliers for all activations together.")
+    ] = 0.0,
     top: Annotated[int, typer.Option(help="Also estimate this many of each layer's largest singular values.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write the intervals, and the values of --top, as an SVG picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -49,6 +60,12 @@ def spectrum(
         raise ValueError(f"spectrum({', '.join(wrong)}): must be positive")
     if top < 0:
         raise ValueError(f"spectrum(top={top}): must not be negative")
+    if not 0 <= refine < math.inf:
+        raise ValueError(f"spectrum(refine={refine}): give seconds, at least 0")
+    if refine and failure_probability == 0:
+        raise ValueError(
+            "spectrum(refine, failure_probability=0): a refined bound is probabilistic; give a probability above 0"
+        )
     if plot is not None:
         make_folder(plot.parent)  # fails before slow work
     net, example = _network(model, given)
@@ -61,7 +78,7 @@ def spectrum(
         from ..reporting import layer_spectra
 
         write_text(plot, layer_spectra(layers))
-    bound = lipschitz_bound(net, example, failure_probability)
+    bound = _bounded(net, example, failure_probability, refine)
     if as_json:
         typer.echo(json.dumps({"model": model, "layers": layers, **_told(bound)}, indent=1))
     else:
@@ -88,6 +105,18 @@ def _network(model: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     example = torch.zeros(1, channels, size, size)
     logits_of(net, example, model)
     return net, example
+
+
+def _bounded(net: nn.Module, example: Tensor, failure_probability: float, seconds: float) -> LipschitzBound:
+    """The network's bound, refined for a time."""
+    if seconds == 0:
+        return lipschitz_bound(net, example, failure_probability)
+    with errors.status("refining the Lipschitz bound") as status:
+
+        def show(part: float, value: float) -> None:
+            status.update(f"refining the Lipschitz bound: {value:.6g}, {part:.0%} of the time")
+
+        return refined_bound(net, example, seconds, failure_probability, progress=show)
 
 
 def _row(layer: LinearLayer, failure_probability: float, composites: bool, top: int) -> Row:

@@ -144,6 +144,8 @@ def test_second_run_into_the_same_folder_overwrites_nothing(twins, capsys):
         ("spectrum test_vit --image-size 50", "test_vit does not take images of shape (3, 50, 50)"),
         ("spectrum test_resnet --image-size -3", "must be positive"),
         ("spectrum OUT", "no such run folder"),
+        ("spectrum test_resnet --refine -1", "give seconds"),
+        ("spectrum test_resnet --refine 5 --failure-probability 0", "a refined bound is probabilistic"),
         ("finetune --model test_vit --data digits --image-size 50 --out OUT", "does not take images of shape (1, 50, 50)"),
         ("finetune --model test_resnet --data digits --image-size -3 --out OUT", "image_size=-3: must be positive"),
         ("finetune --model test_resnet --data torch/cifar10 --out OUT", "as in torch/cifar10:PATH"),
@@ -158,6 +160,13 @@ def test_bad_input_gives_a_one_line_error_and_exit_status_2(text, message, tmp_p
     error = " ".join(capsys.readouterr().err.split())
     assert error.count("error:") == 1 and message in error.partition("error:")[2] and "Traceback" not in error
     assert (tmp_path / "out" / "config.json").exists() == ("--lr 1e30" in text)  # only a training that has begun can be resumed
+
+
+def test_spectrum_refines_the_bound_of_a_network(capsys):
+    assert call("spectrum test_resnet --image-size 16 --json") == 0
+    plain = json.loads(capsys.readouterr().out)["lipschitz_bound"]
+    assert call("spectrum test_resnet --image-size 16 --json --refine 5") == 0
+    assert json.loads(capsys.readouterr().out)["lipschitz_bound"] < plain / 2
 
 
 def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
