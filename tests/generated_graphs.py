@@ -184,26 +184,29 @@ GLOBAL = [
 LOCAL = [*GLOBAL, local_function, product]
 
 
-def network(draw: random.Random, *, local: bool = False, most: int = 1200) -> Network:
-    """A random network on inputs (2, 4, 4), in float64 and eval mode, that ends in a dense layer or in none."""
+def network(
+    draw: random.Random, *, local: bool = False, most: int = 1200, shape: Shape = (2, 4, 4),
+    kinds: list[Callable[[Draft, int], Step | None]] | None = None, sizes: tuple[int, ...] = (1, 1, 2, 2, 3, 4, 6, 9),
+) -> Network:  # fmt: skip
+    """A random network on inputs of a shape, in float64 and eval mode, that ends in a dense layer or in none."""
     torch.manual_seed(draw.randrange(2**31))
-    draft = Draft(draw, [(2, 4, 4)])
-    for _ in range(draw.choice([1, 1, 2, 2, 3, 4, 6, 9])):
+    draft = Draft(draw, [shape])
+    for _ in range(draw.choice(sizes)):
         i = draw.choice(draft.maps()[-4:])
-        kind = draw.choice(LOCAL if local else GLOBAL)
+        kind = draw.choice(kinds or (LOCAL if local else GLOBAL))
         count = len(draft.modules)
         step = kind(draft, i)
         net = Network(draft).double().eval()
         values = [torch.zeros(1, *shape, dtype=torch.float64) for shape in draft.shapes]
         try:
-            shape = tuple(step(net, values).shape[1:])
+            found = tuple(step(net, values).shape[1:])
         except (ValueError, RuntimeError, IndexError):  # a window, or a statistic, that does not fit the shape
-            shape = ()
-        if len(shape) != 3 or math.prod(shape) > most or 0 in shape:
+            found = ()
+        if len(found) != 3 or math.prod(found) > most or 0 in found:
             del draft.modules[count:]
             continue
         draft.steps.append(step)
-        draft.shapes.append(shape)
+        draft.shapes.append(found)
         draft.kinds.append(kind.__name__)
     middle = len(draft.shapes) // 2
     if draw.random() < 0.5:
