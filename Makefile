@@ -44,10 +44,13 @@ test-extras: env  ## every extra alone in a clean environment; about two minutes
 docs: env  ## the documentation, for reading from the disk: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-fuzz: env  ## every bound on 20,000 generated layers, 10,000 networks and 5,000 programs, and how often the probabilistic one fails
+fuzz: env  ## every bound on generated layers, networks, programs and images, and how often the probabilistic one fails
 	$(BIN)/python evaluations/benchmarks/fuzz_norms.py --layers 20800 --out evaluations/benchmarks/results/fuzz_norms.json
 	$(BIN)/python evaluations/benchmarks/fuzz_graphs.py --networks 10000 --out evaluations/benchmarks/results/fuzz_graphs.json
 	$(BIN)/python evaluations/benchmarks/fuzz_programs.py --programs 5000 --out evaluations/benchmarks/results/fuzz_programs.json
+	$(BIN)/python evaluations/benchmarks/fuzz_certificates.py --networks 5000 --out evaluations/benchmarks/results/fuzz_certificates.json
+	$(BIN)/python evaluations/benchmarks/fuzz_certificates.py --networks 0 --planted 20 --out evaluations/benchmarks/results/fuzz_planted.json
+	$(BIN)/python evaluations/benchmarks/fuzz_certificates.py --radii --images 500 --out evaluations/benchmarks/results/fuzz_radii.json
 	$(BIN)/python evaluations/benchmarks/failure_rate.py --out evaluations/benchmarks/results/failure_rate.json
 
 demo: env  ## two twins from one trained model on MNIST-5k, attacked and compared: runs/demo/report.html
