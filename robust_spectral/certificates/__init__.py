@@ -3,9 +3,9 @@
 `certify` bounds the margins at a radius, `local_radius` finds the largest radius.
 """
 
-from .prover import Certificates as Certificates
-from .prover import Radii as Radii
 from .prover import certify as certify
 from .prover import largest_radii as largest_radii
 from .prover import local_radius as local_radius
 from .refinement import refined_bound as refined_bound
+from .results import Certificates as Certificates
+from .results import Radii as Radii

@@ -216,6 +216,25 @@ def convex_or_concave(walk: Any, n: fx.Node) -> LocalError:
     return elementwise_error(walk, n, slopes.amin(0) - slack, slopes.amax(0) + slack)
 
 
+@local(aten.elu, aten.selu, aten.celu)
+def exponential_below_zero(walk: Any, n: fx.Node) -> LocalError:
+    """The derivative rises up to 0 and is constant above: its extremes in a box are at the ends and on both sides of 0."""
+    operation, a, (low, high) = operation_of(n.target), arguments(n), walk.box(n.args[0])
+    left, right = 1.0, 1.0
+    if operation is aten.selu:
+        left, right = 1.0507009873554805 * 1.6732632423543772, 1.0507009873554805
+    elif operation is aten.elu:
+        left, right = float(a["alpha"]) * float(a["scale"]) * float(a["input_scale"]), float(a["scale"])
+    if not all(float(a.get(name, 1.0)) > 0 for name in ("alpha", "scale", "input_scale")):
+        raise NoClaim("with a negative or no slope")
+    slopes = torch.stack([_derivative(walk, n, t) for t in (low, high)])
+    bends = (low <= 0) & (high >= 0)
+    least, most = slopes.amin(0), slopes.amax(0)
+    least = torch.where(bends, least.clamp_max(min(left, right)), least)
+    most = torch.where(bends, most.clamp_min(max(left, right)), most)
+    return elementwise_error(walk, n, least - 1e-9 * most, most + 1e-9 * most)
+
+
 def _check_domain(n: fx.Node, low: Tensor, high: Tensor) -> None:
     operation = operation_of(n.target)
     if operation in (aten.exp, aten.square, aten.expm1):

@@ -43,7 +43,8 @@ class Linearised:
         self.slopes: dict[fx.Node, Tensor | float | None] = {}
         self.images = len(values[graph.input])
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.sources = {node: self._sources(node) for node in graph.nodes if node in graph.moving and node is not graph.input}
+        moving = [node for node in graph.nodes if node in graph.moving and node is not graph.input]
+        self.sources = {node: self._sources(node) for node in moving if values[node] is not None}
         self.replaced: dict[fx.Node, Callable[..., Any]] = {}
         self._functions: dict[fx.Node, Callable[..., Any]] = {}
         self._adjoints: dict[fx.Node, Callable[..., Any]] = {}

@@ -76,7 +76,7 @@ class LocalWalk(LipschitzWalk):
     def run(self) -> None:
         """Bound every node, in order."""
         for node in self.graph.nodes:
-            sources = self.linear.sources.get(node, []) if self.env[node] is not None else []
+            sources = self.linear.sources.get(node, [])
             curved = bool(sources) and not is_linear(node, sources)
             if curved:
                 for source in sources:
@@ -220,8 +220,10 @@ class LocalWalk(LipschitzWalk):
     def _linearise(self, node: fx.Node) -> None:
         """Find a node's error, and how large it is."""
         rule, value = RULES.get(operation_of(node.target)), self.env[node]
-        if not isinstance(value, Tensor) or value.shape[0] % self.images:
-            raise NoClaim("of a value that has the images on another axis than the first")
+        if not isinstance(value, Tensor):
+            raise NoClaim(f"no local error is known for {named(node, '')} (at {where(node)}), which gives several values")
+        if value.ndim == 0 or value.shape[0] % self.images:
+            raise NoClaim(f"{named(node, 'with the images on another axis than the first')} has no local error")
         try:
             if rule is None or len(self.linear.sources[node]) < sum(map(self.depends, node.all_input_nodes)):
                 raise NoClaim

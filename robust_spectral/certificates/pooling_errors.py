@@ -56,7 +56,7 @@ def max_pool(walk: Any, n: fx.Node) -> LocalError:
     others = torch.where(own, 0.0, share)
     rise = torch.where(rival, width - gap, 0.0).amax(1) + (others * (below + above.gather(1, best))).sum(1)
     reach = torch.maximum(rise, (others * width).sum(1)) * _UP
-    factors = {z.dtype: (share, middle, apart)}
+    factors: dict[torch.dtype, tuple[Tensor, ...]] = {z.dtype: (share, middle, apart)}
 
     def cast(x: Tensor) -> tuple[Tensor, ...]:
         if x.dtype not in factors:
@@ -102,7 +102,7 @@ class Windows:
         if outside:
             x = functional.pad(x, (across, across, down, down), value=outside)
         padding = (0, 0) if outside else (down, across)
-        found = functional.unfold(x, self.kernel, padding=padding, stride=self.stride)
+        found = functional.unfold(x, tuple(self.kernel), padding=padding, stride=tuple(self.stride))
         return found.reshape(*x.shape[:2], -1, *self.shape).transpose(1, 2)
 
     def of_changes(self, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,49 +23,13 @@ from ..operators import full_precision_no_grad
 from .forms import written_out
 from .local_walk import Kept, LocalWalk
 from .margins import least_margins
+from .results import Certificates, Radii
 
 _SHARE = 1e-3  # of the failure probability, for each norm
 _MOST_ELEMENTS = 4e6  # of all activations of the images that are treated together
 _MOST_IMAGES = 16
 _FIRST = 1 / 144  # of the distance at which a linear network changes its class: the first radius tried is 1 / 12 of it
 _LEAST_RADIUS = 1e-7  # a smaller radius is certified by this one
-
-
-@dataclass(frozen=True)
-class Certificates:
-    """Proved lower bounds of margins in L2 balls around images.
-
-    Attributes:
-        margins: (n,) float64, at most the smallest difference of the true class's logit and any other one in the ball; -inf
-            where nothing is proved.
-        certified: (n,) whether the margin is positive: no image of the ball has another predicted class.
-        local: (n,) whether the margin is from the bounds around the image, and not from the global Lipschitz bound.
-        failure_probability: Of each image; the sum over all probabilistic bounds that its margin rests on.
-        reason: Why there are no bounds around the images, or None.
-    """
-
-    margins: Tensor
-    certified: Tensor
-    local: Tensor
-    failure_probability: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Radii:
-    """Proved L2 radii around images.
-
-    Attributes:
-        radii: (n,) float64, never below those of the global Lipschitz bound; 0 where nothing is proved.
-        local: (n,) whether the radius is from the bounds around the image, and not from the global Lipschitz bound.
-        failure_probability: Of each image; the sum over all probabilistic bounds that its radius rests on.
-        reason: Why there are no bounds around the images, or none around some of them, or None.
-    """
-
-    radii: Tensor
-    local: Tensor
-    failure_probability: float
-    reason: str | None = None
 
 
 def certify(
@@ -163,6 +127,7 @@ class _Prover:
             self.logits, self.dtype = self._logits()
         if self.bound.errors.get(self.dtype, 0.0) == math.inf:
             self.reason = self.bound.errors_reason
+        self.exact_in = self.dtype if self.dtype in self.bound.errors else None
 
     def _logits(self) -> tuple[Tensor, torch.dtype]:
         """The logits of all images, in float64, and the dtype that the model computes in."""
@@ -195,7 +160,7 @@ class _Prover:
             if self.progress is not None:
                 self.progress(len(margins) - len(due) + done, len(margins))
         margins, local = margins.to(self.images.device), local.to(self.images.device)
-        return Certificates(margins, margins > 0, local, float(self.spent.max()), self.reason)
+        return Certificates(margins, margins > 0, local, float(self.spent.max()), self.reason, self.exact_in)
 
     def radii(self, rounds: int) -> Radii:
         """The largest radii that are found, with the global ones, and whether each is from around the image."""
@@ -207,24 +172,32 @@ class _Prover:
             proved[indices] = torch.maximum(proved[indices], found)
             if self.progress is not None:
                 self.progress(done, len(proved))
-        return Radii(proved.to(self.images.device), local.to(self.images.device), float(self.spent.max()), self.reason)
+        proved, local = proved.to(self.images.device), local.to(self.images.device)
+        return Radii(proved, local, float(self.spent.max()), self.reason, self.exact_in)
 
     def _searched(self, indices: Tensor, proved: Tensor, rounds: int) -> Tensor:
         """The largest radii whose margins are positive among those tried: between the best and the least that fails.
 
-        A radius is tried where a straight line through the margins at both meets 0, not near either; or a few times the best
-        one while none has failed.
+        A radius is tried where a straight line through the margins at both meets 0, not near either. While none has failed, it
+        is next to where the line through the margins at the image and the best one does if the network is nearly linear, else
+        between that and the best one.
         """
-        low, high = proved, self._steepest(indices)
-        above, below = self._others(indices)[0].amin(1), torch.full_like(low, -math.inf)
+        low, high, steepest = proved, torch.full_like(proved, math.inf), self._steepest(indices)
+        linear = steepest
+        centre, below = self._others(indices)[0].amin(1), torch.full_like(low, -math.inf)
+        above = centre
         self.start, self.searching = {}, True
         for _ in range(rounds):
             share = (above / (above - below)).clamp(0.2, 0.8)
-            tried = torch.where(below > -math.inf, low + share * (high - low), (low.clamp_min(_FIRST * high) * high).sqrt())
+            beyond = (low.clamp_min(_FIRST * linear) * linear).sqrt()
+            beyond = torch.where((above < centre) & (linear > steepest / 2), low + 0.8 * (linear - low), beyond)
+            tried = torch.where(high < math.inf, low + share * (high - low), beyond)
             tried = torch.where(high > 1.02 * low, tried, 0.98 * low)
             margins = self._local_margins(indices, tried)
             better, worse = (margins > 0) & (tried > low), ~(margins > 0) & (tried < high)
             low, above = torch.where(better, tried, low), torch.where(better, margins, above)
+            line = low * centre / (centre - above).clamp_min(1e-300)
+            linear = torch.where(better, line.clamp_max(12 * low), linear)
             high, below = torch.where(worse, tried, high), torch.where(worse, margins, below)
         self.start, self.searching = {}, False
         return low
@@ -278,12 +251,15 @@ class _Prover:
         count, fill = len(indices), self.size - len(indices)
         which, radii = torch.cat([indices, indices[-1:].expand(fill)]), torch.cat([radii, radii[-1:].expand(fill)])
         images = self.images[which]
-        with torch.inference_mode(False), preserved(self.model), full_precision_no_grad():
+        with torch.inference_mode(False), preserved(self.model), full_precision_no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # torch's own, of operations on many vectors
             if self.graph is None:
                 self.graph = graph_of(self.model, images, written_out)
             values = self.graph.values(images)
             (output,) = self.graph.outputs
             device = values[output].device
+            if not bool(torch.isfinite(self.logits[which]).all()):
+                raise NoClaim("the logits of an image are not finite")
             far = (values[output].cpu() - self.logits[which]).abs().max()
             if not float(far) <= 1e-9 * (1 + float(self.logits.abs().max())):
                 raise NoClaim(f"{self.graph.model} computes something else in a batch of {len(images)} than in a batch of 2")

@@ -204,6 +204,40 @@ def test_a_local_radius_is_at_least_the_global_one_and_its_ball_is_certified() -
     assert math.isfinite(float(found.max()))
 
 
+def test_a_local_radius_may_exceed_the_distance_that_the_gradient_tells_where_the_box_is_near() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 3))).double()
+    images = (torch.rand(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) > 0.5).double()
+    labels = model(images).argmax(1)
+    found = rs.local_radius(model, images, labels)
+    assert bool(rs.certify(model, images, labels, found * 0.999).certified.all())
+    assert not bool(rs.certify(model, images, labels, found * 1.01).certified.any())
+    assert bool((found > 1.1 * rs.certified_radius(model(images), labels, rs.lipschitz_bound(model, images))).all())
+
+
+def test_a_certificate_without_a_bound_of_rounding_says_so() -> None:
+    model = network("dense").float()
+    images, labels = some_images(network("dense"), 2)
+    assert rs.certify(model, images.float(), labels, 0.01).dtype == torch.float32
+    assert rs.certify(model, images.float(), labels, 0.01, None).dtype is None
+
+
+def test_a_cast_within_a_network_leaves_its_certificates() -> None:
+    plain = network("dense")
+    images, labels = some_images(plain, 2)
+    cast = Call(lambda m, x: m.inner(x.double()), inner=plain)
+    found, wanted = (rs.certify(m, images, labels, 0.3, steps=0) for m in (cast, plain))
+    assert found.reason is None and bool(found.local.any())
+    torch.testing.assert_close(found.margins, wanted.margins, rtol=0, atol=1e-3)
+
+
+def test_an_operation_that_torch_has_no_quick_form_of_for_many_vectors_warns_nobody() -> None:
+    model = Call(
+        lambda m, x: m.b(torch.relu(m.a(x)).unfold(2, 2, 1).flatten(1)), a=nn.Conv2d(2, 2, 3, padding=1), b=nn.Linear(48, 3)
+    )
+    images, labels = some_images(model.double(), 2)
+    assert rs.certify(model, images, labels, 0.3, steps=0).reason is None
+
+
 def test_an_image_whose_units_cannot_move_does_not_disturb_the_others_of_its_batch() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.relu(x[:, :4] - 0.5)
