@@ -1,10 +1,13 @@
 """A harness that runs attacks and checks their results, so that a verdict can be trusted whatever the attack does.
 
-An attack has a `norm`, an `eps` and a call from model, images and labels to adversarial images. The harness passes it the
-model wrapped in a `Witness`, which remembers for each image the first input inside the ball that fools the model, in case the
-attack does not return it. The witness records whole batches only, not the subsets that AutoAttack continues with; AutoAttack
-keeps its own findings. The harness moves the returned images into the ball and the pixel box in float64 and predicts them
-again. An attack that raises an error gives a verdict with this error, never a robust image.
+An attack has a `norm`, an `eps` and a call from model, images and labels to adversarial images. One that searches for the
+smallest perturbation has no `eps`: its result is a distance for each image, which decides about every size at once.
+
+The harness passes an attack the model wrapped in a `Witness`, which remembers for each image the first input inside the ball
+that fools the model, or the nearest one if there is no ball, in case the attack does not return it. The witness records whole
+batches only, not the subsets that AutoAttack continues with; AutoAttack keeps its own findings. The harness moves the returned
+images into the ball and the pixel box in float64 and predicts them again; only a perturbation that fools the model then has a
+distance. An attack that raises an error gives a verdict with this error, never a robust image.
 """
 
 from __future__ import annotations
@@ -31,29 +34,39 @@ ROUNDING = 1e-6  # distance by which a stored image may lie outside its ball, re
 class Attack(Protocol):
     """The interface of an attack. It is registered under the entry points ``robust_spectral.attacks``.
 
-    An attack is made with the arguments ``norm`` and ``eps``.
+    An attack is made with the arguments ``norm`` and ``eps``; one whose class has ``minimal = True`` minimises the perturbation
+    and is made with ``eps=None``.
 
     An attack is a dataclass, so that its budget is part of its record. Its attribute ``package`` names the distribution whose
     version is recorded as well.
     """
 
     norm: str
-    eps: float
+    eps: float | None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images (n, channels, height, width) in [0, 1], one for each image, in the order of the images."""
 
 
-def make_attack(name: str, norm: str, eps: float) -> Attack:
-    """Make an attack by name, from this package or another installed one.
+def make_attack(name: str, norm: str, eps: float | None) -> Attack:
+    """Make an attack by name, from this package or another installed one; one that minimises the perturbation ignores eps.
 
     Raises:
         ValueError: no attack has this name (similar names are listed), or it does not support the norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
-    attack: Attack = find("attack", name)(norm=norm, eps=eps)
+    attack: Attack = find("attack", name)(norm=norm, eps=None if is_minimal(name) else eps)
     return attack
+
+
+def is_minimal(name: str) -> bool:
+    """Whether the attack of this name minimises the perturbation, so that it has no size.
+
+    Raises:
+        ValueError: no attack has this name.
+    """
+    return bool(getattr(find("attack", name), "minimal", False))
 
 
 def describe(attack: Attack) -> dict[str, Any]:
@@ -89,12 +102,15 @@ class Noise:
 
 
 class Witness(nn.Module):
-    """The model under attack. Remembers for each image the first input in its ball that does not get the image's label."""
+    """The model under attack. Remembers for each image an input in its ball that does not get the image's label.
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float) -> None:
+    The first such input is kept; the nearest, if eps is None and there is no ball. Its distance is inf where there is none.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float | None) -> None:
         super().__init__()
         self.model, self.images, self.labels, self.norm, self.eps = model, images, labels, norm, eps
-        self.best, self.found = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        self.best, self.distance = images.clone(), torch.full_like(labels, torch.inf, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits of a batch. A batch of another shape than the attacked images is not recorded."""
@@ -104,13 +120,15 @@ class Witness(nn.Module):
         return logits
 
     def _note(self, x: Tensor, logits: Tensor) -> None:
-        new = ((logits.argmax(1) != self.labels) & ~self.found).nonzero()[:, 0]
+        fooled = logits.argmax(1) != self.labels
+        new = (fooled if self.eps is None else fooled & self.distance.isinf()).nonzero()[:, 0]
         if len(new):
             x = x[new]
             size = size_of(x.double() - self.images[new].double(), self.norm)
             boxed = ((x >= 0) & (x <= 1)).flatten(1).all(1)  # false for NaN
-            new, x = new[boxed & (size <= self.eps * (1 + ROUNDING))], x[boxed & (size <= self.eps * (1 + ROUNDING))]
-            self.best[new], self.found[new] = x.to(self.best), True
+            inside = size < self.distance[new] if self.eps is None else size <= self.eps * (1 + ROUNDING)
+            new, x, size = new[boxed & inside], x[boxed & inside], size[boxed & inside]
+            self.best[new], self.distance[new] = x.to(self.best), size
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,7 @@ class Verdict:
     Attributes:
         adversarial: The adversarial images, (n, channels, height, width), inside ball and box.
         predicted: Their predicted classes, (n,).
-        distance: Norms of their perturbations, (n,), float64.
+        distance: Norms of the perturbations that fool the model, (n,), float64; inf where none does.
         error: Why the attack failed; no image then counts as robust or fooled. None if the attack did not fail.
     """
 
@@ -149,12 +167,19 @@ def run_attack(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor,
         except Exception as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in _OF_THE_MACHINE):
                 raise
-            return Verdict(images, labels, torch.zeros(len(labels), dtype=torch.float64), f"{type(error).__name__}: {error}")
-        missed = witness.found & (predicted == labels)
-        if bool(missed.any()):
-            adversarial[missed] = witness.best[missed]
+            return Verdict(images, labels, witness.distance.fill_(torch.inf), f"{type(error).__name__}: {error}")
+        distance = _distance(adversarial, images, predicted != labels, attack.norm)
+        nearer = witness.distance.isfinite() & (distance.isinf() if attack.eps is not None else witness.distance < distance)
+        if bool(nearer.any()):
+            adversarial[nearer] = witness.best[nearer]
             predicted = predict(model, adversarial)
-    return Verdict(adversarial, predicted, size_of(adversarial.double() - images.double(), attack.norm))
+    return Verdict(adversarial, predicted, _distance(adversarial, images, predicted != labels, attack.norm))
+
+
+def _distance(adversarial: Tensor, images: Tensor, fooled: Tensor, norm: str) -> Tensor:
+    """The norms of the perturbations that fool the model, (n,) in float64; inf for the others."""
+    size = size_of(adversarial.double() - images.double(), norm)
+    return torch.where(fooled, size, torch.inf)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
@@ -174,8 +199,14 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor) -> Tensor:
-    """Move adversarial images into the pixel box and the ball of radius eps around the images; eps may have shape (n, 1, 1, 1).
+def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tensor | None) -> Tensor:
+    """Move adversarial images into the pixel box and the ball of radius eps around the images.
+
+    Args:
+        adversarial: (n, channels, height, width).
+        images: (n, channels, height, width).
+        norm: l2 or linf.
+        eps: The radius, for all images or of shape (n, 1, 1, 1); None for the pixel box alone.
 
     Raises:
         ValueError: the adversarial images have another shape than the images, or a value is not finite.
@@ -185,7 +216,9 @@ def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tenso
     if not bool(torch.isfinite(adversarial).all()):
         raise ValueError("an attack returned NaN or infinite pixels")
     delta = adversarial.double().clamp(0, 1) - images.double()
-    if norm == "linf":
+    if eps is None:
+        pass
+    elif norm == "linf":
         most = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
         delta = delta.clamp(-most, most)
     else:

@@ -1,7 +1,7 @@
 """The run folder, through which the stages of an evaluation exchange all their data.
 
     run.json          configuration, versions, hashes, seed, hardware      training.jsonl   one row for each log step
-    model.safetensors the model's weights, with timm's keys                samples.parquet  one row per sample, attack and eps
+    model.safetensors the model's weights, with timm's keys                samples.parquet  one row per sample, attack and size
     report.json       the figures                                          report.html      the page
 
 A run with twins (runs that differ in one setting) has a subfolder for each, and its own run.json lists their names. Every file
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from robust_spectral import __version__
 
-PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "numpy", "scipy")
+PACKAGES = ("torch", "timm", "adversarial-robustness-toolbox", "pyautoattack", "foolbox", "numpy", "scipy")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

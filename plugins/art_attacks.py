@@ -20,24 +20,17 @@ from art.attacks.evasion import ProjectedGradientDescent as ArtPGD
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
+from robust_spectral.plugins.logit_scale import scale_free
+
 _ORDER: dict[str, float | int] = {"l2": 2, "linf": np.inf}
-_ABOVE_MEDIAN = 7.0  # for the largest logit: the cross-entropy neither vanishes in float32 nor weighs all classes alike
 
 
 class ScaleFreeCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy of logits that are scaled, image by image, such that the largest is 7 above their median.
-
-    An attack on this loss does not depend on the scale of a model's logits. Unscaled, large logits have no gradient in float32,
-    and the gradient of small logits, as of networks with small norms, points towards all classes rather than the nearest: half
-    as many images again then survive PGD. The median, unlike the smallest logit, does not depend on the value of a class that
-    is masked by a large negative logit.
-    """
+    """Cross-entropy of logits that are scaled as `scale_free` does."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean loss of logits (n, classes) with their target classes."""
-        seen = input.detach()
-        above = (seen.amax(1, keepdim=True) - seen.median(1, keepdim=True).values).clamp_min(1e-30)
-        return F.cross_entropy(input * (_ABOVE_MEDIAN / above), target)
+        return F.cross_entropy(scale_free(input), target)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ EXTRAS = {
     "import robust_spectral.plugins.timm_task",
     "art": "import robust_spectral.plugins.art; " + ATTACK.format("pgd"),
     "autoattack": ATTACK.format("autoattack"),
+    "foolbox": ATTACK.format("ddn"),
     "torchattacks": ATTACK.format("torchattacks-pgd"),
     "torchlip": NET
     + "from robust_spectral.plugins.registry import find; find('defence', 'bjorck')(1.0).prepare(net, torch.rand(1, 1, 4, 4))",

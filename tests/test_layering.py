@@ -29,7 +29,9 @@ NUMERICS = {"torch", "numpy", "scipy"}
 PARTS = [
     ["art_preprocessing", "art_clipping", "art_certifying", "art"],
     ["timm_maxmin", "timm"],
-]  # files of one plugin, in the order of their imports
+    ["logit_scale", "art_attacks"],
+    ["logit_scale", "foolbox"],
+]  # files of one plugin or shared by several, in the order of their imports
 HOSTS = {
     "art_preprocessing": "art",
     "art_clipping": "art",

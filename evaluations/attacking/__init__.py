@@ -11,6 +11,7 @@ from .gates import check_attacks as check_attacks
 from .gates import check_model as check_model
 from .radii import certified_radii as certified_radii
 from .work import CHECKS as CHECKS
+from .work import DEFAULT_ATTACKS as DEFAULT_ATTACKS
 from .work import AttackPlan as AttackPlan
 from .work import images_to_certify as images_to_certify
 from .work import open_subject as open_subject

@@ -3,7 +3,8 @@
 The evaluation is planned as units of work (`work`), done by an engine (`engine`) into records (`records`), and merged here.
 The merge is a pure function of the records, so the figures do not depend on which process did a unit, when, or how often the
 evaluation was stopped. An image that falls at one size of perturbation counts as fallen at every larger one. `samples.parquet`
-contains the verdict for each sample, `report.json` the figures computed from them.
+contains the verdict for each sample, with the smallest distance at which the attack fooled the model, and `report.json` the
+figures computed from them.
 """
 
 from __future__ import annotations
@@ -26,20 +27,18 @@ from torch import Tensor
 from robust_spectral import LipschitzBound
 
 from ..data import PROPORTIONAL
-from ..records import FOLDER, Record, Unit, failed_proofs, figures, read_record, refuse_foreign, seconds_of
+from ..records import FOLDER, SCHEMA, Record, Unit, failed_proofs, figures, refuse_foreign, seconds_of
 from ..run_folder import Run, check_device, environment, open_run, remove_scratch, write_atomically, write_json
 from ..wording import local_in_words, not_tested, percent
 from .engine import Engine, in_this_process
 from .evaluated_images import ORDERS, class_gate, order_to_take, ordered, record_of
 from .partial_results import do_units, once
 from .radii import certified_radii, local_radii, radius_columns
+from .verdicts import recorded, table_rows, verdicts
 from .work import CHECKS, AttackPlan, Subject, Work, bound_of, network_gates, open_subject, plan_work
 
 Say = Callable[[str], None]
 Progress = Callable[[str, Sequence[Unit] | None, int], None]
-Fallen = tuple[Tensor, Tensor]
-Errors = dict[tuple[str, str, float], str]
-Columns = dict[str, list[Any]]
 _EXAMPLES = 8  # number of adversarial images stored for the pages
 
 
@@ -183,10 +182,10 @@ def _say_finished(subject: Subject, say: Say, part: Work) -> None:
     """Say the clean accuracy and the accuracies under attack that are known before all units are done."""
     folder = subject.run.folder
     if part.clean:
-        clean = [_read(folder, unit).tensors for unit in part.clean]
+        clean = [recorded(folder, unit).tensors for unit in part.clean]
         logits, labels = (torch.cat([tensors[key] for tensors in clean]) for key in ("logits", "labels"))
         say(_clean_in_words(logits.argmax(1) == labels))
-    _verdicts(folder, part, {"sample": ordered(subject.data, part.sample_order).tolist()}, say)
+    verdicts(folder, part, {"sample": ordered(subject.data, part.sample_order).tolist()}, say)
 
 
 def _clean_in_words(right: Tensor) -> str:
@@ -200,8 +199,8 @@ def _prefixed(say: Say, name: str) -> Say:
 def _merge(subject: Subject, work: Work, say: Say) -> None:
     """Compute the verdicts and figures from the records of all units, and write them."""
     folder, record = subject.run.folder, subject.run.record
-    lipschitz, clean = _read(folder, work.lipschitz), [_read(folder, unit) for unit in work.clean]
-    local = local_radii([_read(folder, unit) for unit in work.local])
+    lipschitz, clean = recorded(folder, work.lipschitz), [recorded(folder, unit) for unit in work.clean]
+    local = local_radii([recorded(folder, unit) for unit in work.local])
     proof = network_gates(lipschitz, local)
     refuted = "; ".join(f"{gate['name']}: {gate['detail']}" for gate in failed_proofs(proof))
     bound = LipschitzBound(math.inf, reason=f"refuted by a check: {refuted}") if refuted else bound_of(lipschitz)
@@ -213,16 +212,16 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     say(_clean_in_words(predicted == labels))
     order = ordered(subject.data, work.sample_order)
     proved = {"sample": order[: len(labels)].tolist()} | radius_columns(radii, local)
-    rows = _rows("none", "l2", 0.0, labels, predicted, predicted == labels, torch.zeros_like(radii), proved)
-    attacked, errors = _verdicts(folder, work, proved, say)
+    rows = table_rows("none", "l2", 0.0, labels, predicted, torch.zeros_like(radii), proved)
+    attacked, errors = verdicts(folder, work, proved, say)
     rows += attacked
-    table = pa.Table.from_pylist(rows)
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"schema": str(SCHEMA)})
     write_atomically(folder / "samples.parquet", lambda scratch: pq.write_table(table, scratch))
-    gates = [*proof, *(gate for unit in work.gates for gate in _read(folder, unit).told["gates"])]
+    gates = [*proof, *(gate for unit in work.gates for gate in recorded(folder, unit).told["gates"])]
     attacked_images = {(attack, norm): units[-1].stop for (attack, norm, _), units in work.attacks.items()}
     gates.append(asdict(class_gate(subject.data, order, attacked_images)))
     network, around = _network_figures(lipschitz, bound, dtype), local.figures(radii) if local else None
-    made = figures(record, rows, network, subject.data.example().numel(), gates, errors, around)
+    made = figures(record, rows, network, subject.data.example().numel(), gates, errors, around, work.sizes)
     if around:
         say(local_in_words(made["local_certificates"]))
     _write_figures(folder, work, made, lipschitz.told["parameters"])
@@ -232,30 +231,11 @@ def _merge(subject: Subject, work: Work, say: Say) -> None:
     _say_gates(made["gates"], f"{seen} images for the checks{known}", say)
 
 
-def _verdicts(folder: Path, work: Work, proved: Columns, say: Say) -> tuple[list[dict[str, Any]], Errors]:
-    """The rows of all attacks, and the error of each failed attack."""
-    rows: list[dict[str, Any]] = []
-    errors: Errors = {}
-    fallen: dict[tuple[str, str], Fallen] = {}
-    for (attack, norm, eps), units in work.attacks.items():
-        blocks = [_read(folder, unit) for unit in units]
-        found = {key: torch.cat([block.tensors[key] for block in blocks]) for key in ("predicted", "distance", "labels")}
-        labels = found["labels"]
-        guess, far = _after(fallen.get((attack, norm)), found["predicted"], found["distance"], labels)
-        fallen[attack, norm], robust = (guess, far), guess == labels
-        failed = [block.told["error"] for block in blocks if block.told["error"]]
-        if failed:
-            errors[attack, norm, eps] = f"the attack failed on {len(failed)} of {len(blocks)} blocks: {failed[0]}"
-        rows += _rows(attack, norm, eps, labels, guess, robust, far, proved, "invalid" if failed else "ok")
-        say(f"{attack} {norm} eps {eps:g}: {percent(_mean(robust))} % of {len(robust)} images survive"
-            + (f"; invalid, {errors[attack, norm, eps]}" if failed else ""))  # fmt: skip
-    return rows, errors
-
-
 def _write_figures(folder: Path, work: Work, made: dict[str, Any], parameters: int) -> None:
     """Write report.json: the figures, and the time they took."""
     for entry in made["robust"]:
-        units = work.attacks.get((entry["attack"], entry["norm"], entry["eps"]), [])
+        attack, norm = entry["attack"], entry["norm"]
+        units = work.attacks.get((attack, norm, entry["eps"])) or work.attacks.get((attack, norm, None), [])
         entry["seconds"] = round(sum(seconds_of(folder, unit) for unit in units), 1) if units else None
     cost = {"attack_seconds": round(sum(seconds_of(folder, unit) for unit in work.units), 1)}
     write_json(folder / "report.json", made | cost | {"parameters": parameters})
@@ -272,33 +252,6 @@ def _say_gates(gates: list[dict[str, Any]], images: str, say: Say) -> None:
 
 def _mean(flags: Tensor) -> float:
     return float(flags.double().mean())
-
-
-def _after(before: Fallen | None, predicted: Tensor, distance: Tensor, labels: Tensor) -> Fallen:
-    """Predictions and distances at a size; an image that fell at a smaller size keeps its values from there."""
-    if before is None:
-        return predicted, distance
-    fell = before[0] != labels
-    return torch.where(fell, before[0], predicted), torch.where(fell, before[1], distance)
-
-
-def _read(folder: Path, unit: Unit) -> Record:
-    record = read_record(folder, unit)
-    assert record is not None
-    return record
-
-
-def _rows(
-    attack: str, norm: str, eps: float, labels: Tensor, predicted: Tensor, robust: Tensor, distance: Tensor, proved: Columns,
-    status: str = "ok",
-) -> list[dict[str, Any]]:  # fmt: skip
-    columns = (column.tolist() for column in (labels, predicted, robust, distance))
-    return [
-        {"sample": proved["sample"][i], "label": label, "attack": attack, "norm": norm, "eps": eps, "predicted": guess,
-         "robust": ok, "distance": far, **{name: column[i] for name, column in proved.items() if name != "sample"},
-         "status": status}
-        for i, (label, guess, ok, far) in enumerate(zip(*columns, strict=True))
-    ]  # fmt: skip
 
 
 def _in_float64(bound: LipschitzBound) -> LipschitzBound:
@@ -331,12 +284,12 @@ def _keep_examples(subject: Subject, work: Work) -> None:
 
 
 def _fallen_images(subject: Subject, work: Work) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Adversarial images and the description of each, in order of size; for each sample only the first."""
+    """Adversarial images and the description of each, in order of size (none is last); for each sample only the first."""
     seen: set[int] = set()
     order, name = ordered(subject.data, work.sample_order).tolist(), subject.data.class_name
-    for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2]):
+    for (attack, norm, eps), units in sorted(work.attacks.items(), key=lambda item: item[0][2] or math.inf):
         for unit in units:
-            tensors = _read(subject.run.folder, unit).tensors
+            tensors = recorded(subject.run.folder, unit).tensors
             for index, image in zip(tensors["fallen"].tolist(), tensors["adversarial"], strict=True):
                 if (sample := order[unit.start + index]) not in seen:
                     seen.add(sample)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robust_spectral import LipschitzBound, __version__, lipschitz_bound, lipschitz_estimate
 from robust_spectral.lipschitz import disagreement, full_precision
 
-from ..attacks import HARNESS, describe, make_attack, predict, run_attack
+from ..attacks import HARNESS, describe, is_minimal, make_attack, predict, run_attack
 from ..data import ImageData, data_hash
 from ..models import restore
 from ..records import NETWORK_CHECKS, Record, Unit, bound_gate, graph_gate
@@ -31,6 +31,7 @@ from .evaluated_images import COVERAGE, ordered
 from .gates import VERSION, check_attacks, check_model
 from .radii import BLOCK, PIXELS, SETTINGS, LocalRadii, prove_around
 
+DEFAULT_ATTACKS = {"l2": ("pgd", "ddn", "apgd-t-3"), "linf": ("pgd", "apgd-t")}  # nearly as strong as AutoAttack, in less time
 CHECKS = {"gates": VERSION, "harness": HARNESS, "network": NETWORK_CHECKS, "classes": COVERAGE}  # versions that a report has
 _FOR_ESTIMATE = 64  # number of images at which Jacobian norms are sampled
 _FOR_GRAPH = 16  # number of images on which the graph that is bounded is compared with the model
@@ -65,7 +66,10 @@ def _subject(folder: Path, device: str, written: int) -> Subject:
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """One attack at several sizes of perturbation, on the first ``samples`` images of the evaluation's order."""
+    """One attack on the first ``samples`` images of the evaluation's order, at several sizes.
+
+    An attack that minimises the perturbation is run once, and its accuracy is reported at these sizes.
+    """
 
     attack: str
     norm: str
@@ -78,6 +82,11 @@ class AttackPlan:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}: attack at least one image")
         make_attack(self.attack, self.norm, self.eps[0])
+
+    @property
+    def runs(self) -> list[float | None]:
+        """The sizes of the runs of the attack, in ascending order; a single None if it minimises the perturbation."""
+        return [None] if is_minimal(self.attack) else [*sorted(set(self.eps))]
 
 
 def sizes(given: Sequence[str | float]) -> tuple[float, ...]:
@@ -114,7 +123,8 @@ class Work:
         lipschitz: The bound and estimate of the network.
         clean: Logits of the images, block by block.
         gates: The checks, for each norm.
-        attacks: The blocks of each attack, norm and size.
+        attacks: The blocks of each attack, norm and size; the size is None for an attack that minimises the perturbation.
+        sizes: All sizes of perturbation in each norm, in ascending order.
         local: The radii around the first images, block by block.
         sample_order: The record of the order of the images; None for the data set's own order.
     """
@@ -122,7 +132,8 @@ class Work:
     lipschitz: Unit
     clean: list[Unit]
     gates: list[Unit]
-    attacks: dict[tuple[str, str, float], list[Unit]]
+    attacks: dict[tuple[str, str, float | None], list[Unit]]
+    sizes: dict[str, list[float]]
     local: list[Unit] = field(default_factory=list)
     sample_order: dict[str, Any] | None = None
 
@@ -163,8 +174,9 @@ def plan_work(
         {
             (plan.attack, plan.norm, eps): blocks(plan.attack, describe(make_attack(plan.attack, plan.norm, eps)), plan.samples)
             for plan in plans
-            for eps in sorted(set(plan.eps))
+            for eps in plan.runs
         },
+        by_norm,
         blocks("local-certificates", {**SETTINGS, **ours}, min(local_certificates, samples), BLOCK),
         sample_order,
     )

@@ -32,7 +32,10 @@ def evaluate(
     image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width, as for finetune.")] = None,
     out: Annotated[Path | None, typer.Option(help="For --model: the run folder to make.")] = None,
     defence: Annotated[str, typer.Option(help="For --model: name of its defence, for reports.")] = "unknown",
-    attack: Annotated[list[str], typer.Option(help="pgd, autoattack, square, …; repeatable.")] = ["pgd"],  # noqa: B006
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="pgd, ddn, fmn, autoattack, …; repeatable. Default: l2 pgd, ddn, apgd-t-3; linf pgd, apgd-t."),
+    ] = None,
     norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
     eps: Annotated[list[str], typer.Option(help="Size of the perturbation, 0.5 or 8/255; repeatable.")] = ["0.5"],  # noqa: B006
     samples: Annotated[int, typer.Option(help="Number of test images.")] = 200,
@@ -70,12 +73,12 @@ def evaluate(
                "std": numbers("std", std)}  # fmt: skip
     try:
         with display:  # the imports take seconds
-            from ..attacking import AttackPlan, check_options, images_to_certify, make_engine, sizes
+            from ..attacking import DEFAULT_ATTACKS, AttackPlan, check_options, images_to_certify, make_engine, sizes
             from ..attacking import evaluate as attack_run
 
             usual = eps, samples
             own = {"autoattack": (autoattack_eps or eps, samples if autoattack_samples is None else autoattack_samples)}
-            chosen = {name: own.get(name, usual) for name in attack}
+            chosen = {name: own.get(name, usual) for name in attack or DEFAULT_ATTACKS.get(norm.lower(), ("pgd",))}
             plans = [AttackPlan(name, norm.lower(), sizes(levels), images) for name, (levels, images) in chosen.items()]
             who, share = make_engine(engine, workers, address), _share(shard)
             check_options(plans, device, block, gate_samples, share, sample_order=sample_order)

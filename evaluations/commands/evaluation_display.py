@@ -122,6 +122,6 @@ def _in_words(left: Sequence[Unit]) -> str:
     unit = left[0]
     same = [other for other in left if (other.task, other.config) == (unit.task, unit.config)]
     level = "".join(f" {NORM_NAMES[unit.config[key]] if key == 'norm' else size(unit.config[key], unit.config['norm'])}"
-                    for key in ("norm", "eps") if key in unit.config)  # fmt: skip
+                    for key in ("norm", "eps") if unit.config.get(key) is not None)  # fmt: skip
     images, of = sum(other.stop - other.start for other in same), max(other.stop for other in same)
     return f"{_KINDS.get(unit.task, unit.task)}{level}, {images} of {of} images left"

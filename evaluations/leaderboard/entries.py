@@ -83,6 +83,7 @@ def completed(report: Figures) -> Figures:
         "model": str(report["model"]), "defence": str(report.get("defence", "unknown")),
         "data": portable(report.get("data", "unknown")), "seed": report.get("seed"), "clean": _accuracy(clean),
         "robust": [_judged(_attack(entry), failed) for entry in report["robust"]],
+        "curves": [_judged(_curve(entry), failed) for entry in report.get("curves") or []],
         **{key: [_without_value(_judged(entry, proof_failed)) for entry in entries] for key, entries in proved.items()},
         "local_certificates": _local(None if proof_failed else report.get("local_certificates")), "gates": gates,
         "images": images_in_words(report), "sample_order": _order(report),
@@ -133,6 +134,13 @@ def _accuracy(entry: Figures) -> Figures:
 def _attack(entry: Figures) -> Figures:
     named = {"attack": str(entry["attack"]), "norm": str(entry["norm"]), "eps": float(entry["eps"])}
     return {**named, **_accuracy(entry), "seconds": _finite(entry.get("seconds"))}
+
+
+def _curve(entry: Figures) -> Figures:
+    """Accuracy at every size, by an attack that minimises the perturbation or by all attacks."""
+    steps = {key: [float(value) for value in entry[key]] for key in ("sizes", "accuracies")}
+    return {"attack": str(entry["attack"]), "norm": str(entry["norm"]), **steps, "valid": entry.get("valid"),
+            "reason": entry.get("reason")}  # fmt: skip
 
 
 def _judged(cell: Figures, failed: list[Figures]) -> Figures:

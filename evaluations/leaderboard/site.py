@@ -99,6 +99,7 @@ def _for_charts(figures: Figures) -> dict[str, Any]:
         "robust": cells("robust"),
         "certified": cells("certified"),
         "certified_local": cells("certified_local"),
+        "curves": [{**e, "attack": _label(e["attack"])} for e in figures["curves"] if e["valid"] is not False],
         "layers": layers,
     }
 

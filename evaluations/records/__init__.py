@@ -1,8 +1,10 @@
 """Records of an evaluation, one file for each unit of work, and the figures computed from their verdicts."""
 
+from .accuracy_figures import SCHEMA as SCHEMA
 from .accuracy_figures import certified_at as certified_at
 from .accuracy_figures import figures as figures
 from .accuracy_figures import judged_proof as judged_proof
+from .distances import falls_at as falls_at
 from .network_checks import NETWORK_CHECKS as NETWORK_CHECKS
 from .network_checks import bound_gate as bound_gate
 from .network_checks import failed_proofs as failed_proofs

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .attack_checks import autoattack_gate, certificate_gate, pgd_gate
+from .distances import at_sizes, curves, l2_radius, smallest
 from .network_checks import failed_proofs
 
 Row = dict[str, Any]
+Errors = Mapping[tuple[str, str, float | None], str]
+SCHEMA = 2  # version of the rows and figures; from 2 on, eps is null for attacks that minimise it, and distances can be inf
 
 
 def figures(
     run: dict[str, Any], rows: list[Row], lipschitz: dict[str, Any], pixels: int, gates: Sequence[Row] = (),
-    errors: Mapping[tuple[str, str, float], str] | None = None, local: Row | None = None,
+    errors: Errors | None = None, local: Row | None = None, sizes: Mapping[str, Iterable[float]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute the report.json of one model.
 
@@ -27,15 +31,16 @@ def figures(
         errors: Why an attack failed, by attack, norm and eps.
         local: images, local, dtype, failure_probability and reason of the certificates around single images, if there are any;
             the report then has the keys ``local_certificates`` and ``certified_local``.
+        sizes: Sizes for each norm at which attacks that minimise the perturbation are reported, besides those of other attacks.
     """
     clean = [row for row in rows if row["attack"] == "none"]
     stand = [row["robust"] for row in clean]
-    attacked = [row for row in rows if row["attack"] != "none"]
+    found = [row for row in rows if row["attack"] != "none"]
+    attacked = at_sizes(found, sizes or {})
     norms = sorted({row["norm"] for row in attacked}) or ["l2"]
     sandwiches = [sandwich(attacked, clean, norm, eps, pixels) for norm, eps in _levels(attacked)]
-    own = [_sandwich_gate(sandwiches), _certificate_gate(attacked, pixels)]
-    compared = {"pgd", "autoattack"} <= {row["attack"] for row in attacked}
-    all_gates = [*gates, *own, *([_autoattack_gate(attacked)] if compared else [])]
+    own = [_sandwich_gate(sandwiches), certificate_gate(found, pixels), *pgd_gate(found), *autoattack_gate(found)]
+    all_gates = [*gates, *own]
     failed = [gate for gate in all_gates if gate["status"] == "fail"]
     skipped = [gate for gate in all_gates if gate["status"] == "skip"]
     broken = failed_proofs(all_gates)
@@ -46,11 +51,15 @@ def figures(
         return [judged_proof(entry, _in_words(broken)) for norm in norms
                 for entry in certified(clean, norm, attacked, pixels, around)]  # fmt: skip
 
-    judged = [_judged(entry, _in_words(failed), _in_words(skipped), errors or {}) for entry in entries]
+    def judged(entries: Iterable[Row]) -> list[Row]:
+        return [_judged(entry, _in_words(failed), _in_words(skipped), errors or {}) for entry in entries]
+
     return {
+        "schema": SCHEMA,
         "model": run["config"]["model"], "defence": run["defence"], "data": run["config"]["data"], "seed": run["seed"],
         "accuracy": {"clean": _share(stand), "n": len(stand), "ci": _with_interval(stand)["ci"]},
-        "robust": judged,
+        "robust": judged(entries),
+        "curves": judged(curves(found)),
         "certified": proved(around=False),
         **({"certified_local": proved(around=True)} if local else {}),
         "lipschitz": lipschitz | withdrawn if broken else lipschitz,
@@ -78,7 +87,7 @@ def certified(clean: list[Row], norm: str, attacked: list[Row], pixels: int, aro
     if around and not any(row.get("certified_by") == "local" for row in clean):
         return []
     attacked_eps = {row["eps"] for row in attacked if row["norm"] == norm}
-    whole = math.sqrt(pixels) / _l2_radius(norm, pixels)  # no two images with pixels in [0, 1] are farther apart
+    whole = math.sqrt(pixels) / l2_radius(norm, pixels)  # no two images with pixels in [0, 1] are farther apart
     sizes = _one_two_five(sorted(min(radius, whole) for radius in _radii(clean, norm, pixels, around)))
     return certified_at(clean, norm, sorted(attacked_eps | set(sizes)), pixels, around)
 
@@ -95,7 +104,7 @@ def _radii(clean: list[Row], norm: str, pixels: int, around: bool) -> list[float
     """Radii in a norm; rows of evaluations without certificates around single images have one radius only, the global one."""
     rows = [row for row in clean if row.get("local_radius") is not None] if around else clean
     column = "certified_radius" if around or not rows or "global_radius" not in rows[0] else "global_radius"
-    return [row[column] / _l2_radius(norm, pixels) for row in rows]
+    return [row[column] / l2_radius(norm, pixels) for row in rows]
 
 
 def judged_proof(entry: Row, refuted: str) -> Row:
@@ -106,16 +115,20 @@ def judged_proof(entry: Row, refuted: str) -> Row:
 
 
 def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixels: int) -> Row:
-    """Certified, worst-case, attacked and clean accuracy at one size, on the images that all its attacks were run on."""
+    """Certified, worst-case, attacked and clean accuracy at one size, on the images that all its attacks were run on.
+
+    The worst case counts every attack in this norm that broke an image within eps, whatever size it was run at.
+    """
     verdicts: dict[str, dict[int, bool]] = defaultdict(dict)
     for row in attacked:
         if (row["norm"], row["eps"]) == (norm, eps):
             verdicts[row["attack"]][row["sample"]] = row["robust"]
     common = sorted(set.intersection(*(set(seen) for seen in verdicts.values())))
     by_sample = {row["sample"]: row for row in clean}
-    needed = eps * _l2_radius(norm, pixels)
+    needed = eps * l2_radius(norm, pixels)
     proved = [by_sample[i]["certified_radius"] >= needed for i in common]
-    worst = [all(seen[i] for seen in verdicts.values()) for i in common]
+    falls = smallest(attacked, norm)
+    worst = [falls[i] > eps for i in common]
     attacks = {name: _share([seen[i] for i in common]) for name, seen in verdicts.items()}
     standing = [by_sample[i]["robust"] for i in common]
     contained = all(stands or not certain for stands, certain in zip(worst, proved, strict=True))
@@ -125,11 +138,6 @@ def sandwich(attacked: list[Row], clean: list[Row], norm: str, eps: float, pixel
         "clean": ordered[-1], "holds": contained and ordered == sorted(ordered),
         "worst_ci": _with_interval(worst)["ci"],
     }  # fmt: skip
-
-
-def _l2_radius(norm: str, pixels: int) -> float:
-    """Radius of the smallest L2 ball that contains the unit ball of a norm."""
-    return math.sqrt(pixels) if norm == "linf" else 1.0
 
 
 def _in_words(gates: list[Row]) -> str:
@@ -151,45 +159,25 @@ def _worst(entry: Row) -> Row:
             "ci": entry["worst_ci"], "n": entry["n"]}  # fmt: skip
 
 
-def _judged(entry: Row, failed: str, skipped: str, errors: Mapping[tuple[str, str, float], str]) -> Row:
+def _judged(entry: Row, failed: str, skipped: str, errors: Errors) -> Row:
     """The entry with its validity and the reason: False after a failed check or attack, None if one was skipped, else True."""
-    level = entry["norm"], entry["eps"]
-    own = errors.get((entry["attack"], *level))
-    if entry["attack"] == "worst case":
-        own = next((error for (_, *at), error in errors.items() if tuple(at) == level), None)
+    own = next((error for at, error in errors.items() if _concerns(at, entry)), None)
     if own or failed:
         return entry | {"valid": False, "reason": own or failed}
     return entry | ({"valid": None, "reason": f"not tested: {skipped}"} if skipped else {"valid": True, "reason": None})
+
+
+def _concerns(at: tuple[str, str, float | None], entry: Row) -> bool:
+    """Whether an entry rests on an attack, norm and size; None stands for all sizes."""
+    attack, norm, eps = at
+    of_size = eps == entry["eps"] or None in (eps, entry["eps"])
+    return entry["attack"] in (attack, "worst case") and entry["norm"] == norm and of_size
 
 
 def _sandwich_gate(sandwiches: list[Row]) -> Row:
     broken = [f"{s['norm']} {s['eps']:g}" for s in sandwiches if not s["holds"]]
     detail = f"violated at {', '.join(broken)}" if broken else f"holds at all {len(sandwiches)} sizes"
     return {"name": "certified <= worst case <= attacks <= clean", "status": "fail" if broken else "pass", "detail": detail}
-
-
-def _certificate_gate(attacked: list[Row], pixels: int) -> Row:
-    """Check that no adversarial image lies inside the certified radius of its original."""
-    broken = sum(
-        row["predicted"] != row["label"] and row["certified_radius"] > 0
-        and row["distance"] * _l2_radius(row["norm"], pixels) <= row["certified_radius"]
-        for row in attacked
-    )  # fmt: skip
-    status = "fail" if broken else "pass"
-    return {
-        "name": "no attack inside a certified radius",
-        "status": status,
-        "detail": f"{broken} of {len(attacked)} adversarial images",
-    }
-
-
-def _autoattack_gate(attacked: list[Row]) -> Row:
-    """Count images that PGD breaks and AutoAttack does not: AutoAttack was then hindered, rather than the model robust."""
-    verdicts = {(row["attack"], row["norm"], row["eps"], row["sample"]): row["robust"] for row in attacked}
-    missed = sum(stands and not verdicts.get(("pgd", *key), True) for (attack, *key), stands in verdicts.items()
-                 if attack == "autoattack")  # fmt: skip
-    detail = f"{missed} images broken by PGD but not by AutoAttack"
-    return {"name": "AutoAttack breaks what PGD breaks", "status": "flag" if missed else "pass", "detail": detail}
 
 
 def _levels(attacked: list[Row]) -> list[tuple[str, float]]:

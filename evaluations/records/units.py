@@ -21,6 +21,7 @@ from torch import Tensor
 from ..run_folder import write_atomically, write_json
 
 FOLDER = "records"
+_SCHEMA = 2  # version of the files; 1, before eps could be null and distances inf, is without a number, and is read as well
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Unit:
         model_sha256: The sha256 of the weights.
         data_sha256: The sha256 of all test images and labels.
         task: An attack's name, or "clean", "lipschitz" or "gates".
-        config: The task's configuration in full: class, budget, norm, eps, version.
+        config: The task's configuration in full: class, budget, norm, eps (null if it is minimised), version.
         start: Place of the first image of the block in the order of the images.
         stop: Place after the last image of the block.
         seed: Seed of the attack's random draws.
@@ -55,7 +56,7 @@ class Unit:
     def path(self, folder: Path) -> Path:
         """The path of the unit's record in a run folder."""
         level = "".join(f"-{self.config[key]:g}" if key == "eps" else f"-{self.config[key]}" for key in ("norm", "eps")
-                        if key in self.config)  # fmt: skip
+                        if self.config.get(key) is not None)  # fmt: skip
         digest = hashlib.sha256(self.text.encode()).hexdigest()[:12]
         return folder / FOLDER / f"{self.task}{level}-{self.start:06d}-{digest}.safetensors"
 
@@ -71,7 +72,8 @@ class Record:
 def write_record(folder: Path, unit: Unit, record: Record, seconds: float, hardware: Any) -> None:
     """Write a unit's record, and next to it a JSON file with its seconds and hardware, which differ between repetitions."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in record.tensors.items()}
-    text = json.dumps({"unit": json.loads(unit.text), "told": record.told}, sort_keys=True, allow_nan=False)
+    content = {"schema": _SCHEMA, "unit": json.loads(unit.text), "told": record.told}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
     path = unit.path(folder)
     write_json(path.with_suffix(".json"), {"seconds": round(seconds, 3), "hardware": hardware})
     write_atomically(path, lambda scratch: safetensors.torch.save_file(tensors, scratch, metadata={"record": text}))
@@ -139,6 +141,8 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             content: dict[str, Any] = json.loads(file.metadata()["record"])
-            return content
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not readable as a record ({error}); remove it, and it is made again") from error
+    if content.get("schema", 1) > _SCHEMA:
+        raise ValueError(f"{path}: was written by a newer version of this package; update it, or evaluate in another folder")
+    return content

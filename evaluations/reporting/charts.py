@@ -17,10 +17,13 @@ STYLE = {
 }  # fmt: skip
 KINDS: dict[str, tuple[Any, str]] = {"clean": (":", ""), "pgd": ("-", "o"), "autoattack": ("", "X"), "certified": ("--", "v"),
          "certified_local": ((0, (6, 1, 1, 1)), "^")}  # fmt: skip
+_CURVES: tuple[Any, ...] = ("-", "-.", (0, (1, 1)), (0, (4, 1, 1, 1, 1, 1)))  # dashes of attacks that minimise the perturbation
 
 
 def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
     """Accuracy against the size of the perturbation: clean, under each attack, and certified, for every model, if valid.
+
+    An attack that minimises the perturbation is a curve over all sizes, others are points at theirs.
 
     Certificates around single images are a curve of their own, with the number of images in its label.
 
@@ -31,9 +34,13 @@ def robustness(models: dict[str, dict[str, Any]], norm: str) -> str:
         clean = 100 * figures["accuracy"]["clean"]
         axes.axhline(clean, color=colour, ls=KINDS["clean"][0], lw=1.2, label=f"{name}: clean")
         shown = [e for e in figures["robust"] if e["norm"] == norm and e.get("valid") is not False]
-        for attack in sorted({e["attack"] for e in shown} - {"worst case"}):
+        curves = [c for c in figures.get("curves", []) if c["norm"] == norm and c.get("valid") is not False]
+        for attack in sorted({e["attack"] for e in shown} - {"worst case", *(c["attack"] for c in curves)}):
             entries = sorted((e for e in shown if e["attack"] == attack), key=lambda e: e["eps"])
             _attack_line(axes, colour, name, attack, entries)
+        for dashes, curve in zip(_CURVES, (c for c in curves if c["attack"] != "worst case"), strict=False):
+            axes.step(curve["sizes"], [100 * accuracy for accuracy in curve["accuracies"]], where="post", color=colour, lw=1.2,
+                      ls=dashes, label=f"{name}: {curve['attack']}")  # fmt: skip
         for kind in ("certified", "certified_local"):
             valid = [e for e in figures.get(kind, []) if e["norm"] == norm and e.get("valid") is not False]
             if any(e["accuracy"] for e in valid):

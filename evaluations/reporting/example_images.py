@@ -46,7 +46,8 @@ def _example(told: dict[str, Any], clean: np.ndarray, adversarial: np.ndarray) -
     return {
         **{key: str(told.get(f"{key}_name", told.get(key, "unknown")))
            for key in ("sample", "label", "predicted", "attack", "norm")},
-        **{key: float(told[key]) for key in ("eps", "distance")}, "factor": factor, "height": clean.shape[1],
+        "eps": None if told["eps"] is None else float(told["eps"]), "distance": float(told["distance"]),
+        "factor": factor, "height": clean.shape[1],
         "clean": png(clean), "adversarial": png(adversarial), "change": png(0.5 + factor * change),
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import eagerpy as ep
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,10 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from torchattacks.attacks.square import Square
 
-from robust_spectral.evaluations.attacks import HARNESS, Noise, describe, make_attack, run_attack, seeded, size_of
+from robust_spectral.evaluations.attacks import HARNESS, Noise, describe, is_minimal, make_attack, run_attack, seeded, size_of
 from robust_spectral.plugins import autoattack
 from robust_spectral.plugins.art_attacks import ScaleFreeCrossEntropy
+from robust_spectral.plugins.foolbox import _L2FMN
 from robust_spectral.plugins.registry import names
 
 EVERY = sorted(set(names("attack")))
@@ -67,18 +69,20 @@ def with_queries(attack_single_run, count: int):
 @pytest.mark.parametrize("name", EVERY)
 def test_every_attack_stays_in_ball_and_box_and_leaves_model_and_random_state_unchanged(name, norm, eps, trained) -> None:
     model, images, labels = trained
-    if "cw" in name and norm == "linf":
+    if norm == "linf" and ("cw" in name or name == "ddn"):
         with pytest.raises(ValueError, match="in l2, not in linf"):
             make_attack(name, norm, eps)
         return
     state, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     verdict = run_attack(make_attack(name, norm, eps), model, images, labels, seed=0)
     assert verdict.error is None
-    assert float(size_of(verdict.adversarial.double() - images.double(), norm).max()) <= eps * (1 + 1e-6)
+    size, fooled = size_of(verdict.adversarial.double() - images.double(), norm), verdict.predicted != labels
+    assert is_minimal(name) or float(size.max()) <= eps * (1 + 1e-6)
+    assert torch.equal(verdict.distance[fooled], size[fooled]) and bool(verdict.distance[~fooled].isinf().all())
     assert float(verdict.adversarial.min()) >= 0 and float(verdict.adversarial.max()) <= 1
     assert torch.equal(model(verdict.adversarial).argmax(1), verdict.predicted)
     assert torch.equal(torch.get_rng_state(), state) and all(map(torch.equal, model.parameters(), weights))
-    assert name in ("noise", "torchattacks-cw") or bool((verdict.predicted != labels).any())  # every other attack succeeds
+    assert name in ("noise", "torchattacks-cw") or bool(fooled.any())  # every other attack succeeds
 
 
 @pytest.mark.usefixtures("few_queries")
@@ -115,8 +119,9 @@ def test_autoattack_gives_each_warning_once_and_not_for_every_block(trained, cap
 def test_autoattack_runs_without_its_targeted_part_where_there_are_too_few_classes(classes) -> None:
     model = net(classes)
     images, labels = spots(12, classes)
-    verdict = run_attack(make_attack("autoattack", "l2", 2.0), model, images, labels, seed=0)
-    assert verdict.error is None and bool((verdict.predicted != labels).any())
+    for name in ("autoattack", "apgd-t"):
+        verdict = run_attack(make_attack(name, "l2", 2.0), model, images, labels, seed=0)
+        assert verdict.error is None and bool((verdict.predicted != labels).any())
 
 
 @dataclass
@@ -135,8 +140,9 @@ class Passing:
 def test_an_adversarial_image_that_an_attack_finds_but_does_not_return_is_kept(trained) -> None:
     model, images, labels = trained
     kept, pgd = (run_attack(attack, model, images, labels, seed=0) for attack in (Passing(), make_attack("pgd", "l2", 1.5)))
-    assert bool(((kept.predicted != labels) >= (pgd.predicted != labels)).all())
-    assert float(kept.distance.max()) <= 1.5 * (1 + 1e-6)
+    fooled = kept.predicted != labels
+    assert bool((fooled >= (pgd.predicted != labels)).all())
+    assert float(kept.distance[fooled].max()) <= 1.5 * (1 + 1e-6)
 
 
 @dataclass
@@ -161,7 +167,79 @@ def test_a_failed_attack_is_recorded_with_its_error(what, words, trained) -> Non
 
 def test_an_image_outside_its_ball_is_projected_into_it_before_it_counts(trained) -> None:
     verdict = run_attack(Returning("far"), *trained, seed=0)
-    assert verdict.error is None and float(verdict.distance.max()) <= 0.5 * (1 + 1e-6)
+    assert verdict.error is None
+    assert float(size_of(verdict.adversarial.double() - trained[1].double(), "l2").max()) <= 0.5 * (1 + 1e-6)
+
+
+MINIMAL = [("ddn", "l2"), ("fmn", "l2"), ("fmn", "linf")]
+
+
+@pytest.mark.parametrize("name, norm", MINIMAL)
+def test_most_distances_of_a_linear_model_are_those_of_the_nearest_hyperplane(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    images = 0.4 + 0.2 * torch.rand(40, 1, 6, 6)  # so far from the box that its sides do not matter
+    logits = model(images).double()
+    labels = logits.argmax(1)
+    across = model[1].weight.double()[labels][:, None] - model[1].weight.double()
+    steepness = torch.linalg.vector_norm(across, ord={"l2": 2, "linf": 1}[norm], dim=2)  # in the dual norm
+    gaps = (logits.amax(1, keepdim=True) - logits) / steepness
+    exact = torch.where(torch.arange(5) == labels[:, None], torch.inf, gaps).amin(1).detach()
+    far = exact > {"l2": 0.05, "linf": 0.01}[norm]  # in a hundred steps, the ball of DDN shrinks to 0.006
+    verdict = run_attack(make_attack(name, norm, None), model, images[far], labels[far], seed=0)
+    assert verdict.error is None and bool((verdict.distance >= exact[far] * (1 - 1e-4)).all()) and int(far.sum()) > 9
+    assert float((verdict.distance <= 1.01 * exact[far]).double().mean()) >= 0.7
+
+
+@pytest.mark.parametrize("name, norm", MINIMAL)
+def test_images_of_a_constant_model_are_at_an_infinite_distance(name: str, norm: str, trained) -> None:
+    model, images, _ = trained
+    constant = Around(model, lambda z: z * 0 + torch.arange(4))
+    verdict = run_attack(make_attack(name, norm, None), constant, images, torch.full((len(images),), 3), seed=0)
+    assert verdict.error is None and bool(verdict.distance.isinf().all())
+
+
+def test_minimal_distances_are_below_those_of_pgd_at_any_scale_of_the_logits(trained) -> None:
+    model, images, labels = trained
+    pgd = run_attack(make_attack("pgd", "l2", 1.5), model, images, labels, seed=0).distance
+    for name in ("ddn", "fmn"):
+        plain, small, large = (run_attack(make_attack(name, "l2", None), Around(model, lambda z, c=c: c * z), images, labels, 0)
+                               for c in (1.0, 1e-3, 1e4))  # fmt: skip
+        assert float((plain.distance <= pgd).double().mean()) >= 0.95
+        assert torch.allclose(small.distance, plain.distance, rtol=0.05)
+        assert torch.allclose(large.distance, plain.distance, rtol=0.05)
+
+
+@dataclass
+class Wandering:
+    """An attack without a size that tries a near and a far adversarial image, and returns the far one."""
+
+    norm: str = "l2"
+    eps: None = None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        near, far = (make_attack("pgd", self.norm, eps)(model, images, labels) for eps in (1.5, 3.0))
+        model(near)
+        return far
+
+
+def test_the_nearest_adversarial_image_that_an_attack_without_a_size_tries_is_kept(trained) -> None:
+    model, images, labels = trained
+    verdict = run_attack(Wandering(), model, images, labels, seed=0)
+    near = run_attack(make_attack("pgd", "l2", 1.5), model, images, labels, seed=0)
+    fell = near.predicted != labels
+    assert bool(fell.any()) and bool((verdict.distance <= near.distance * (1 + 1e-6)).all())
+    assert torch.equal(model(verdict.adversarial).argmax(1), verdict.predicted)
+
+
+def test_fmn_projects_onto_the_ball_inside_the_pixel_box(trained) -> None:
+    _, images, _ = trained
+    x, x0, eps = (ep.astensor(t) for t in (images + torch.randn_like(images), images, torch.linspace(0.1, 9, len(images))))
+    found = _L2FMN().project(x, x0, eps).raw
+    size = size_of(found.double() - images.double(), "l2")
+    reached = size_of(x.raw.clamp(0, 1) - images, "l2").double()
+    assert torch.allclose(size, torch.minimum(eps.raw.double(), reached), rtol=1e-4)
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
 
 
 def test_a_model_without_finite_logits_is_an_error_and_not_counted_as_robust(trained) -> None:
@@ -216,6 +294,7 @@ def test_an_attack_is_described_by_its_class_budget_and_version() -> None:
     versions = {"harness": HARNESS, "package": "pyautoattack 0.2.0"}
     assert told == {"class": "robust_spectral.plugins.autoattack.AutoAttack", "norm": "linf", "eps": 0.1, **versions}
     assert describe(make_attack("torchattacks-pgd", "l2", 1.0))["steps"] == 40
+    assert describe(make_attack("ddn", "l2", 1.0))["eps"] is None
 
 
 def test_torchattacks_autoattack_has_ten_or_a_hundred_steps_by_name(trained) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from robust_spectral.evaluations.attacking import DEFAULT_ATTACKS
+from robust_spectral.evaluations.wording import NORM_NAMES
+
 ROOT = Path(__file__).parents[2]
 TWINS = [
     ("docs/figures.md", 0, "mnist5k/demo"),
     ("docs/figures.md", 1, "photos/demo-pretrained"),
     ("docs/experiments.md", 0, "fashion-mnist/lite0"),
 ]
+MEASURED = {"apgd-t-3": "apgd-t, 50 steps, 3 targets"}  # the budget by which the comparison of attacks names it
 CERTIFIED = {"MNIST": "mnist/maxmin_mlp", "Fashion-MNIST": "fashion-mnist/maxmin_mlp"}
 ATTACKS = {"PGD-40": "pgd", "AutoAttack standard": "autoattack"}
 
@@ -94,3 +98,17 @@ def test_the_table_of_certificates_around_images_agrees_with_the_stored_result()
         for row in rows if row["factor"] == 1 and row["published"]["sdp_crown"]
     ]  # fmt: skip
     assert table == wanted and not any(row["certified_and_broken"] for row in rows)
+
+
+def test_the_table_of_attacks_agrees_with_the_stored_comparison() -> None:
+    cases = json.loads((ROOT / "evaluations/benchmarks/results/attack_ensembles.json").read_text())["cases"]
+    (table,) = tables("docs/figures.md", "| network, size | images | AutoAttack | PGD | DDN | FMN | default | its time |")
+    wanted = []
+    for case in cases:
+        rows, norm = {row["attack"]: row for row in case["rows"]}, case["norm"]
+        default = rows[" + ".join(MEASURED.get(name, name) for name in DEFAULT_ATTACKS[norm])]
+        shares = (f"{rows[name]['robust']:.1f}" if name in rows else "–" for name in ("autoattack", "pgd", "ddn", "fmn"))
+        wanted.append([f"{case['run']}, {NORM_NAMES[norm]} {case['eps']:g}", str(case["images"]), *shares,
+                       f"{default['robust']:.1f}", f"{default['share_of_autoattack']:.2f}"])  # fmt: skip
+        assert default["robust"] <= rows["autoattack"]["robust"] + 2 and default["share_of_autoattack"] <= 0.25
+    assert table == wanted
