@@ -18,7 +18,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from . import timm_maxmin  # noqa: F401 (registers its models with timm)
+from . import timm_maxmin, timm_residual  # noqa: F401 (register their models with timm)
 
 Statistics = tuple[float, ...]
 

@@ -28,7 +28,7 @@ FOLDERS = {"robust_spectral": "robust_spectral", "plugins": "robust_spectral.plu
 NUMERICS = {"torch", "numpy", "scipy"}
 PARTS = [
     ["art_preprocessing", "art_clipping", "art_certifying", "art"],
-    ["timm_maxmin", "timm"],
+    ["timm_maxmin", "timm_residual", "timm"],
     ["logit_scale", "art_attacks"],
     ["logit_scale", "foolbox"],
 ]  # files of one plugin or shared by several, in the order of their imports
@@ -40,6 +40,7 @@ HOSTS = {
     "autoattack": "pyautoattack",
     "timm_blocks": "timm",
     "timm_maxmin": "timm",
+    "timm_residual": "timm",
     "timm_task": "timm",
     "defences": "deel",
 }  # plugin -> what it imports, where the two names differ

@@ -189,7 +189,7 @@ def test_a_curve_is_drawn_where_it_is_valid(whole: Path) -> None:
 def test_without_attack_an_evaluation_runs_the_default_ensemble(norm: str, fresh: Path) -> None:
     (fresh / "report.json").unlink()
     shutil.rmtree(fresh / "records")
-    assert call(f"evaluate {fresh} --norm {norm} --eps 0.2 --samples 6 --gate-samples 4") == 0
+    assert call(f"evaluate {fresh} --norm {norm} --eps 0.2 --samples 10 --gate-samples 4") == 0
     report = read_json(fresh / "report.json")
     assert {e["attack"] for e in report["robust"]} == {*DEFAULT_ATTACKS[norm], "worst case"}
     assert all(e["valid"] is not False for e in report["robust"] + report["curves"])

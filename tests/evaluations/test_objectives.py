@@ -20,6 +20,7 @@ from robust_spectral.evaluations.models.loading import load_run
 from robust_spectral.plugins.timm import load
 from robust_spectral.plugins.timm_blocks import Averaged, average_residuals_
 from robust_spectral.plugins.timm_maxmin import ChannelShift, MaxMin
+from robust_spectral.plugins.timm_residual import Residual
 
 
 @pytest.fixture
@@ -149,6 +150,27 @@ def test_the_gradients_of_maxmin_shift_attain_its_lipschitz_bound():
     slopes = torch.linalg.matrix_norm(torch.func.jacrev(lambda image: net(image)[0])(x).flatten(1), 2)
     assert slopes.item() == pytest.approx(1, abs=1e-9)
     assert bound.pairs[0, 1].item() == pytest.approx(2**0.5, rel=1e-5)
+
+
+def test_a_residual_block_adds_its_convolutions_to_its_input():
+    block, x = Residual(3), torch.randn(2, 3, 5, 5)
+    branch = F.conv2d(F.conv2d(x, block.first.weight, block.first.bias, padding=1).relu(), block.second.weight, padding=1)
+    assert torch.allclose(block(x), (x + branch + block.second.bias[:, None, None]).relu(), atol=1e-6)
+
+
+def test_a_residual_network_trained_for_certificates_has_larger_radii_around_single_images(tmp_path):
+    options = {"spectral_warmup": 0.0, "objective": "certified", "margin_eps": 0.1, "logit_scale": 20.0, "lr": 1e-2}
+    finetune(FinetuneConfig(model="relu_residual", data="digits", epochs=3, opt="muon", **options), tmp_path / "run")
+    model, data, run = load_run(tmp_path / "run")
+    assert all(layer["upper"] <= 1.001 for layer in run["layers"])
+    images, labels = data.test_images(4)
+    images = images.double()
+    with torch.no_grad():
+        logits = model.double()(images)
+    known = rs.certified_radius(logits, labels, rs.lipschitz_bound(model, images[:2]))
+    found = rs.local_radius(model, images, labels, rounds=3, steps=0)
+    right = logits.argmax(1) == labels
+    assert int(right.sum()) >= 3 and bool((found[right] > 1.3 * known[right]).all())
 
 
 def test_a_network_of_fixed_input_size_is_built_for_the_size_of_the_images(tmp_path):
