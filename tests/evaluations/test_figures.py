@@ -112,3 +112,13 @@ def test_the_table_of_attacks_agrees_with_the_stored_comparison() -> None:
                        f"{default['robust']:.1f}", f"{default['share_of_autoattack']:.2f}"])  # fmt: skip
         assert default["robust"] <= rows["autoattack"]["robust"] + 2 and default["share_of_autoattack"] <= 0.25
     assert table == wanted
+
+
+def test_the_table_of_the_residual_network_agrees_with_the_stored_result() -> None:
+    stored = json.loads((ROOT / "evaluations/benchmarks/results/certify_residual.json").read_text())
+    (table,) = tables("docs/figures.md", "| L2 radius | clean | PGD | certified | global bound |")
+    shares = ("clean", "pgd", "certified", "certified_globally")
+    assert table == [[f"{row['radius']:g}", *(f"{row[share]:.1f}" for share in shares)] for row in stored["rows"]]
+    (images,) = {row["images"] for row in stored["rows"]}
+    page = " ".join((ROOT / "docs/figures.md").read_text().split())
+    assert f"the first {images} test images" in page and f"{stored['seconds_per_image']:.1f} s an image" in page
