@@ -82,6 +82,15 @@ def test_the_certified_accuracy_in_the_readme_agrees_with_its_report() -> None:
     assert 100 * at(report("mnist/maxmin_mlp")["certified"], float(eps))["accuracy"] == pytest.approx(float(percent), abs=0.1)
 
 
+def test_the_accuracy_around_images_in_the_readme_agrees_with_its_result() -> None:
+    told = re.search(r"prove ([\d.]+) % of (\d+) images .*? L2 ([\d.]+)", (ROOT / "README.md").read_text())
+    assert told is not None
+    share, images, radius = told.groups()
+    rows = json.loads((ROOT / "evaluations/benchmarks/results/certify_demo.json").read_text())["rows"]
+    assert [round(row["certified"], 1) for row in rows if f"{row['radius']:g}" == radius] == [float(share)]
+    assert {row["images"] for row in rows} == {int(images)}
+
+
 def test_the_readme_and_contributing_are_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 50
@@ -114,11 +123,16 @@ def test_the_table_of_attacks_agrees_with_the_stored_comparison() -> None:
     assert table == wanted
 
 
-def test_the_table_of_the_residual_network_agrees_with_the_stored_result() -> None:
-    stored = json.loads((ROOT / "evaluations/benchmarks/results/certify_residual.json").read_text())
-    (table,) = tables("docs/figures.md", "| L2 radius | clean | PGD | certified | global bound |")
-    shares = ("clean", "pgd", "certified", "certified_globally")
-    assert table == [[f"{row['radius']:g}", *(f"{row[share]:.1f}" for share in shares)] for row in stored["rows"]]
-    (images,) = {row["images"] for row in stored["rows"]}
-    page = " ".join((ROOT / "docs/figures.md").read_text().split())
-    assert f"the first {images} test images" in page and f"{stored['seconds_per_image']:.1f} s an image" in page
+def test_the_table_of_own_networks_certified_around_images_agrees_with_the_stored_results() -> None:
+    (table,) = tables("docs/figures.md", "| run | L2 radius | images | clean | PGD | certified | global bound | s an image |")
+    wanted = []
+    for run in ("demo", "residual"):
+        stored = json.loads((ROOT / f"evaluations/benchmarks/results/certify_{run}.json").read_text())
+        wanted += [
+            [run, f"{row['radius']:g}", str(row["images"]),
+             *(f"{row[share]:.1f}" for share in ("clean", "pgd", "certified", "certified_globally")),
+             f"{stored['seconds_per_image']:.1f}"]
+            for row in stored["rows"]
+        ]  # fmt: skip
+        assert all(row["certified"] <= row["pgd"] for row in stored["rows"])
+    assert table == wanted
