@@ -1,4 +1,4 @@
-"""What is proved around images: margins in balls, and radii."""
+"""Margins in balls around images, and radii, that are proved."""
 
 from __future__ import annotations
 
