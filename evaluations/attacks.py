@@ -216,12 +216,10 @@ def into_ball(adversarial: Tensor, images: Tensor, norm: str, eps: float | Tenso
     if not bool(torch.isfinite(adversarial).all()):
         raise ValueError("an attack returned NaN or infinite pixels")
     delta = adversarial.double().clamp(0, 1) - images.double()
-    if eps is None:
-        pass
-    elif norm == "linf":
+    if eps is not None and norm == "linf":
         most = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
         delta = delta.clamp(-most, most)
-    else:
+    elif eps is not None:
         size = size_of(delta, norm).reshape(-1, *[1] * (delta.ndim - 1))
         delta = delta * (eps / size.clamp_min(1e-300)).clamp(max=1)
     return (images.double() + delta).clamp(0, 1).to(images.dtype)

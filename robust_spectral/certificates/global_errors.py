@@ -79,8 +79,8 @@ class GlobalWalk(LocalWalk):
     def _linearise(self, node: fx.Node) -> None:
         """Find a node's error."""
         value, sources, known = self.env[node], self.linear.sources[node], self.bound(node)
-        if value is None or (isinstance(value, Tensor) and not value.is_floating_point()):
-            return  # an assertion's or a comparison's; an operation that uses it depends on more than its sources
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return  # a comparison's; an operation that uses it depends on more than its sources
         if not isinstance(value, Tensor) or value.shape[0] % self.images:
             raise NoClaim(f"nothing is known of {named(node, 'with several results')} alone (at {where(node)})")
         try:

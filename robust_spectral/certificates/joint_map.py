@@ -214,11 +214,9 @@ class JointMap:
             total = total + (square * term.log.exp().amax(1) if term.fixed else term.slack(square - 1))
         return total.sqrt() * (1 + 1e-12)
 
-    def tune_by(self, linear: Linearised | None, near: bool = False) -> None:
+    def tune_by(self, linear: Linearised, near: bool = False) -> None:
         """Tune with the network in another precision where that works; arguments as of `tune`."""
         try:
-            if linear is None:
-                raise NoClaim
             other = self.cast(linear)
             other.tune(near)
             found = {node: term.log.to(self.dtype) for node, term in other.terms.items()}

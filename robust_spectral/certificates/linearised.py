@@ -160,6 +160,11 @@ class Linearised:
             return [_map(lambda t: t[None], part) for part in self._adjoints[node](_map(lambda t: t[0], cotangent))]
         return torch.func.vmap(self._adjoints[node])(cotangent)
 
+    def numbers(self, last: fx.Node) -> int:
+        """How many numbers a pass up to a node has, for one vector of each image."""
+        values = (self.values[node] for node in (self.graph.input, *self.steps(last)))
+        return sum(value.numel() for value in values if isinstance(value, Tensor))
+
     def steps(self, last: fx.Node) -> list[fx.Node]:
         """The moving nodes up to one, in order, without the input and nodes without floating-point numbers."""
         return [node for node in self.graph.nodes[: self.order[last] + 1] if self.sources.get(node)]

@@ -31,7 +31,7 @@ _FEW = 256  # elements up to which rows are computed without a sketch first
 _MOST_ROWS = 8192  # most elements of a node for which each has a row of its own
 _SKETCH = 128  # Gaussian vectors that bound all rows of a node
 _RTOL, _MOST_STEPS = 0.01, 60  # of norms
-_MOST_NUMBERS = 2e7  # in the tensors of one pass
+MOST_NUMBERS = 2e7  # in the tensors of one pass
 
 
 Kept = dict[Any, dict[fx.Node, Tensor]]  # by what is bounded, the logarithms of the multipliers of all terms
@@ -172,7 +172,7 @@ class LocalWalk(LipschitzWalk):
         factors = {n: term.size[:, None] * term.moves * math.sqrt(len(terms)) for n, term in terms.items()}
         given = sum(term.reach.shape[1] for term in terms.values())
         while left:
-            some = min(left, max(1, int(_MOST_NUMBERS / (given * self.images * 4))))
+            some = min(left, max(1, int(MOST_NUMBERS / (given * self.images * 4))))
             changes = {}
             for n, factor in factors.items():
                 g = torch.randn(some, *factor.shape, generator=generator, dtype=torch.float64).to(value.device)
@@ -192,8 +192,7 @@ class LocalWalk(LipschitzWalk):
             return low, high
         order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         below, above = (rows(end, self.images).clone() for end in (value - low, high - value))
-        size = sum(v.numel() for v in map(self.env.get, self.linear.steps(node)) if isinstance(v, Tensor))
-        for places in order.split(max(1, int(_MOST_NUMBERS / size)), dim=1):
+        for places in order.split(max(1, int(MOST_NUMBERS / self.linear.numbers(node))), dim=1):
             down, up = self._row_ends(node, places)
             below.scatter_(1, places, torch.minimum(below.gather(1, places), down))
             above.scatter_(1, places, torch.minimum(above.gather(1, places), up))

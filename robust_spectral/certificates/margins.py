@@ -20,11 +20,10 @@ from torch import Tensor, fx
 
 from .errors import LocalError
 from .linearised import rows
-from .local_walk import LocalWalk
+from .local_walk import MOST_NUMBERS, LocalWalk
 from .supports import support
 
 _LEAST = 1e-12
-_MOST_NUMBERS = 2e7  # in the tensors of one pass back
 _PAIR = math.sqrt(2) * (1 + 1e-9)  # the norm of a difference of two elements, as a functional
 
 
@@ -48,8 +47,7 @@ def least_margins(
     classes = torch.eye(margins.shape[1] + 1, dtype=margins.dtype, device=margins.device)
     margins, order = margins.sort(dim=1)
     others = others.gather(1, order)
-    passed = sum(walk.env[n].numel() for n in (walk.graph.input, *walk.linear.steps(node)) if isinstance(walk.env[n], Tensor))
-    some = max(1, int(_MOST_NUMBERS / passed))
+    some = max(1, int(MOST_NUMBERS / walk.linear.numbers(node)))
     found = torch.full_like(walk.radii, torch.inf)
     for i in range(0, margins.shape[1], some):
         if i and bool((margins[:, i] - _PAIR * walk.ball(node) >= found).all()):

@@ -186,7 +186,7 @@ def test_classes_taken_one_by_one_have_the_margins_of_all_at_once_and_far_ones_a
         made.append(args)
         make(*args)
 
-    monkeypatch.setattr(margins, "_MOST_NUMBERS", 1.0)
+    monkeypatch.setattr(margins, "MOST_NUMBERS", 1.0)
     monkeypatch.setattr(margins.Margins, "__init__", counted)
     found = rs.certify(model, images, labels, 0.02, steps=0)
     assert bool(wanted.local.all()) and 1 <= len(made) < 39
