@@ -17,7 +17,7 @@ from commands import call
 from reference import norm
 from rich.text import Text
 
-from robust_spectral import FastClip, linear_layers, lipschitz_bound
+from robust_spectral import FastClip, linear_layers, lipschitz_bound, refined_bound
 from robust_spectral.evaluations.attacking.evaluation import evaluate
 from robust_spectral.evaluations.attacking.work import AttackPlan
 from robust_spectral.evaluations.attacks import into_ball, size_of
@@ -163,11 +163,21 @@ def test_bad_input_gives_a_one_line_error_and_exit_status_2(text, message, tmp_p
     assert (tmp_path / "out" / "config.json").exists() == ("--lr 1e30" in text)  # only a training that has begun can be resumed
 
 
-def test_spectrum_refines_the_bound_of_a_network(capsys):
+def test_spectrum_refines_the_bound_of_a_network(capsys, monkeypatch):
+    asked = []
+
+    def by_rounds(net, example, seconds, failure_probability, **options):  # seconds would depend on the machine's load
+        asked.append((seconds, failure_probability))
+        return refined_bound(net, example, None, failure_probability, rounds=60, **options)
+
+    monkeypatch.setattr("robust_spectral.evaluations.commands.spectrum_command.refined_bound", by_rounds)
+    torch.manual_seed(0)
     assert call("spectrum test_resnet --image-size 16 --json") == 0
     plain = json.loads(capsys.readouterr().out)["lipschitz_bound"]
+    torch.manual_seed(0)
     assert call("spectrum test_resnet --image-size 16 --json --refine 5") == 0
     assert json.loads(capsys.readouterr().out)["lipschitz_bound"] < plain / 2
+    assert asked == [(5.0, 1e-9)]
 
 
 def test_spectrum_prints_an_interval_for_every_layer_as_json(capsys):
